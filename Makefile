@@ -1,0 +1,32 @@
+# make install   the environment .venv (Python 3.11+, about 2 minutes); a no-op afterwards
+# make demo      BN, GN and SN over several settings on bundled digits, table and figures
+# make test      lint, format check and the test suite (under 10 minutes on 2 cores)
+# make test-slow the longer checks
+# Another interpreter: make install PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo lint test test-slow
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make install PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo.sh
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow

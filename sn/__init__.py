@@ -1,0 +1,37 @@
+"""Switchable Normalization: layers that learn how far to trust batch, instance and layer statistics.
+
+`import sn` needs torch and nothing else. Source: Luo et al., arXiv 1806.10779.
+"""
+
+from .batch_average import batch_average
+from .functional import STATISTICS, switch_norm
+from .modules import (
+    SwitchNorm1d,
+    SwitchNorm2d,
+    SwitchNorm3d,
+    SwitchNormRecurrent,
+    importance_weights,
+    parameter_groups,
+    set_virtual_gpus,
+)
+from .norms import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, make_norm
+from .version import __version__
+
+__all__ = [
+    "STATISTICS",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "SwitchNorm1d",
+    "SwitchNorm2d",
+    "SwitchNorm3d",
+    "SwitchNormRecurrent",
+    "__version__",
+    "batch_average",
+    "importance_weights",
+    "make_norm",
+    "parameter_groups",
+    "set_virtual_gpus",
+    "switch_norm",
+]

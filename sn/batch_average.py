@@ -1,0 +1,125 @@
+"""Batch statistics averaged over many batches with the weights frozen ("batch average").
+
+Source: section 3.1 of the paper names the method; the estimator is the population form of precise
+batch norm (Wu and Johnson, 2021): counts weight the batches, and the variance is that of all values.
+"""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .modules import SwitchNormBase
+
+
+def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers, by name, whose running statistics stand for batches in evaluation."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (_BatchNorm, SwitchNormBase))
+        and getattr(layer, "running_mean", None) is not None
+    }
+
+
+class _Moments:
+    """Count, mean and summed squared deviation per channel, merged batch by batch (Chan et al.)."""
+
+    def __init__(self, layer: nn.Module):
+        self.unbiased = isinstance(layer, _BatchNorm)  # how the layer stores its variance
+        self.count = 0
+        self.mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
+        self.deviation = torch.zeros_like(self.mean)
+
+    def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
+        count = args[0].numel() // args[0].shape[1]
+        if count == 0:
+            return
+        var = layer.running_var.double()
+        squares = var * (count - 1 if self.unbiased else count)
+        delta = layer.running_mean.double() - self.mean
+        total = self.count + count
+        self.deviation += squares + delta.square() * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    def merge_over_processes(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
+        dist.all_reduce(sums)
+        total = int(sums[-1].item())
+        mean = sums[:-1] / max(total, 1)
+        self.deviation += self.count * (self.mean - mean).square()
+        dist.all_reduce(self.deviation)
+        self.count, self.mean = total, mean
+
+    def store(self, layer: nn.Module, batches: int) -> None:
+        freedom = self.count - 1 if self.unbiased else self.count
+        layer.running_mean.copy_(self.mean)
+        layer.running_var.copy_(self.deviation / max(freedom, 1))
+        layer.num_batches_tracked.fill_(batches)
+
+
+@torch.no_grad()
+def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) -> int:
+    """Replace the running statistics of `model` by those of `num_batches` batches of `loader`.
+
+    Every layer with batch statistics normalises each batch by itself meanwhile; all others are in
+    evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
+    process group every rank brings batches of its own and all end with the statistics of all.
+    Modes, momenta and groups of virtual GPUs are restored. Returns the number of batches used by
+    this rank; a model without batch statistics is left alone (0).
+
+    Raises ValueError if no batch came. The model is unchanged after an error.
+    """
+    layers = batch_statistics_layers(model)
+    if not layers:
+        return 0
+    modes = {module: module.training for module in model.modules()}
+    settings = {
+        layer: (layer.momentum, getattr(layer, "virtual_gpus", None)) for layer in layers.values()
+    }
+    before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
+    moments = {layer: _Moments(layer) for layer in settings}
+    hooks = [layer.register_forward_hook(moments[layer].add) for layer in settings]
+    device = next(model.parameters()).device
+    batches = 0
+    try:
+        model.eval()
+        for layer, (_, virtual_gpus) in settings.items():
+            layer.train()
+            layer.momentum = 1.0
+            if virtual_gpus is not None:
+                layer.virtual_gpus = 1
+        for item in islice(loader, num_batches):
+            inputs = item[0] if isinstance(item, (tuple, list)) else item
+            model(inputs.to(device))
+            batches += 1
+        for layer, collected in moments.items():
+            collected.merge_over_processes()
+            if collected.count:
+                collected.store(layer, batches)
+        if not any(collected.count for collected in moments.values()):
+            raise ValueError(
+                f"batch_average got no batch (num_batches={num_batches}); give a loader with images"
+            )
+    except BaseException:
+        for layer, buffers in before.items():
+            for buffer, value in zip(layer.buffers(recurse=False), buffers):
+                buffer.copy_(value)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, (momentum, virtual_gpus) in settings.items():
+            layer.momentum = momentum
+            if virtual_gpus is not None:
+                layer.virtual_gpus = virtual_gpus
+        for module, mode in modes.items():
+            module.training = mode
+    return batches

@@ -1,0 +1,184 @@
+"""Switchable Normalization as one function: the paper's formula in plain PyTorch.
+
+This is the reference that every faster path is compared with. It reads like the paper, saves what
+autograd asks for, and works wherever PyTorch does (any device, double backward, export).
+
+Source: Luo et al., Differentiable Learning-to-Normalize via Switchable Normalization,
+arXiv 1806.10779.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STATISTICS = ("in", "ln", "gn", "bn")  # the canonical order: parameters, configs, legends
+
+
+def canonical_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
+    """Return `statistics` in the canonical order in, ln, gn, bn.
+
+    Raises ValueError if it is empty, names an unknown statistic or names one twice.
+    """
+    chosen = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    valid = f"choose a non-empty subset of {STATISTICS}"
+    if not chosen:
+        raise ValueError(f"statistics is empty; {valid}")
+    unknown = [s for s in chosen if s not in STATISTICS]
+    if unknown:
+        raise ValueError(f"unknown statistic {unknown[0]!r} in statistics={chosen}; {valid}")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"statistics={chosen} names one twice; {valid}")
+    return tuple(s for s in STATISTICS if s in chosen)
+
+
+def check_num_groups(num_groups: int | None, num_features: int) -> None:
+    """Raise ValueError unless `num_groups` divides `num_features`."""
+    if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
+        divisors = [d for d in range(1, num_features + 1) if num_features % d == 0]
+        raise ValueError(
+            f"num_groups={num_groups} does not divide {num_features} channels; "
+            f"choose one of {divisors}"
+        )
+
+
+def check_virtual_gpus(batch: int, virtual_gpus: int) -> None:
+    """Raise ValueError unless a batch splits into `virtual_gpus` equal groups."""
+    if batch % virtual_gpus:
+        raise ValueError(
+            f"a batch of {batch} does not split into virtual_gpus={virtual_gpus} equal groups; "
+            f"use a multiple of {virtual_gpus}"
+        )
+
+
+def switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    statistics: Sequence[str] = ("in", "ln", "bn"),
+    num_groups: int | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    virtual_gpus: int = 1,
+) -> Tensor:
+    """Normalise `x` with learned mixtures of instance, layer, group and batch statistics.
+
+    y = weight (x - sum_k w_k mu_k) / sqrt(sum_k v_k var_k + eps) + bias, with w and v the softmaxes
+    of `mean_weight` and `var_weight`.
+
+    Args:
+        x: (N, C, *spatial), any number of spatial dimensions including none.
+        mean_weight, var_weight: (K,) control parameters, one per statistic in the order
+            in, ln, gn, bn of those present.
+        weight, bias: (C,) gain and shift.
+        running_mean, running_var: (C,), used for bn in evaluation and updated in place in
+            training: running = (1 - momentum) running + momentum batch, once per call. Without
+            them bn takes the batch's statistics in evaluation too.
+        num_groups: channel groups of gn; must divide C.
+        momentum: the share of the new batch (PyTorch's convention; the authors' is 1 - momentum).
+        virtual_gpus: G; in training the batch is G consecutive groups of N / G samples, each with
+            batch statistics of its own, as on G GPUs. The running update takes the mean of the
+            groups' means and variances.
+
+    All variances are biased; an instance of one value has variance 0. Statistics, gates and the
+    division are computed in at least float32 and the output has the dtype of `x`.
+
+    Raises ValueError for a wrong dimension, channel or gate count, or a batch that does not split.
+
+    Source: equations 2 to 4. Differs: layer, group and batch variances use the law of total
+    variance instead of the paper's mean(var + mean^2) - mean^2: the same number, without
+    cancellation.
+    """
+    statistics = canonical_statistics(statistics)
+    _check_shapes(x, mean_weight, var_weight, weight, bias, statistics)
+    batch, channels = x.shape[:2]
+    spatial = tuple(range(2, x.dim()))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    h = x.to(dtype)
+
+    # mean and variance of each instance: (N, C)
+    if spatial:
+        var_in, mean_in = torch.var_mean(h, spatial, correction=0)
+    else:
+        mean_in, var_in = h, torch.zeros_like(h)
+    # Means are taken relative to one common level, so that their differences keep all digits.
+    level = mean_in.detach().mean()
+    m = mean_in - level
+
+    moments = []  # (mean - level, variance) per statistic, each broadcastable to (N, C)
+    for statistic in statistics:
+        if statistic == "in":
+            moments.append((m, var_in))
+        elif statistic == "ln":
+            moments.append(_pool(m, var_in, (batch, channels), 1))
+        elif statistic == "gn":
+            check_num_groups(num_groups, channels)
+            moments.append(_pool(m, var_in, (batch, num_groups, channels // num_groups), 2))
+        elif training or running_mean is None:
+            groups = virtual_gpus if training else 1
+            check_virtual_gpus(batch, groups)
+            mean_bn, var_bn = _pool(m, var_in, (groups, batch // groups, channels), 1)
+            moments.append((mean_bn, var_bn))
+            if training and running_mean is not None and x.numel() > 0:
+                with torch.no_grad():  # every sample of a group holds its group's moments
+                    _update(running_mean, mean_bn.mean(0) + level, momentum)
+                    _update(running_var, var_bn.mean(0), momentum)
+        else:
+            moments.append((running_mean.to(dtype) - level, running_var.to(dtype)))
+
+    mean_gates = mean_weight.to(dtype).softmax(0).unbind(0)
+    var_gates = var_weight.to(dtype).softmax(0).unbind(0)
+    # sum_k w_k mu_k - mu_in, from differences; the softmax sums to 1
+    offset = sum(w * (mean - m) for w, (mean, _) in zip(mean_gates, moments, strict=True))
+    var = sum(v * var for v, (_, var) in zip(var_gates, moments, strict=True))
+
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -offset * scale
+    if bias is not None:
+        shift = shift + bias
+    over_space = (...,) + (None,) * len(spatial)  # (N, C) -> (N, C, 1, 1)
+    y = (h - mean_in[over_space]) * scale[over_space] + shift[over_space]
+    return y.to(x.dtype)
+
+
+def _pool(
+    mean_nc: Tensor, var_nc: Tensor, shape: tuple[int, ...], dim: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance over `dim` of (N, C) moments seen as `shape`, spread back to (N, C).
+
+    The law of total variance: mean of the variances plus variance of the means.
+    """
+    mean, var = mean_nc.reshape(shape), var_nc.reshape(shape)
+    pooled = mean.mean(dim, keepdim=True)
+    pooled_var = var.mean(dim, keepdim=True) + (mean - pooled).square().mean(dim, keepdim=True)
+    size = mean_nc.shape
+    return pooled.expand(shape).reshape(size), pooled_var.expand(shape).reshape(size)
+
+
+def _update(running: Tensor, new: Tensor, momentum: float) -> None:
+    running.lerp_(new.to(running.dtype), momentum)
+
+
+def _check_shapes(x, mean_weight, var_weight, weight, bias, statistics) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
+    for name, gates in (("mean_weight", mean_weight), ("var_weight", var_weight)):
+        if gates.shape != (len(statistics),):
+            raise ValueError(
+                f"{name} has shape {tuple(gates.shape)}; expected ({len(statistics)},), "
+                f"one control parameter for each of {statistics}"
+            )
+    for name, affine in (("weight", weight), ("bias", bias)):
+        if affine is not None and affine.shape != (x.shape[1],):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} has {x.shape[1]} channels, "
+                f"but {name} has shape {tuple(affine.shape)}"
+            )

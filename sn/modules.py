@@ -1,0 +1,291 @@
+"""Switchable Normalization layers, in the convention of torch.nn.BatchNorm."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .functional import canonical_statistics, check_num_groups, switch_norm
+
+
+class SwitchNormBase(nn.Module):
+    """What all switchable normalisation layers share; use SwitchNorm1d, 2d, 3d or Recurrent.
+
+    Parameters `weight`, `bias` (C,) are the gain and shift; `mean_weight`, `var_weight` (K,) the
+    control parameters, one per statistic in the order in, ln, gn, bn. All start at 1 (bias at 0),
+    so that the importance weights start equal. Source: section 2.2; official code.
+
+    Buffers `running_mean`, `running_var` (C,) and `num_batches_tracked` exist only with bn. The
+    running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
+    """
+
+    input_dims: tuple[int, ...]
+    input_shape: str
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        statistics: Sequence[str] = ("in", "ln", "bn"),
+        num_groups: int | None = None,
+        virtual_gpus: int = 1,
+    ):
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.statistics = canonical_statistics(statistics)
+        self.num_groups = num_groups
+        self.virtual_gpus = virtual_gpus
+        self.track_running_stats = track_running_stats and "bn" in self.statistics
+        if "gn" in self.statistics:
+            check_num_groups(num_groups, num_features)
+        elif num_groups is not None:
+            raise ValueError(
+                f"num_groups={num_groups} needs 'gn' in statistics, got {self.statistics}"
+            )
+
+        factory = {"device": device, "dtype": dtype}
+        for name in ("weight", "bias"):
+            value = nn.Parameter(torch.empty(num_features, **factory)) if affine else None
+            self.register_parameter(name, value)
+        self.mean_weight = nn.Parameter(torch.empty(len(self.statistics), **factory))
+        self.var_weight = nn.Parameter(torch.empty(len(self.statistics), **factory))
+        buffers = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
+        if self.track_running_stats:
+            buffers["running_mean"] = torch.zeros(num_features, **factory)
+            buffers["running_var"] = torch.ones(num_features, **factory)
+            buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=device)
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        if self.track_running_stats:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        nn.init.ones_(self.mean_weight)
+        nn.init.ones_(self.var_weight)
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        momentum = self.momentum
+        if self.training and self.track_running_stats and x.numel() > 0:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average, as torch's BatchNorm
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return switch_norm(
+            x,
+            self.mean_weight,
+            self.var_weight,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            statistics=self.statistics,
+            num_groups=self.num_groups,
+            training=self.training,
+            momentum=0.0 if momentum is None else momentum,
+            eps=self.eps,
+            virtual_gpus=self.virtual_gpus,
+        )
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in self.input_dims:
+            raise ValueError(
+                f"{type(self).__name__} expects input of shape {self.input_shape}, "
+                f"got {x.dim()}-D input of shape {tuple(x.shape)}"
+            )
+        if x.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}(num_features={self.num_features}) got input of shape "
+                f"{tuple(x.shape)} with {x.shape[1]} channels"
+            )
+
+    def extra_repr(self) -> str:
+        options = [f"{self.num_features}", f"eps={self.eps}", f"statistics={self.statistics}"]
+        if self.num_groups is not None:
+            options.append(f"num_groups={self.num_groups}")
+        if "bn" in self.statistics:
+            options.append(f"momentum={self.momentum}")
+            if not self.track_running_stats:
+                options.append("track_running_stats=False")
+        if not self.affine:
+            options.append("affine=False")
+        if self.virtual_gpus != 1:
+            options.append(f"virtual_gpus={self.virtual_gpus}")
+        return ", ".join(options)
+
+
+class SwitchNorm1d(SwitchNormBase):
+    """Switchable Normalization of (N, C) vectors or (N, C, L) sequences.
+
+    The default statistics are ln and bn: on (N, C) an instance is one value, its own mean, with
+    variance 0. For sequences pass `statistics=("in", "ln", "bn")`. See `switch_norm`.
+    """
+
+    input_dims = (2, 3)
+    input_shape = "(N, C) or (N, C, L)"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        statistics: Sequence[str] = ("ln", "bn"),
+        num_groups: int | None = None,
+        virtual_gpus: int = 1,
+    ):
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            statistics=statistics,
+            num_groups=num_groups,
+            virtual_gpus=virtual_gpus,
+        )
+
+
+class SwitchNorm2d(SwitchNormBase):
+    """Switchable Normalization of (N, C, H, W) maps; drop-in for nn.BatchNorm2d.
+
+    `statistics` is any non-empty subset of in, ln, gn, bn; the paper's (8,1) setting is
+    ("in", "ln"). `momentum` is the share of the new batch. See `switch_norm`.
+    """
+
+    input_dims = (4,)
+    input_shape = "(N, C, H, W)"
+
+
+class SwitchNorm3d(SwitchNormBase):
+    """Switchable Normalization of (N, C, D, H, W) volumes; see `switch_norm`."""
+
+    input_dims = (5,)
+    input_shape = "(N, C, D, H, W)"
+
+
+class SwitchNormRecurrent(SwitchNormBase):
+    """LN + GN for the vectors (B, D) of a recurrent network; B may be 1.
+
+    No batch statistics, so training and evaluation are the same function. `num_groups` must
+    divide D. Source: section 4.4 (the ENAS controller).
+    """
+
+    input_dims = (2,)
+    input_shape = "(B, D)"
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        statistics: Sequence[str] = ("ln", "gn"),
+    ):
+        foreign = [s for s in canonical_statistics(statistics) if s not in ("ln", "gn")]
+        if foreign:
+            raise ValueError(
+                f"SwitchNormRecurrent has no {foreign[0]!r} statistic; "
+                f"choose a non-empty subset of ('ln', 'gn')"
+            )
+        super().__init__(
+            num_features,
+            eps,
+            affine=affine,
+            device=device,
+            dtype=dtype,
+            statistics=statistics,
+            num_groups=num_groups,
+        )
+
+
+def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the softmaxed control parameters of every switchable layer by its name.
+
+    {"layer1.0.bn1": {"mean": {"in": 0.2, "ln": 0.5, "bn": 0.3}, "var": {...}}, ...} in network
+    order; empty if `model` has no such layer. A layer that is itself the model has the name "".
+    """
+    weights = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SwitchNormBase):
+            weights[name] = {
+                key: dict(zip(layer.statistics, gate.detach().float().softmax(0).tolist()))
+                for key, gate in (("mean", layer.mean_weight), ("var", layer.var_weight))
+            }
+    return weights
+
+
+def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
+    """Let every batch-dependent layer that can treat a batch as `virtual_gpus` groups do so."""
+    if virtual_gpus < 1:
+        raise ValueError(f"virtual_gpus={virtual_gpus}; expected 1 or more")
+    for layer in model.modules():
+        if hasattr(layer, "virtual_gpus"):
+            layer.virtual_gpus = virtual_gpus
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    gate_lr_factor: float = 1.0,
+    gate_weight_decay: float | None = None,
+) -> list[dict]:
+    """Return optimiser groups in which the control parameters may have their own lr and decay.
+
+    The defaults give one group with decay on everything, as the paper trained. Otherwise the
+    control parameters form a second group with `lr * gate_lr_factor` and `gate_weight_decay`
+    (None: the same as the rest). Source: official code (one group); SSN uses lr / 10 and decay 0.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if gate_weight_decay is None:
+        gate_weight_decay = weight_decay
+    common = {"params": trainable, "lr": lr, "weight_decay": weight_decay, "lr_factor": 1.0}
+    if gate_lr_factor == 1.0 and gate_weight_decay == weight_decay:
+        return [common]
+    gates = [
+        gate
+        for layer in model.modules()
+        if isinstance(layer, SwitchNormBase)
+        for gate in (layer.mean_weight, layer.var_weight)
+        if gate.requires_grad
+    ]
+    if not gates:
+        return [common]
+    gate_ids = {id(gate) for gate in gates}
+    common["params"] = [p for p in trainable if id(p) not in gate_ids]
+    return [
+        common,
+        {
+            "params": gates,
+            "lr": lr * gate_lr_factor,
+            "weight_decay": gate_weight_decay,
+            "lr_factor": gate_lr_factor,
+        },
+    ]

@@ -1,0 +1,133 @@
+"""Every normaliser of the comparison as a callable(num_features) -> Module."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
+from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+
+
+class _VirtualGPUs:
+    """Batch normalisation that may treat a training batch as groups, one per virtual GPU."""
+
+    virtual_gpus = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, *spatial); with virtual_gpus > 1 each group of N / G samples by itself.
+
+        The running statistics get one update per call, with the mean of the groups' means and
+        (unbiased, as torch stores them) variances.
+        """
+        groups = self.virtual_gpus
+        if groups == 1 or not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        check_virtual_gpus(x.shape[0], groups)
+        # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
+        merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+        mean = torch.zeros(merged.shape[1], device=x.device, dtype=self._statistics_dtype(x))
+        var = torch.ones_like(mean)
+        weight, bias = self.weight, self.bias
+        if self.affine:
+            weight, bias = weight.repeat(groups), bias.repeat(groups)
+        y = F.batch_norm(merged, mean, var, weight, bias, True, 1.0, self.eps)
+        if self.track_running_stats:
+            self._update_running_stats(mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0))
+        y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+        return y
+
+    def _statistics_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype if self.running_mean is None else self.running_mean.dtype
+
+    @torch.no_grad()
+    def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var, momentum)
+
+    def extra_repr(self) -> str:
+        groups = f", virtual_gpus={self.virtual_gpus}" if self.virtual_gpus != 1 else ""
+        return super().extra_repr() + groups
+
+
+class BatchNorm1d(_VirtualGPUs, nn.BatchNorm1d):
+    """nn.BatchNorm1d that knows virtual GPUs (attribute `virtual_gpus`, 1 by default)."""
+
+
+class BatchNorm2d(_VirtualGPUs, nn.BatchNorm2d):
+    """nn.BatchNorm2d that knows virtual GPUs (attribute `virtual_gpus`, 1 by default)."""
+
+
+class BatchNorm3d(_VirtualGPUs, nn.BatchNorm3d):
+    """nn.BatchNorm3d that knows virtual GPUs (attribute `virtual_gpus`, 1 by default)."""
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm with the channel count first, like every other norm here.
+
+    `num_groups` None is the largest divisor of `num_features` up to 32; an explicit count that
+    does not divide is a ValueError. 1 group is LN over (C, *spatial). Source: Wu and He, 2018.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = None,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        if num_groups is None:
+            num_groups = max(g for g in range(1, 33) if num_features % g == 0)
+        check_num_groups(num_groups, num_features)
+        super().__init__(num_groups, num_features, eps, affine, device, dtype)
+
+
+# name -> (class by number of spatial dimensions, options it starts from)
+_SWITCH_NORM = {1: SwitchNorm1d, 2: SwitchNorm2d, 3: SwitchNorm3d}
+_GROUP_NORM = dict.fromkeys((1, 2, 3), GroupNorm)
+NORMS = {
+    "sn": (_SWITCH_NORM, {}),
+    "sn_in_ln": (_SWITCH_NORM, {"statistics": ("in", "ln")}),
+    "bn": ({1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}, {}),
+    "gn": (_GROUP_NORM, {}),
+    "in": (
+        {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
+        {"affine": True},
+    ),
+    "ln": (_GROUP_NORM, {"num_groups": 1}),
+}
+
+
+def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Module]:
+    """Return the normaliser `name` as a callable(num_features) -> Module.
+
+    It fits `norm_layer=` of torchvision and timm. `dim` is the number of spatial dimensions of the
+    layer; `options` are keyword arguments of its constructor, such as `statistics` or `num_groups`.
+
+    Raises ValueError for an unknown name, dim or statistic, TypeError for an unknown option.
+    """
+    if name not in NORMS:
+        raise ValueError(f"unknown norm {name!r}; choose one of {sorted(NORMS)}")
+    layers, defaults = NORMS[name]
+    if dim not in layers:
+        raise ValueError(f"dim={dim} for norm {name!r}; choose one of {sorted(layers)}")
+    options = {**defaults, **options}
+    if "statistics" in options:
+        options["statistics"] = canonical_statistics(options["statistics"])
+    valid = list(inspect.signature(layers[dim]).parameters)[1:]
+    for option in options:
+        if option not in valid:
+            raise TypeError(f"norm {name!r} has no option {option!r}; choose from {valid}")
+    return partial(layers[dim], **options)

@@ -1,0 +1,1 @@
+"""Leaves that the entrypoints call: data, models, schedules, processes, records, checkpoints."""
