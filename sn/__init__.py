@@ -1,4 +1,4 @@
-"""Switchable Normalization: layers that learn how far to trust batch, instance and layer statistics.
+"""Switchable Normalization: layers that learn which statistics to normalise with.
 
 `import sn` needs torch and nothing else. Source: Luo et al., arXiv 1806.10779.
 """

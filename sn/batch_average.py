@@ -1,7 +1,7 @@
 """Batch statistics averaged over many batches with the weights frozen ("batch average").
 
 Source: section 3.1 of the paper names the method; the estimator is the population form of precise
-batch norm (Wu and Johnson, 2021): counts weight the batches, and the variance is that of all values.
+batch norm (Wu and Johnson, 2021): counts weight the batches, the variance is that of all values.
 """
 
 from collections.abc import Iterable
