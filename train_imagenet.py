@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -203,10 +202,7 @@ def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
         model.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
-    parallel = model
-    if processes.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    parallel = distributed.parallelise(model, processes)
 
     lr = base_lr(cfg.schedule.lr_per_256, setting.gpus, setting.images_per_gpu)
     groups = sn.parameter_groups(

@@ -1,6 +1,7 @@
 """Processes, and the (GPUs, images per GPU) setting on whatever devices there are."""
 
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from ..batch_average import batch_statistics_layers
 from ..modules import set_virtual_gpus
@@ -58,6 +60,22 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
+    """Return `model`, in DistributedDataParallel if there are several processes.
+
+    Running statistics stay each rank's own until `average_running_statistics`.
+    """
+    if processes.world_size == 1:
+        return model
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in parameters  # the name of broadcast_buffers since torch 2.15
+    return DistributedDataParallel(
+        model,
+        device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+    )
 
 
 def in_group() -> bool:
