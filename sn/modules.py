@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import canonical_statistics, check_num_groups, switch_norm
+from .functional import canonical_statistics, check_num_groups
+from .kernels import switch_norm
 
 
 class SwitchNormBase(nn.Module):
