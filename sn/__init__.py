@@ -5,6 +5,7 @@
 
 from .batch_average import batch_average
 from .functional import STATISTICS, switch_norm
+from .kernels import backend
 from .modules import (
     SwitchNorm1d,
     SwitchNorm2d,
@@ -28,6 +29,7 @@ __all__ = [
     "SwitchNorm3d",
     "SwitchNormRecurrent",
     "__version__",
+    "backend",
     "batch_average",
     "importance_weights",
     "make_norm",

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import (
-    canonical_statistics,
-    check_num_groups,
-    check_virtual_gpus,
-    switch_norm,
-)
+from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
+from .kernels import switch_norm
 
 
 class SwitchNormBase(nn.Module):

@@ -1,0 +1,283 @@
+"""The fused layer against float64 autograd of the reference: output, gradients, running statistics.
+
+The error may be twice that of the plain formula in the same dtype (and a few roundings).
+"""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import sn
+from sn import functional, kernels
+
+ALL = ("in", "ln", "gn", "bn")
+NAMES = ("y", "x", "mean_weight", "var_weight", "weight", "bias", "running_mean", "running_var")
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def values(shape, statistics, offset=0.0, gates=1.0, dtype=torch.float32, seed=0):
+    """x, mean_weight, var_weight, weight, bias, running mean and variance, dy; exact in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    channels = shape[1]
+    spread = (1, channels) + (1,) * (len(shape) - 2)
+    x = randn(*shape) * randn(*spread).abs().add(0.5) + randn(*spread) + offset
+    logits = gates * randn(2, len(statistics))
+    tensors = (x, *logits, randn(channels), randn(channels))
+    tensors += (randn(channels) + offset, randn(channels).abs() + 0.5, randn(*shape))
+    return [t.to(dtype) for t in tensors]
+
+
+def lay_out(x, layout):
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        return torch.cat((x, x), 1)[:, : x.shape[1]]
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x.contiguous()
+
+
+def run(function, tensors, dtype, layout="contiguous", affine=True, **options):
+    """Everything a call computes, in the order of NAMES."""
+    x, *parameters, running_mean, running_var, dy = (t.to(dtype, copy=True) for t in tensors)
+    if not affine:
+        parameters[2:] = None, None
+    x = lay_out(x, layout).requires_grad_()
+    leaves = [x] + [t if t is None else t.requires_grad_() for t in parameters]
+    y = function(*leaves, running_mean, running_var, **options)
+    y.backward(dy)
+    grads = [t if t is None else t.grad for t in leaves]
+    return [y.detach(), *grads, running_mean, running_var]
+
+
+def compare(tensors, dtype, layout="contiguous", **options):
+    """Hold the fused layer to twice the error of the plain formula."""
+    exact = run(functional.switch_norm, tensors, torch.float64, layout, **options)
+    plain = run(functional.switch_norm, tensors, dtype, layout, **options)
+    fused = run(kernels.switch_norm, tensors, dtype, layout, **options)
+    eps = torch.finfo(dtype).eps
+    terms = tensors[0].numel()
+    for name, true, reference, ours in zip(NAMES, exact, plain, fused):
+        if true is None:
+            assert ours is None
+            continue
+        assert ours.dtype == reference.dtype and ours.shape == reference.shape, name
+        error, allowed = ((t.double() - true).abs().max().item() for t in (ours, reference))
+        if dtype == torch.float64:
+            floor = 1e-9 * max(1.0, true.abs().max().item())
+        elif name in ("mean_weight", "var_weight", "weight", "bias"):
+            floor = 2 * torch.finfo(torch.float32).eps * math.sqrt(terms)
+            floor += 2 * eps * true.abs().max().item()
+        else:
+            floor = 4 * eps * max(true.abs().max().item(), 1e-3)
+        assert error <= 2 * allowed + floor, f"{name}: {error:.2e}, plain {allowed:.2e}"
+
+
+SUBSETS = [("in",), ("ln",), ("gn",), ("bn",), ("in", "ln"), ("ln", "bn"), ("in", "ln", "bn"), ALL]
+MODES = [(True, 1), (True, 2), (False, 1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("statistics", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("training, virtual_gpus", MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_statistic_mode_and_layout(dtype, training, virtual_gpus, statistics, layout):
+    for shape in ((4, 6, 5, 7), (2, 4, 3), (2, 4, 3, 2, 5)):
+        tensors = values(shape, statistics)
+        options = {"statistics": statistics, "training": training, "virtual_gpus": virtual_gpus}
+        compare(tensors, dtype, layout, num_groups=2, **options)
+
+
+# Each takes another way through the primitives: pieces of rows and columns, blocks, odd sizes.
+SHAPES = [(1, 3, 3, 1), (2, 5, 113, 101), (2, 64, 56, 48), (8, 64, 28, 28), (64, 16, 17, 15)]
+SHAPES += [(2, 512, 9, 9), (33, 40, 16, 16), (2, 128, 1024), (3, 8, 4, 20, 20), (1, 6, 7, 11)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_way_through_the_primitives(dtype, shape, layout):
+    options = {"statistics": ("in", "ln", "bn"), "training": True}
+    compare(values(shape, options["statistics"]), dtype, layout, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training, virtual_gpus", MODES)
+def test_offsets_and_half_precision(training, virtual_gpus, dtype, offset, layout):
+    options = {"statistics": ("in", "ln", "bn"), "training": training, "virtual_gpus": virtual_gpus}
+    for shape in ((4, 8, 9, 11), (2, 32, 40, 40)):
+        tensors = values(shape, options["statistics"], offset, dtype=dtype)
+        compare(tensors, dtype, layout, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_mean_1000_deviation_1(layout):
+    x = lay_out(
+        torch.randn(4, 16, 56, 56, generator=torch.Generator().manual_seed(0)) + 1e3, layout
+    )
+    layer = sn.SwitchNorm2d(16)
+    with sn.backend("reference"):
+        exact = sn.SwitchNorm2d(16).double()(x.double())
+    assert (layer(x) - exact).abs().max() < 5e-5
+
+
+@pytest.mark.parametrize("dominant", range(4))
+def test_dominant_gates(dominant):
+    tensors = values((4, 6, 8, 8), ALL)
+    for logits in tensors[1:3]:
+        logits[dominant] += 30
+    for dtype in (torch.float64, torch.float32):
+        compare(tensors, dtype, statistics=ALL, num_groups=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_without_affine_or_running_statistics(layout):
+    tensors = values((4, 6, 5, 7), ALL)
+    for training in (True, False):
+        options = {"statistics": ALL, "num_groups": 2, "training": training}
+        compare(tensors, torch.float64, layout, affine=False, **options)
+        plain, fused = (
+            function(*tensors[:5], **options)
+            for function in (functional.switch_norm, kernels.switch_norm)
+        )
+        torch.testing.assert_close(fused, plain)
+
+
+def test_parameters_in_another_dtype():
+    x, *parameters, dy = values((4, 6, 5, 7), ("in", "ln", "bn"), dtype=torch.bfloat16)
+    for x_dtype, dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        results = []
+        for function in (functional.switch_norm, kernels.switch_norm):
+            inputs = [t.to(dtype, copy=True) for t in parameters]
+            leaves = [t.requires_grad_() for t in (x.to(x_dtype, copy=True), *inputs[:4])]
+            y = function(*leaves, *inputs[4:])
+            y.backward(dy.to(x_dtype))
+            results.append([y, *(t.grad for t in leaves), *inputs[4:]])
+        for plain, fused in zip(*results):
+            torch.testing.assert_close(fused, plain, atol=2e-2, rtol=2e-2)
+
+
+def test_second_derivatives():
+    tensors = values((2, 4, 3, 3), ALL, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in tensors[:5]]
+
+    def layer(*leaves):
+        return kernels.switch_norm(*leaves, statistics=ALL, num_groups=2)
+
+    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradgradcheck(layer, leaves)
+
+
+@pytest.mark.parametrize("frozen", range(5))
+def test_gradients_only_where_asked(frozen):
+    tensors = values((2, 4, 5, 6), ("in", "ln", "bn"))
+    grads = []
+    for function in (functional.switch_norm, kernels.switch_norm):
+        leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(tensors[:5])]
+        function(*leaves).backward(tensors[-1])
+        grads.append([t.grad for t in leaves])
+    assert grads[1][frozen] is None
+    for i, (plain, fused) in enumerate(zip(*grads)):
+        if i != frozen:
+            torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_kept_is_the_input_and_little_else():
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(8, 64, 28, 28, requires_grad=True)
+    layer = sn.SwitchNorm2d(64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert sum(kept.values()) <= 1.02 * x.nbytes
+
+
+def test_an_activation_in_place_may_follow():
+    layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 20, 20, requires_grad=True)
+    grads = []
+    for activation in (nn.ReLU(), nn.ReLU(inplace=True)):
+        x.grad = None
+        activation(layer(x)).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("neighbour", [1e6, math.inf, math.nan])
+def test_a_sample_does_not_depend_on_its_neighbours(neighbour):
+    tensors = values((3, 4, 20, 20), ("in", "ln"))
+    for layout in LAYOUTS[:2]:
+        x = lay_out(tensors[0].clone(), layout)
+        alone = kernels.switch_norm(x, *tensors[1:5], statistics=("in", "ln"))
+        x[1] = neighbour
+        y = kernels.switch_norm(x, *tensors[1:5], statistics=("in", "ln"))
+        torch.testing.assert_close(y[::2], alone[::2], rtol=1e-5, atol=1e-5)
+
+
+def test_backend_can_be_forced():
+    x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:5]
+    assert kernels.choose_backend(x, *rest) == "aten"
+    with sn.backend("reference"):
+        assert kernels.choose_backend(x, *rest) == "reference"
+    assert kernels.choose_backend(x, *rest) == "aten"
+    with pytest.raises(ValueError, match="fastest.*reference"):
+        with sn.backend("fastest"):
+            pass
+    code = "import sn.kernels as k, torch; print(k.choose_backend(torch.ones(2, 3, 4)))"
+    for name in ("reference", "aten"):
+        shown = subprocess.run(
+            [sys.executable, "-c", code], env={"SN_BACKEND": name}, capture_output=True, text=True
+        )
+        assert shown.stdout.strip() == name, shown.stderr
+
+
+def test_the_plain_formula_where_something_looks_through():
+    x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:5]
+    seen = []
+
+    def probe(x):
+        seen.append(kernels.choose_backend(x, *rest))
+        return kernels.switch_norm(x, *rest)
+
+    with torch.no_grad():
+        torch.func.jvp(probe, (x,), (x,))
+        torch.func.vmap(probe)(torch.stack((x, x)))
+        torch.jit.trace(probe, x)
+    assert set(seen[:3]) == {"reference"}
+    for other in (x.to("meta"), x[:0], x[..., 0, 0], x[..., :1, :1], x.to(torch.complex64)):
+        assert kernels.choose_backend(other) == "reference"
+
+
+def test_errors_are_those_of_the_reference():
+    x, *rest = values((4, 6, 5, 7), ("in", "ln", "bn"))[:7]
+    for options, message in (
+        ({"statistics": ("in", "xn", "bn")}, "xn"),
+        ({"statistics": ("in", "ln")}, "mean_weight"),
+        ({"virtual_gpus": 3}, "batch of 4"),
+        ({"statistics": ("in", "gn", "bn"), "num_groups": 4}, "num_groups=4"),
+    ):
+        for function in (functional.switch_norm, kernels.switch_norm):
+            with pytest.raises(ValueError, match=message):
+                function(x, *rest, **options)
