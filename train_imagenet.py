@@ -419,7 +419,10 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
     """The contents of summary.json."""
     cfg, data = run.cfg, run.data.describe()
     setting = cfg.setting
-    full = (data["train_images"], data["val_images"]) == IMAGENET_SIZE and cfg.schedule.epochs >= 90
+    full = (
+        data["train_images"],
+        data["val_images"],
+    ) == IMAGENET_SIZE and cfg.schedule.epochs >= 100
     layers = sn.importance_weights(run.model).values()
     return {
         "task": "imagenet",

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..modules import importance_weights
+from .results import COLORS
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
 # keys that say where and how fast, not what: they may change between a run and its resumption
@@ -163,7 +164,6 @@ def importance_figure(averages: dict[str, dict]):
     """Stacked bars of the importance weights per block: means left, variances right."""
     from matplotlib.figure import Figure
 
-    colours = {"in": "#E69F00", "ln": "#009E73", "gn": "#CC79A7", "bn": "#0072B2"}
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, moment, title in zip(
         figure.subplots(1, 2, sharey=True), ("mean", "var"), ("mean", "variance")
@@ -172,7 +172,7 @@ def importance_figure(averages: dict[str, dict]):
         for statistic in next(iter(averages.values()))[moment]:
             heights = [row[moment][statistic] for row in averages.values()]
             axes.bar(
-                list(averages), heights, bottom=bottom, label=statistic, color=colours[statistic]
+                list(averages), heights, bottom=bottom, label=statistic, color=COLORS[statistic]
             )
             bottom = [a + b for a, b in zip(bottom, heights)]
         axes.set_title(f"importance weights of the {title}")
