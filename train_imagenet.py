@@ -18,7 +18,7 @@ import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -97,8 +97,11 @@ def main(cfg: DictConfig) -> None:
     except (ValueError, TypeError, OSError, FloatingPointError, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        message = str(error)
+        if isinstance(error, MissingMandatoryValue):
+            message = f"{error.full_key} is not set; add {error.full_key}=... to the command"
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"train_imagenet.py{rank}: {error}", file=sys.stderr, flush=True)
+        print(f"train_imagenet.py{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
     finally:
         distributed.stop()
@@ -316,10 +319,11 @@ def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[fl
     run.optimizer.zero_grad(set_to_none=True)
     micro_batches = run.micro_batches
     totals = torch.zeros(2, dtype=torch.float64, device=images.device)
-    with distributed.one_running_update(run.model, micro_batches):
+    with distributed.one_running_update(run.model, micro_batches) as begin_micro_batch:
         for index, (x, target) in enumerate(
             zip(images.chunk(micro_batches), labels.chunk(micro_batches))
         ):
+            begin_micro_batch(index)
             last = index == micro_batches - 1
             wait = run.parallel is run.model or last
             with contextlib.nullcontext() if wait else run.parallel.no_sync():
