@@ -71,7 +71,10 @@ class Recorder:
         return json.loads(path.read_text()) if path.exists() else None
 
     def open(self, epoch: int) -> None:
-        """Begin to write, with `epoch` epochs done: what later ones had written is dropped."""
+        """Begin to write, with `epoch` epochs done (-1: nothing, not even the start).
+
+        What a broken run had written beyond that is dropped.
+        """
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ class Recorder:
                 kept = [line for line in read_jsonl(path) if line["epoch"] <= epoch]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=epoch * 1000 + 1 if epoch else None
+            str(self.folder / "tensorboard"), purge_step=max(0, epoch * 1000 + 1)
         )
 
     def close(self) -> None:
