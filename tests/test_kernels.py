@@ -161,6 +161,15 @@ def test_without_affine_or_running_statistics(layout):
         torch.testing.assert_close(fused, plain)
 
 
+@pytest.mark.parametrize("statistics", SUBSETS, ids="-".join)
+def test_without_numpy(statistics, monkeypatch):
+    monkeypatch.setattr(kernels.mixture, "np", None)
+    for training, virtual_gpus in MODES:
+        options = {"training": training, "virtual_gpus": virtual_gpus, "num_groups": 2}
+        tensors = values((4, 6, 5, 7), statistics)
+        compare(tensors, torch.float64, statistics=statistics, **options)
+
+
 def test_parameters_in_another_dtype():
     x, *parameters, dy = values((4, 6, 5, 7), ("in", "ln", "bn"), dtype=torch.bfloat16)
     for x_dtype, dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):

@@ -20,7 +20,8 @@ from .function import fused_switch_norm
 from .mixture import Options
 
 BACKENDS = ("auto", "reference", "aten")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _check_backend(name: str) -> str:
@@ -94,17 +95,14 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
         return "reference"
     if x.dim() < 3 or x.numel() == 0 or x.numel() == x.shape[0] * x.shape[1]:
         return "reference"
-    if x.device.type != "cpu" or x.dtype not in _FLOATS or _is_transformed():
+    if not x.is_cpu or x.dtype not in _FLOATS or _is_transformed():
         return "reference"
-    widest = torch.float64 if x.dtype is torch.float64 else torch.float32
+    accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
     for tensor in (x, *others):
-        if tensor is not None:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-                return "reference"
-            if tensor.device != x.device or tensor.dtype not in _FLOATS:
-                return "reference"
-            if tensor.dtype.itemsize > widest.itemsize:
-                return "reference"
+        if tensor is not None and not (
+            type(tensor) in _TENSORS and tensor.dtype in accepted and tensor.is_cpu
+        ):
+            return "reference"
     return "aten"
 
 

@@ -38,6 +38,12 @@ def _pieces(length: int, longest: int) -> int:
     return 1
 
 
+@lru_cache(maxsize=256)
+def _most_pieces(length: int, most: int) -> int:
+    """The most equal pieces, at most `most`, that make up `length`."""
+    return next(pieces for pieces in range(most, 0, -1) if length % pieces == 0)
+
+
 def _join(moments: Tensor, dim: int) -> Tensor:
     """Moments (2, ...) of equal pieces along `dim` as moments of the whole (total variance)."""
     mean, var = moments.unbind(0)
@@ -163,13 +169,13 @@ class Columns:
     def _fold(x: Tensor) -> tuple[int, int]:
         """(rows, pieces) of a sample seen as (rows, pieces C), or (0, 0): blocks serve better.
 
-        As if a sample had more channels: short sums in one call of a batch norm kernel.
+        As if a sample had more channels: shorter sums, as far as they fit the first level cache.
         """
         length, channels = x.shape[1:]
         if length * channels < 40_000:  # the cost of a call outweighs
             return 0, 0
-        pieces = _pieces(length, 128)
-        return (length // pieces, pieces) if length // pieces <= 1024 else (0, 0)
+        pieces = _most_pieces(length, max(1, 1024 // channels))
+        return (length // pieces, pieces) if length // pieces <= 2048 else (0, 0)
 
     @staticmethod
     def _samples(x: Tensor, rows: int) -> tuple[Tensor, ...]:
