@@ -27,24 +27,25 @@ def fused_switch_norm(
     return _forward(*inputs, options)[0]
 
 
-def _layout(x: Tensor) -> tuple[Tensor, type]:
-    """`x`, dense, and its layout."""
+def dense_in_layout(x: Tensor) -> tuple[Tensor, bool]:
+    """`x`, dense, and whether its channels come last."""
     if x.is_contiguous():
-        return x, Rows
+        return x, False
     last = x.permute(0, *range(2, x.dim()), 1)
     if last.is_contiguous():
-        return x, Columns
+        return x, True
     if x.stride(1) == 1 and x.shape[1] > 1:  # a slice of a channels_last tensor
-        return last.contiguous().permute(0, -1, *range(1, x.dim() - 1)), Columns
-    return x.contiguous(), Rows
+        return last.contiguous().permute(0, -1, *range(1, x.dim() - 1)), True
+    return x.contiguous(), False
 
 
-def _like(dy: Tensor, layout: type) -> Tensor:
-    """`dy` in the layout of x."""
-    if layout is Rows:
+def like_layout(dy: Tensor, last: bool) -> Tensor:
+    """`dy`, dense in the layout of x."""
+    if not last:
         return dy.contiguous()
-    last = dy.permute(0, *range(2, dy.dim()), 1)
-    return last.contiguous().permute(0, -1, *range(1, dy.dim() - 1))
+    return (
+        dy.permute(0, *range(2, dy.dim()), 1).contiguous().permute(0, -1, *range(1, dy.dim() - 1))
+    )
 
 
 def _mix(pair: Tensor, centre: Tensor | None, parameters, running, options: Options) -> Mixed:
@@ -68,7 +69,8 @@ def _tensor(array, dtype: torch.dtype) -> Tensor:
 def _forward(x, mean_weight, var_weight, weight, bias, running_mean, running_var, options):
     """Output, dense x, its layout, the mixture, the instances' means and their centre, if any."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, layout = _layout(x.detach())
+    x, last = dense_in_layout(x.detach())
+    layout = Columns if last else Rows
     size = x.shape[:2]
     parameters = [t if t is None else t.detach() for t in (mean_weight, var_weight, weight, bias)]
     running = running_mean, running_var
@@ -123,7 +125,7 @@ class _SwitchNorm(torch.autograd.Function):
         dtype, layout, mixed = mean.dtype, ctx.layout, ctx.mixed
 
         x = x.detach() if ctx.dense is None else ctx.dense
-        view, dy_view = layout.view(x), layout.view(_like(dy, layout))
+        view, dy_view = layout.view(x), layout.view(like_layout(dy, layout is Columns))
         if centre is not None:
             view = view.to(dtype) - layout.per_instance(centre)
         total, product = (to_array(s.view_as(mean)) for s in layout.reduce(dy_view, view, mean))

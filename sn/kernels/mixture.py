@@ -151,7 +151,8 @@ def mix(
             pool, distance, own = None, None, (mean, var)
             mixed = var * u
         elif statistic == "bn" and not options.training and running_mean is not None:
-            pool, distance, own = None, mean - running_mean, (running_mean, running_var)
+            pool, distance = None, mean - running_mean
+            own = running_mean * 1.0, running_var * 1.0  # copies: the buffers may change
             part = running_var * u
             mixed = (_zeros_like(mean) if mixed is None else mixed) + part
         else:
