@@ -15,15 +15,15 @@ from .modules import (
     parameter_groups,
     set_virtual_gpus,
 )
-from .norms import BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, make_norm
+from .norms import AutoGroupNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d, make_norm
 from .version import __version__
 
 __all__ = [
     "STATISTICS",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "GroupNorm",
+    "AutoGroupNorm",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "SwitchNorm1d",
     "SwitchNorm2d",
     "SwitchNorm3d",

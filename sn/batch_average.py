@@ -48,14 +48,12 @@ class _Moments:
         self.count = total
 
     def merge_over_processes(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            return
         sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
-        dist.all_reduce(sums)
+        _sum_over_processes(sums)
         total = int(sums[-1].item())
         mean = sums[:-1] / max(total, 1)
         self.deviation += self.count * (self.mean - mean).square()
-        dist.all_reduce(self.deviation)
+        _sum_over_processes(self.deviation)
         self.count, self.mean = total, mean
 
     def store(self, layer: nn.Module, batches: int) -> None:
@@ -63,6 +61,12 @@ class _Moments:
         layer.running_mean.copy_(self.mean)
         layer.running_var.copy_(self.deviation / max(freedom, 1))
         layer.num_batches_tracked.fill_(batches)
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 @torch.no_grad()
@@ -73,7 +77,7 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
     process group every rank brings batches of its own and all end with the statistics of all.
     Modes, momenta and groups of virtual GPUs are restored. Returns the number of batches used by
-    this rank; a model without batch statistics is left alone (0).
+    all ranks; a model without batch statistics is left alone (0).
 
     Raises ValueError if no batch came. The model is unchanged after an error.
     """
@@ -100,6 +104,7 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             inputs = item[0] if isinstance(item, (tuple, list)) else item
             model(inputs.to(device))
             batches += 1
+        batches = _sum_over_processes(torch.tensor(float(batches), device=device))
         for layer, collected in moments.items():
             collected.merge_over_processes()
             if collected.count:
@@ -122,4 +127,4 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
                 layer.virtual_gpus = virtual_gpus
         for module, mode in modes.items():
             module.training = mode
-    return batches
+    return int(batches)

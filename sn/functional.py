@@ -34,16 +34,21 @@ def canonical_statistics(statistics: Sequence[str]) -> tuple[str, ...]:
 
 def check_num_groups(num_groups: int | None, num_features: int) -> None:
     """Raise ValueError unless `num_groups` divides `num_features`."""
-    if not isinstance(num_groups, int) or num_groups < 1 or num_features % num_groups:
+    if num_groups is None:
+        raise ValueError("the statistic 'gn' needs num_groups, a divisor of the channel count")
+    whole = isinstance(num_groups, int) and not isinstance(num_groups, bool)
+    if not whole or num_groups < 1 or num_features % num_groups:
         divisors = [d for d in range(1, num_features + 1) if num_features % d == 0]
         raise ValueError(
-            f"num_groups={num_groups} does not divide {num_features} channels; "
+            f"num_groups={num_groups!r} does not divide {num_features} channels; "
             f"choose one of {divisors}"
         )
 
 
-def check_virtual_gpus(batch: int, virtual_gpus: int) -> None:
+def check_virtual_gpus(virtual_gpus: int, batch: int = 0) -> None:
     """Raise ValueError unless a batch splits into `virtual_gpus` equal groups."""
+    if not isinstance(virtual_gpus, int) or virtual_gpus < 1:
+        raise ValueError(f"virtual_gpus={virtual_gpus!r}; expected a whole number, 1 or more")
     if batch % virtual_gpus:
         raise ValueError(
             f"a batch of {batch} does not split into virtual_gpus={virtual_gpus} equal groups; "
@@ -103,39 +108,36 @@ def switch_norm(
     h = x.to(dtype)
 
     # mean and variance of each instance: (N, C)
-    if spatial:
+    if spatial and x.numel() > 0:
         var_in, mean_in = torch.var_mean(h, spatial, correction=0)
-    else:
-        mean_in, var_in = h, torch.zeros_like(h)
-    # Means are taken relative to one common level, so that their differences keep all digits.
-    level = mean_in.detach().mean()
-    m = mean_in - level
-
-    moments = []  # (mean - level, variance) per statistic, each broadcastable to (N, C)
+    else:  # an instance of one value, or none
+        mean_in = h.sum(spatial) if spatial else h
+        var_in = torch.zeros_like(mean_in)
+    moments = []  # (mean - mean_in, variance) per statistic, each broadcastable to (N, C)
     for statistic in statistics:
         if statistic == "in":
-            moments.append((m, var_in))
+            moments.append((torch.zeros_like(mean_in), var_in))
         elif statistic == "ln":
-            moments.append(_pool(m, var_in, (batch, channels), 1))
+            moments.append(_pool(mean_in, var_in, (batch, channels), 1))
         elif statistic == "gn":
             check_num_groups(num_groups, channels)
-            moments.append(_pool(m, var_in, (batch, num_groups, channels // num_groups), 2))
+            moments.append(_pool(mean_in, var_in, (batch, num_groups, channels // num_groups), 2))
         elif training or running_mean is None:
             groups = virtual_gpus if training else 1
-            check_virtual_gpus(batch, groups)
-            mean_bn, var_bn = _pool(m, var_in, (groups, batch // groups, channels), 1)
-            moments.append((mean_bn, var_bn))
+            check_virtual_gpus(groups, batch)
+            offset_bn, var_bn = _pool(mean_in, var_in, (groups, batch // groups, channels), 1)
+            moments.append((offset_bn, var_bn))
             if training and running_mean is not None and x.numel() > 0:
                 with torch.no_grad():  # every sample of a group holds its group's moments
-                    _update(running_mean, mean_bn.mean(0) + level, momentum)
+                    _update(running_mean, (mean_in + offset_bn).mean(0), momentum)
                     _update(running_var, var_bn.mean(0), momentum)
         else:
-            moments.append((running_mean.to(dtype) - level, running_var.to(dtype)))
+            moments.append((running_mean.to(dtype) - mean_in, running_var.to(dtype)))
 
     mean_gates = mean_weight.to(dtype).softmax(0).unbind(0)
     var_gates = var_weight.to(dtype).softmax(0).unbind(0)
     # sum_k w_k mu_k - mu_in, from differences; the softmax sums to 1
-    offset = sum(w * (mean - m) for w, (mean, _) in zip(mean_gates, moments, strict=True))
+    offset = sum(w * delta for w, (delta, _) in zip(mean_gates, moments, strict=True))
     var = sum(v * var for v, (_, var) in zip(var_gates, moments, strict=True))
 
     scale = torch.rsqrt(var + eps)
@@ -157,10 +159,12 @@ def _pool(
     The law of total variance: mean of the variances plus variance of the means.
     """
     mean, var = mean_nc.reshape(shape), var_nc.reshape(shape)
+    level = mean.detach().mean(dim, keepdim=True)  # a nearby constant: differences keep all digits
+    mean = mean - level
     pooled = mean.mean(dim, keepdim=True)
-    pooled_var = var.mean(dim, keepdim=True) + (mean - pooled).square().mean(dim, keepdim=True)
-    size = mean_nc.shape
-    return pooled.expand(shape).reshape(size), pooled_var.expand(shape).reshape(size)
+    delta = pooled - mean
+    pooled_var = var.mean(dim, keepdim=True) + delta.square().mean(dim, keepdim=True)
+    return delta.reshape(mean_nc.shape), pooled_var.expand(shape).reshape(mean_nc.shape)
 
 
 def _update(running: Tensor, new: Tensor, momentum: float) -> None:
@@ -170,6 +174,8 @@ def _update(running: Tensor, new: Tensor, momentum: float) -> None:
 def _check_shapes(x, mean_weight, var_weight, weight, bias, statistics) -> None:
     if x.dim() < 2:
         raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"expected x of a floating-point dtype, got {x.dtype}")
     for name, gates in (("mean_weight", mean_weight), ("var_weight", var_weight)):
         if gates.shape != (len(statistics),):
             raise ValueError(

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import canonical_statistics, check_num_groups
+from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import switch_norm
 
 
@@ -38,6 +39,7 @@ class SwitchNormBase(nn.Module):
         virtual_gpus: int = 1,
     ):
         super().__init__()
+        check_virtual_gpus(virtual_gpus)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -116,6 +118,8 @@ class SwitchNormBase(nn.Module):
                 f"{type(self).__name__}(num_features={self.num_features}) got input of shape "
                 f"{tuple(x.shape)} with {x.shape[1]} channels"
             )
+        if self.training and "bn" in self.statistics:
+            check_virtual_gpus(self.virtual_gpus, x.shape[0])
 
     def extra_repr(self) -> str:
         options = [f"{self.num_features}", f"eps={self.eps}", f"statistics={self.statistics}"]
@@ -191,8 +195,8 @@ class SwitchNorm3d(SwitchNormBase):
 class SwitchNormRecurrent(SwitchNormBase):
     """LN + GN for the vectors (B, D) of a recurrent network; B may be 1.
 
-    No batch statistics, so training and evaluation are the same function. `num_groups` must
-    divide D. Source: section 4.4 (the ENAS controller).
+    No batch statistics, so training and evaluation are the same function. `num_groups`, for gn,
+    must divide D. Source: section 4.4 (the ENAS controller).
     """
 
     input_dims = (2,)
@@ -222,7 +226,7 @@ class SwitchNormRecurrent(SwitchNormBase):
             device=device,
             dtype=dtype,
             statistics=statistics,
-            num_groups=num_groups,
+            num_groups=num_groups if "gn" in statistics else None,
         )
 
 
@@ -243,12 +247,24 @@ def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]
 
 
 def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
-    """Let every batch-dependent layer that can treat a batch as `virtual_gpus` groups do so."""
-    if virtual_gpus < 1:
-        raise ValueError(f"virtual_gpus={virtual_gpus}; expected 1 or more")
-    for layer in model.modules():
-        if hasattr(layer, "virtual_gpus"):
-            layer.virtual_gpus = virtual_gpus
+    """Let every batch-dependent layer treat a training batch as `virtual_gpus` groups.
+
+    Raises ValueError if one cannot, such as a plain nn.BatchNorm2d.
+    """
+    check_virtual_gpus(virtual_gpus)
+    layers = [m for m in model.modules() if hasattr(m, "virtual_gpus")]
+    foreign = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm) and not hasattr(layer, "virtual_gpus")
+    ]
+    if foreign and virtual_gpus > 1:
+        raise ValueError(
+            f"{foreign[0]!r} takes batch statistics but does not know virtual GPUs; "
+            "build the model with norm_layer=sn.make_norm('bn'), or accumulate micro-batches"
+        )
+    for layer in layers:
+        layer.virtual_gpus = virtual_gpus
 
 
 def parameter_groups(

@@ -13,7 +13,10 @@ from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 
 
 class _VirtualGPUs:
-    """Batch normalisation that may treat a training batch as groups, one per virtual GPU."""
+    """Batch normalisation that may treat a training batch as groups, one per virtual GPU.
+
+    Also known as ghost batch normalisation (Hoffer et al. 2017).
+    """
 
     virtual_gpus = 1
 
@@ -27,14 +30,14 @@ class _VirtualGPUs:
         if groups == 1 or not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        check_virtual_gpus(x.shape[0], groups)
+        check_virtual_gpus(groups, x.shape[0])
         # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
         merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
         mean = torch.zeros(merged.shape[1], device=x.device, dtype=self._statistics_dtype(x))
         var = torch.ones_like(mean)
         weight, bias = self.weight, self.bias
-        if self.affine:
-            weight, bias = weight.repeat(groups), bias.repeat(groups)
+        weight = None if weight is None else weight.repeat(groups)
+        bias = None if bias is None else bias.repeat(groups)
         y = F.batch_norm(merged, mean, var, weight, bias, True, 1.0, self.eps)
         if self.track_running_stats:
             self._update_running_stats(mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0))
@@ -44,7 +47,8 @@ class _VirtualGPUs:
         return y
 
     def _statistics_dtype(self, x: Tensor) -> torch.dtype:
-        return x.dtype if self.running_mean is None else self.running_mean.dtype
+        reference = self.weight if self.running_mean is None else self.running_mean
+        return x.dtype if reference is None else reference.dtype
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
@@ -60,19 +64,19 @@ class _VirtualGPUs:
         return super().extra_repr() + groups
 
 
-class BatchNorm1d(_VirtualGPUs, nn.BatchNorm1d):
+class GhostBatchNorm1d(_VirtualGPUs, nn.BatchNorm1d):
     """nn.BatchNorm1d that knows virtual GPUs (attribute `virtual_gpus`, 1 by default)."""
 
 
-class BatchNorm2d(_VirtualGPUs, nn.BatchNorm2d):
+class GhostBatchNorm2d(_VirtualGPUs, nn.BatchNorm2d):
     """nn.BatchNorm2d that knows virtual GPUs (attribute `virtual_gpus`, 1 by default)."""
 
 
-class BatchNorm3d(_VirtualGPUs, nn.BatchNorm3d):
+class GhostBatchNorm3d(_VirtualGPUs, nn.BatchNorm3d):
     """nn.BatchNorm3d that knows virtual GPUs (attribute `virtual_gpus`, 1 by default)."""
 
 
-class GroupNorm(nn.GroupNorm):
+class AutoGroupNorm(nn.GroupNorm):
     """nn.GroupNorm with the channel count first, like every other norm here.
 
     `num_groups` None is the largest divisor of `num_features` up to 32; an explicit count that
@@ -94,13 +98,15 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_features, eps, affine, device, dtype)
 
 
+# timm swaps classes it knows by name (batchnorm2d, groupnorm) for its fused norm+activation layers;
+# the names above are not among them, so that timm says so instead.
 # name -> (class by number of spatial dimensions, options it starts from)
 _SWITCH_NORM = {1: SwitchNorm1d, 2: SwitchNorm2d, 3: SwitchNorm3d}
-_GROUP_NORM = dict.fromkeys((1, 2, 3), GroupNorm)
+_GROUP_NORM = dict.fromkeys((1, 2, 3), AutoGroupNorm)
 NORMS = {
     "sn": (_SWITCH_NORM, {}),
     "sn_in_ln": (_SWITCH_NORM, {"statistics": ("in", "ln")}),
-    "bn": ({1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}, {}),
+    "bn": ({1: GhostBatchNorm1d, 2: GhostBatchNorm2d, 3: GhostBatchNorm3d}, {}),
     "gn": (_GROUP_NORM, {}),
     "in": (
         {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
@@ -124,10 +130,10 @@ def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Modul
     if dim not in layers:
         raise ValueError(f"dim={dim} for norm {name!r}; choose one of {sorted(layers)}")
     options = {**defaults, **options}
-    if "statistics" in options:
-        options["statistics"] = canonical_statistics(options["statistics"])
     valid = list(inspect.signature(layers[dim]).parameters)[1:]
     for option in options:
         if option not in valid:
             raise TypeError(f"norm {name!r} has no option {option!r}; choose from {valid}")
+    if "statistics" in options:
+        options["statistics"] = canonical_statistics(options["statistics"])
     return partial(layers[dim], **options)

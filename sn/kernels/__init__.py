@@ -71,7 +71,7 @@ def switch_norm(
         if "gn" in statistics:
             check_num_groups(num_groups, x.shape[1])
         if "bn" in statistics and training:
-            check_virtual_gpus(x.shape[0], virtual_gpus)
+            check_virtual_gpus(virtual_gpus, x.shape[0])
         options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
         return fused_switch_norm(*tensors, options)
     return functional.switch_norm(

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Train norms x settings x seeds, a fresh process each. The same line again skips what has finished
+# and continues what was interrupted.
+#
+#   scripts/sweep_settings.sh --norms "bn gn sn" --settings "8x32 8x8 8x2" --seeds "0 1" \
+#       -- data=cifar10 data.root=data schedule.epochs=30
+#
+#   --norms N      names from configs/norm                      (default: bn gn sn)
+#   --settings S   GPUs x images per GPU                        (default: the nine of Table 4.1)
+#   --seeds K                                                   (default: 0)
+#   --output DIR   output_root of the runs; logs in DIR/logs    (default: outputs)
+#   --processes P  processes per run, for P GPUs; a setting with fewer GPUs takes its own number
+#   --jobs J       runs at a time                               (default: 1)
+#   --dry-run      print the commands
+#   -- ...         Hydra overrides for every run
+#
+# At one image per GPU `sn` means `sn_in_ln`, as in the paper; the record says so.
+# Exit code: 0 all finished (or diverged, which is a result), 1 some failed, 2 bad usage.
+set -euo pipefail
+shopt -s inherit_errexit
+
+norms="bn gn sn"
+settings="8x32 8x16 8x8 8x4 8x2 1x16 1x32 8x1 1x8"
+seeds="0"
+output="outputs"
+processes=1
+jobs=1
+dry_run=""
+usage() {
+    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
+    [ $# -eq 0 ] || echo "sweep_settings.sh: $1" >&2
+    exit 2
+}
+while [ $# -gt 0 ]; do
+    case $1 in
+    --norms | --settings | --seeds | --output | --processes | --jobs)
+        [ $# -ge 2 ] || usage "$1 needs a value"
+        printf -v "${1#--}" %s "$2"
+        shift 2
+        ;;
+    --dry-run) dry_run=yes && shift ;;
+    --) shift && break ;;
+    -h | --help) usage ;;
+    *) usage "unknown argument '$1'; Hydra overrides come after --" ;;
+    esac
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python}
+[ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+for number in "$processes" "$jobs"; do
+    [[ $number =~ ^[1-9][0-9]*$ ]] || usage "'$number' is not a whole number of 1 or more"
+done
+for seed in $seeds; do [[ $seed =~ ^[0-9]+$ ]] || usage "seed '$seed' is not a whole number"; done
+for norm in $norms; do
+    [ -f "$root/configs/norm/$norm.yaml" ] || usage "unknown norm '$norm'; there are: $(
+        cd "$root/configs/norm" && ls | sed 's/\.yaml$//' | tr '\n' ' ')"
+done
+for setting in $settings; do
+    [[ $setting =~ ^[1-9][0-9]*x[1-9][0-9]*$ ]] ||
+        usage "setting '$setting' is not <gpus>x<images per gpu>, such as 8x32"
+done
+# several runs at a time on a CPU must not fight for the cores
+[ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > jobs ? $(nproc) / jobs : 1))}
+
+logs=$output/logs
+[ -n "$dry_run" ] || mkdir -p "$logs"
+failed=$(mktemp)
+trap 'rm -f "$failed"; kill $(jobs -p) 2>/dev/null || true' EXIT
+
+run_one() { # name, command...
+    local name=$1 code=0
+    shift
+    if [ "$jobs" -eq 1 ]; then
+        echo "== $name"
+        "$@" 2>&1 | tee "$logs/$name.log" || code=${PIPESTATUS[0]}
+    else
+        "$@" >"$logs/$name.log" 2>&1 || code=$?
+        echo "== $name: $(grep -v '^$' "$logs/$name.log" | tail -n 1)"
+    fi
+    case $code in
+    0) ;;
+    3) echo "== $name diverged" ;;
+    *) echo "$name (exit code $code, $logs/$name.log)" >>"$failed" ;;
+    esac
+}
+
+for seed in $seeds; do
+    for setting in $settings; do
+        gpus=${setting%x*} images=${setting#*x}
+        for norm in $norms; do
+            note=()
+            actual=$norm
+            if [ "$norm" = sn ] && [ "$images" -eq 1 ]; then
+                actual=sn_in_ln
+                note=("note='sn at one image per GPU: IN and LN only, as in the paper'")
+            fi
+            count=$((processes < gpus ? processes : gpus))
+            command=("$python" "$root/train_imagenet.py")
+            [ "$count" -eq 1 ] || command=("$root/scripts/launch.sh" "$count" "$root/train_imagenet.py")
+            command+=("norm=$actual" "setting.gpus=$gpus" "setting.images_per_gpu=$images"
+                "seed=$seed" "output_root=$output" "${note[@]}" "$@")
+            if [ -n "$dry_run" ]; then
+                printf '%q ' "${command[@]}" && echo
+                continue
+            fi
+            while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
+            if [ "$jobs" -eq 1 ]; then
+                run_one "${actual}_${setting}_seed$seed" "${command[@]}"
+            else
+                run_one "${actual}_${setting}_seed$seed" "${command[@]}" &
+            fi
+        done
+    done
+done
+wait
+if [ -s "$failed" ]; then
+    echo "failed:" >&2
+    sed 's/^/  /' "$failed" >&2
+    exit 1
+fi

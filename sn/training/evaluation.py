@@ -1,0 +1,58 @@
+"""Top-1 and top-5 over a validation set, each image once whatever the number of processes."""
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .distributed import sum_over_processes, untrained_statistics
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[str, float]:
+    """Return {"loss", "top1", "top5"}, the last two in percent; the model's mode is restored.
+
+    `batches` holds this process's share of the images, `to_device` moves images or labels. Warns
+    about layers whose running statistics no training step has updated (mean 0, variance 1).
+    """
+    untrained = untrained_statistics(model)
+    if untrained:
+        warnings.warn(
+            f"{len(untrained)} layers are evaluated with untrained running statistics (mean 0, "
+            f"variance 1), first {untrained[0]!r}; train a step or call sn.batch_average",
+            stacklevel=2,
+        )
+    training = model.training
+    model.eval()
+    totals = None
+    for images, labels in batches:
+        labels = to_device(labels)
+        logits = model(to_device(images)).double()
+        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        batch = torch.stack(
+            [
+                F.cross_entropy(logits, labels, reduction="sum"),
+                ranks[:, 0].sum().double(),
+                ranks.any(1).sum().double(),
+                torch.tensor(float(len(labels)), device=logits.device, dtype=torch.float64),
+            ]
+        )
+        totals = batch if totals is None else totals + batch
+    model.train(training)
+    if totals is None:  # more processes than images
+        totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
+    loss, top1, top5, count = sum_over_processes(totals).tolist()
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def check_finite(loss: Tensor, model: nn.Module, where: str) -> None:
+    """Raise FloatingPointError, naming the first layer gone bad, unless `loss` is finite."""
+    if torch.isfinite(loss).all():
+        return
+    for tensors in (model.named_buffers(), model.named_parameters()):
+        for name, tensor in tensors:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"loss is not finite at {where}; first bad: {name}")
+    raise FloatingPointError(f"loss is not finite at {where}, though all weights are")

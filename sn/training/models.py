@@ -1,0 +1,195 @@
+"""Classifiers built with a norm callable: torchvision's, timm's, and CIFAR-size ResNets."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+Norm = Callable[[int], nn.Module]
+
+CIFAR_RESNETS = {  # name -> (blocks per stage, width of the first stage, projection shortcuts)
+    "resnet20": ((3, 3, 3), 16, False),
+    "cifar_resnet18": ((2, 2, 2, 2), 64, True),
+}
+
+
+class PadShortcut(nn.Module):
+    """Parameter-free shortcut: every second pixel, new channels zero (He et al. 2016, option A)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.missing = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.missing // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.missing - before))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for small images: 3x3 stem, no pooling. Source: He et al. 2016, section 4.2."""
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        width: int,
+        projection: bool,
+        num_classes: int,
+        norm: Norm,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = norm(width)
+        self.stages = len(blocks)
+        in_channels = width
+        for stage, count in enumerate(blocks):
+            out_channels = width * 2**stage
+            layers = []
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                shortcut = None
+                if stride == 2 and projection:
+                    conv = nn.Conv2d(in_channels, out_channels, 1, stride=2, bias=False)
+                    shortcut = nn.Sequential(conv, norm(out_channels))
+                elif stride == 2:
+                    shortcut = PadShortcut(in_channels, out_channels)
+                layers.append(
+                    BasicBlock(in_channels, out_channels, stride, shortcut, norm_layer=norm)
+                )
+                in_channels = out_channels
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.fc = nn.Linear(in_channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in range(self.stages):
+            x = getattr(self, f"layer{stage + 1}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class DropoutLinear(nn.Linear):
+    """nn.Linear with dropout on its input and the parameter names of nn.Linear."""
+
+    def __init__(self, linear: nn.Linear, dropout: float):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, self.dropout, self.training))
+
+
+def build_model(
+    name: str,
+    source: str,
+    num_classes: int,
+    norm: Norm,
+    dropout: float = 0.0,
+    zero_init_residual: bool = True,
+) -> nn.Module:
+    """Build a classifier whose norm layers come from `norm`, with random weights.
+
+    Args:
+        source: "cifar", "torchvision" or "timm".
+        dropout: before the classifier.
+        zero_init_residual: the last gain of each residual block starts at 0, where the model can.
+
+    Raises ValueError for an unknown name, or a model that cannot take the norm.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"model.dropout={dropout}; expected 0 <= dropout < 1")
+    builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
+    if source not in builders:
+        raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
+    return builders[source](name, num_classes, norm, dropout, zero_init_residual)
+
+
+def _cifar(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
+    if name not in CIFAR_RESNETS:
+        raise ValueError(f"unknown CIFAR model {name!r}; choose one of {list(CIFAR_RESNETS)}")
+    model = CifarResNet(*CIFAR_RESNETS[name], num_classes, norm)
+    if zero_init_residual:
+        for module in model.modules():
+            if isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+    if dropout:
+        model.fc = DropoutLinear(model.fc, dropout)
+    return model
+
+
+def _torchvision(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise ValueError(f"unknown torchvision model {name!r}; choose one of {names}")
+    builder = inspect.unwrap(torchvision.models.get_model_builder(name))
+    options = {"norm_layer": norm}
+    if _accepts(torchvision.models.ResNet, builder):
+        options["zero_init_residual"] = zero_init_residual
+    if name in ("googlenet", "inception_v3"):
+        options["aux_logits"] = False
+    try:
+        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except TypeError as error:
+        if "norm_layer" not in str(error):
+            raise
+        raise ValueError(
+            f"torchvision's {name} takes no norm_layer; choose a ResNet, MobileNet, EfficientNet..."
+        ) from None
+    if dropout:
+        if not isinstance(getattr(model, "fc", None), nn.Linear):
+            raise ValueError(f"model.dropout={dropout}: torchvision's {name} has no fc; use 0.0")
+        model.fc = DropoutLinear(model.fc, dropout)
+    return model
+
+
+def _accepts(family: type, builder: Callable) -> bool:
+    return inspect.signature(builder).return_annotation is family
+
+
+def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
+    import timm  # only here: it is slow to import
+
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name[:6]}*")[:10]
+        raise ValueError(f"unknown timm model {name!r}; timm.list_models() has {close} ...")
+    check_timm_norm(name)
+    try:
+        return timm.create_model(
+            name,
+            num_classes=num_classes,
+            norm_layer=norm,
+            drop_rate=dropout,
+            zero_init_last=zero_init_residual,
+        )
+    except TypeError as error:
+        if "zero_init_last" in str(error):
+            return timm.create_model(
+                name, num_classes=num_classes, norm_layer=norm, drop_rate=dropout
+            )
+        if "norm_layer" in str(error):
+            raise ValueError(f"timm's {name} takes no norm_layer; choose another model") from None
+        raise
+
+
+def check_timm_norm(name: str) -> None:
+    """Raise ValueError if timm builds `name` with fused norm + activation layers.
+
+    There a plain norm as `norm_layer=` would be an error or lose the activations.
+    """
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    for layer_name, layer in model.named_modules():
+        if hasattr(layer, "act") and type(layer).__module__.startswith("timm.layers"):
+            if "norm" in type(layer).__module__ or "Norm" in type(layer).__name__:
+                raise ValueError(
+                    f"timm's {name} has fused norm+activation layers ({layer_name} is a "
+                    f"{type(layer).__name__}); norm_layer= cannot replace them, take another model"
+                )

@@ -1,0 +1,258 @@
+"""What a run leaves behind: config, metrics, importance weights, summary, TensorBoard events."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ..modules import importance_weights
+from .results import COLORS
+
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
+# keys that say where and how fast, not what: they may change between a run and its resumption
+MACHINE_KEYS = (
+    "output_dir",
+    "output_root",
+    "device",
+    "checkpoint_steps",
+    "note",
+    "compile",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "setting.emulation",
+)
+
+
+class Recorder:
+    """Writes a run's folder; on other processes than the main one it does nothing.
+
+    config.yaml: the resolved config without the keys of this machine. metrics.jsonl,
+    importance.jsonl: a line per epoch. summary.json: written once, at the end. tensorboard/: the
+    same for reading by eye; its x-axis is epoch * 1000, so that settings lie over one another.
+
+    Raises ValueError if the folder holds a run of another config.
+    """
+
+    def __init__(self, folder: str | Path, config: dict, is_main: bool = True):
+        self.folder = Path(folder)
+        self.is_main = is_main
+        self.config = experiment_part(config)
+        self.writer = None
+        self._check_config()
+
+    def _check_config(self) -> None:
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return
+        old = _flat(yaml.safe_load(path.read_text()) or {})
+        new = _flat(self.config)
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        if changed:
+            rows = [f"  {key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed]
+            raise ValueError(
+                f"{self.folder} holds a run of another config:\n"
+                + "\n".join(rows)
+                + "\nchoose another output_dir=, or delete that folder"
+            )
+
+    def summary(self) -> dict | None:
+        """The summary of a run that has ended, else None."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def open(self, epoch: int) -> None:
+        """Begin to write, with `epoch` epochs done: what later ones had written is dropped."""
+        if not self.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        for name in ("metrics.jsonl", "importance.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                kept = [line for line in read_jsonl(path) if line["epoch"] <= epoch]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.writer = SummaryWriter(
+            str(self.folder / "tensorboard"), purge_step=epoch * 1000 + 1 if epoch else None
+        )
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def metrics(self, epoch: int, values: dict) -> None:
+        """Record the metrics of `epoch` (1 is the first)."""
+        if not self.is_main:
+            return
+        self._append("metrics.jsonl", {"epoch": epoch, **values})
+        for key, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(key, value, epoch * 1000)
+        self.writer.flush()
+
+    def importance(self, epoch: int, model: nn.Module, figure: bool = False) -> None:
+        """Record the importance weights after `epoch` epochs (0: before training)."""
+        weights = importance_weights(model)
+        if not self.is_main or not weights:
+            return
+        blocks = block_names(model)
+        layers = {name: {"block": blocks[name], **weight} for name, weight in weights.items()}
+        self._append("importance.jsonl", {"epoch": epoch, "layers": layers})
+        averages = block_averages(layers)
+        for group, rows in (("importance", layers), ("importance_block", averages)):
+            for name, row in rows.items():
+                for moment in ("mean", "var"):
+                    for statistic, value in row[moment].items():
+                        tag = f"{group}/{moment}/{name}/{statistic}"
+                        self.writer.add_scalar(tag, value, epoch * 1000)
+        if figure:
+            self.writer.add_figure("importance", importance_figure(averages), epoch * 1000)
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json: the run has ended."""
+        if self.is_main:
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            self.close()
+
+    def _append(self, name: str, line: dict) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def block_names(model: nn.Module) -> dict[str, str]:
+    """Block of every module: its numbered stage (layer1, features.3), or "stem" before the first.
+
+    An unnumbered module after the stages is a block of its own.
+    """
+    blocks, seen_stage = {}, False
+    for name, _ in model.named_modules():
+        stage = re.match(r"[A-Za-z_]+\d+(?=\.)|[A-Za-z_]+\.\d+", name)
+        if stage and not name.startswith(("conv", "bn", "norm", "stem")):
+            seen_stage = True
+            blocks[name] = stage.group()
+        else:
+            blocks[name] = name.split(".")[0] if seen_stage else "stem"
+    return blocks
+
+
+def block_averages(layers: dict[str, dict]) -> dict[str, dict]:
+    """Mean importance weights per block, every layer counting the same."""
+    averages = {}
+    for block in dict.fromkeys(layer["block"] for layer in layers.values()):
+        members = [layer for layer in layers.values() if layer["block"] == block]
+        averages[block] = {
+            moment: {
+                statistic: sum(member[moment].get(statistic, 0.0) for member in members)
+                / len(members)
+                for statistic in members[0][moment]
+            }
+            for moment in ("mean", "var")
+        }
+    return averages
+
+
+def importance_figure(averages: dict[str, dict]):
+    """Stacked bars of the importance weights per block: means left, variances right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, moment, title in zip(
+        figure.subplots(1, 2, sharey=True), ("mean", "var"), ("mean", "variance")
+    ):
+        bottom = [0.0] * len(averages)
+        for statistic in next(iter(averages.values()))[moment]:
+            heights = [row[moment][statistic] for row in averages.values()]
+            axes.bar(
+                list(averages), heights, bottom=bottom, label=statistic, color=COLORS[statistic]
+            )
+            bottom = [a + b for a, b in zip(bottom, heights)]
+        axes.set_title(f"importance weights of the {title}")
+        axes.set_ylim(0, 1)
+        axes.tick_params(axis="x", rotation=45)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def experiment_part(config: dict) -> dict:
+    """`config` without the keys of this machine: what makes it this experiment and no other."""
+    result = {}
+    for key, value in config.items():
+        nested = {k.split(".", 1)[1]: None for k in MACHINE_KEYS if k.startswith(f"{key}.")}
+        if key in MACHINE_KEYS:
+            continue
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in nested}
+        result[key] = value
+    return result
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device, commit and date for a run's record."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions["cuda"] = torch.version.cuda
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"versions": versions, "device": name, "commit": commit(), "date": now}
+
+
+def commit() -> str | None:
+    """Commit of the code that runs, with -dirty if tracked files differ; None outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` is at every moment a whole file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Lines of a jsonl file; a last line that a kill cut short is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

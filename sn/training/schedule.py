@@ -1,0 +1,44 @@
+"""The learning rate as a pure function of progress, and seeds mixed from where a run is."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+
+def base_lr(lr_per_256: float, gpus: int, images_per_gpu: int) -> float:
+    """Linear rule: lr for a total batch of gpus * images_per_gpu. Source: official README."""
+    return lr_per_256 * gpus * images_per_gpu / 256
+
+
+def lr_factor(
+    progress: float,
+    decay: str = "step",
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+    warmup: float = 0.0,
+) -> float:
+    """Return lr / base lr at `progress` in [0, 1), the fraction of all steps taken.
+
+    `warmup` and `milestones` are fractions of the run too. "step" multiplies by `gamma` at every
+    milestone reached, "cosine" falls from 1 at the end of the warm-up to 0 at the end.
+
+    Raises ValueError for an unknown decay.
+    """
+    if progress < warmup:
+        return progress / warmup
+    if decay == "step":
+        return gamma ** sum(progress >= milestone for milestone in milestones)
+    if decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    raise ValueError(f"unknown schedule.decay={decay!r}; choose 'step' or 'cosine'")
+
+
+def steps_per_epoch(num_images: int, gpus: int, images_per_gpu: int) -> int:
+    """ceil(ceil(images / gpus) / images per gpu), as with a sampler that pads each GPU's share."""
+    return math.ceil(math.ceil(num_images / gpus) / images_per_gpu)
+
+
+def mix_seed(*parts: int) -> int:
+    """Return 32 well-mixed bits of some integers; torch's CPU generator uses no more."""
+    text = ",".join(str(int(part)) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")

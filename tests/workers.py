@@ -1,0 +1,56 @@
+"""Run train_imagenet.train in fresh processes of a gloo group, as torchrun would."""
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+
+CONFIGS = str(Path(__file__).parents[1] / "configs")
+
+
+def config(*overrides: str):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return compose("imagenet", list(overrides))
+
+
+def train_in_group(world_size: int, *overrides: str, timeout: float = 240) -> None:
+    """Train with `world_size` processes; raise RuntimeError if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_imagenet"])
+    processes = [
+        context.Process(target=_train, args=(rank, world_size, port, overrides))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+    if any(codes):
+        raise RuntimeError(f"exit codes {codes} for {overrides}")
+
+
+def _train(rank: int, world_size: int, port: int, overrides: tuple[str, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    import train_imagenet
+
+    try:
+        train_imagenet.train(config(*overrides))
+    finally:
+        train_imagenet.distributed.stop()

@@ -1,0 +1,476 @@
+"""Train an image classifier at a (GPUs, images per GPU) setting and evaluate it both ways.
+
+    python train_imagenet.py norm=sn setting=8x32                      # bundled digits
+    torchrun --nproc_per_node=8 train_imagenet.py experiment=imagenet/table_4_1 \\
+        norm=sn setting=8x32 data.root=/data/imagenet
+
+Section 4.1; Table 4.1 expects 76.9 for SN, 76.4 for BN, 75.9 for GN at (8,32). The same command
+resumes a run that was interrupted. See configs/imagenet.yaml for every option.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import hydra
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import sn
+from sn.batch_average import batch_statistics_layers
+from sn.training import distributed
+from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.data import (
+    ImageData,
+    SettingSampler,
+    TransformedImages,
+    batch_average_batches,
+    build_data,
+    evaluation_batches,
+    make_loader,
+)
+from sn.training.evaluation import check_finite, evaluate
+from sn.training.models import build_model
+from sn.training.record import Recorder, environment
+from sn.training.schedule import base_lr, lr_factor, mix_seed
+
+AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+IMAGENET_SIZE = (1_281_167, 50_000)
+
+
+@dataclass
+class Run:
+    """Everything that is built once from the config."""
+
+    cfg: DictConfig
+    processes: distributed.Processes
+    data: ImageData
+    model: nn.Module  # the plain network: saved, averaged, evaluated
+    parallel: nn.Module  # the same, in DistributedDataParallel if there are several processes
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loader: DataLoader
+    sampler: SettingSampler
+    lr: float
+    emulation: str
+    micro_batches: int
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Images in the run's precision and layout, labels as they are."""
+        if tensor.is_floating_point():
+            dtype = torch.float64 if self.cfg.precision == "fp64" else None
+            layout = torch.channels_last if self.cfg.channels_last else torch.preserve_format
+            return tensor.to(self.processes.device, dtype, non_blocking=True, memory_format=layout)
+        return tensor.to(self.processes.device, non_blocking=True)
+
+    def autocast(self):
+        dtype = AUTOCAST[self.cfg.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.processes.device.type, dtype)
+
+
+@dataclass
+class Progress:
+    """Where the run is; what a checkpoint holds beside weights and optimizer."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next
+    loss: float = 0.0  # sums over the steps done of the next
+    correct: float = 0.0
+    images: int = 0
+    images_seen: int = 0  # in all
+    wall_s: float = 0.0
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="imagenet")
+def main(cfg: DictConfig) -> None:
+    try:
+        train(cfg)
+    except (ValueError, TypeError, OSError, FloatingPointError, OmegaConfBaseException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        message = str(error)
+        if isinstance(error, MissingMandatoryValue):
+            message = f"{error.full_key} is not set; add {error.full_key}=... to the command"
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"train_imagenet.py{rank}: {message}", file=sys.stderr, flush=True)
+        sys.exit(3 if isinstance(error, FloatingPointError) else 2)
+    finally:
+        distributed.stop()
+
+
+def train(cfg: DictConfig) -> dict:
+    """Run the config to its end, from its checkpoint if there is one; return the summary."""
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_config(cfg)
+    processes = distributed.start(cfg.device)
+    recorder = Recorder(cfg.output_dir, config, processes.is_main)
+    summary = recorder.summary()
+    if summary is not None:
+        if processes.is_main:
+            print(f"{cfg.output_dir} has ended already: top-1 {summary['top1']}")
+        return summary
+
+    run = build(cfg, processes)
+    progress = resume(run)
+    recorder.open(progress.epoch)
+    if processes.is_main:
+        announce(run, progress)
+    if progress.epoch == 0 and progress.step == 0:
+        recorder.importance(0, run.model)
+    start = time.perf_counter() - progress.wall_s
+    try:
+        while progress.epoch < cfg.schedule.epochs:
+            metrics = train_one_epoch(run, progress, start)
+            validation = validate(run)
+            metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
+            progress = Progress(
+                epoch=progress.epoch + 1,
+                images_seen=progress.images_seen,
+                wall_s=time.perf_counter() - start,
+            )
+            recorder.metrics(progress.epoch, metrics)
+            figure = progress.epoch % max(1, cfg.schedule.epochs // 10) == 0
+            recorder.importance(progress.epoch, run.model, figure)
+            save(run, progress)
+            if processes.is_main:
+                print_epoch(run, progress, metrics)
+    except FloatingPointError as error:
+        progress.wall_s = time.perf_counter() - start
+        results = {"status": "diverged", "top1": None, "top5": None, "top1_batch_average": None}
+        recorder.finish(summarise(run, progress, results | {"error": str(error)}))
+        raise
+    results = {"status": "finished"} | final_evaluation(run, progress)
+    progress.wall_s = time.perf_counter() - start
+    summary = summarise(run, progress, results)
+    recorder.finish(summary)
+    if processes.is_main:
+        print(
+            f"top-1 {summary['top1']:.2f} (moving average), "
+            f"{summary['top1_batch_average']:.2f} (batch average); records in {cfg.output_dir}"
+        )
+    return summary
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Raise ValueError for values that no run can have."""
+    counts = (
+        "setting.gpus",
+        "setting.images_per_gpu",
+        "schedule.epochs",
+        "evaluation.batch_size",
+        "evaluation.batch_average.batch_size",
+        "evaluation.batch_average.batches",
+    )
+    for key in counts:
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{key}={value}; expected a whole number, 1 or more")
+    for key in ("seed", "data.workers", "checkpoint_steps"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{key}={value}; expected a whole number, 0 or more")
+    for key in ("schedule.lr_per_256", "optimizer.momentum", "optimizer.weight_decay"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ValueError(f"{key}={value}; expected a number, 0 or more")
+    if cfg.precision not in AUTOCAST:
+        raise ValueError(f"unknown precision={cfg.precision!r}; choose one of {list(AUTOCAST)}")
+
+
+def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
+    """Norm, model, data and optimizer of the config, on this process's device."""
+    setting, device = cfg.setting, processes.device
+    torch.manual_seed(cfg.seed)
+    data_options = {k: v for k, v in cfg.data.items() if k != "workers"}
+    if "last_crop" in cfg.data:
+        data_options["last_fraction"] = cfg.schedule.last_fraction
+    norm = sn.make_norm(**cfg.norm)
+    data = build_data(**data_options)
+    model = build_model(**cfg.model, num_classes=data.num_classes, norm=norm).to(device)
+    emulation, micro_batches = distributed.prepare_setting(
+        model, setting.gpus, setting.images_per_gpu, setting.emulation, processes.world_size
+    )
+    if cfg.precision == "fp64":
+        model.double()
+    if cfg.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        model.compile()
+    parallel = distributed.parallelise(model, processes)
+
+    lr = base_lr(cfg.schedule.lr_per_256, setting.gpus, setting.images_per_gpu)
+    groups = sn.parameter_groups(
+        model,
+        lr,
+        cfg.optimizer.weight_decay,
+        cfg.optimizer.gate_lr_factor,
+        cfg.optimizer.gate_weight_decay,
+    )
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=cfg.optimizer.momentum)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+
+    sampler = SettingSampler(
+        len(data.train),
+        setting.gpus,
+        setting.images_per_gpu,
+        cfg.seed,
+        processes.rank,
+        processes.world_size,
+    )
+    images = TransformedImages(data.train, data.augmentation, cfg.schedule.epochs, cfg.seed)
+    loader = make_loader(images, sampler, cfg.data.workers, device)
+    return Run(
+        cfg,
+        processes,
+        data,
+        model,
+        parallel,
+        optimizer,
+        scaler,
+        loader,
+        sampler,
+        lr,
+        emulation,
+        micro_batches,
+    )
+
+
+def announce(run: Run, progress: Progress) -> None:
+    cfg, data = run.cfg, run.data.describe()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(
+        f"{cfg.run_name}: {cfg.model.name} with {cfg.norm.name}, {parameters:,} parameters; "
+        f"{data['name']}, {data['train_images']:,} training and {data['val_images']:,} "
+        f"validation images\n"
+        f"setting ({cfg.setting.gpus},{cfg.setting.images_per_gpu}) on "
+        f"{run.processes.world_size} x {run.processes.device.type}, emulation {run.emulation}; "
+        f"lr {cfg.schedule.lr_per_256} per 256 images -> {run.lr:g}; "
+        f"{cfg.schedule.epochs} epochs of {run.sampler.steps} steps",
+        flush=True,
+    )
+    layers = sn.importance_weights(run.model).values()
+    if cfg.setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):
+        print("note: with one image per GPU bn equals in during training; the paper drops it "
+              "there (norm=sn_in_ln)")  # fmt: skip
+    if progress.images_seen:
+        print(f"resuming after {progress.epoch} epochs and {progress.step} steps", flush=True)
+
+
+def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
+    """Train from `progress.step` to the end of the epoch; return its metrics."""
+    cfg, rank = run.cfg, run.processes.rank
+    epochs, steps = cfg.schedule.epochs, run.sampler.steps
+    run.sampler.epoch, run.sampler.first_step = progress.epoch, progress.step
+    run.parallel.train()
+    began, first_image = time.perf_counter(), progress.images
+    bar = tqdm(
+        total=steps,
+        initial=progress.step,
+        desc=f"epoch {progress.epoch + 1}/{epochs}",
+        unit="step",
+        leave=False,
+        disable=not (run.processes.is_main and sys.stderr.isatty()),
+    )
+    for images, labels in run.loader:
+        set_lr(run, (progress.epoch * steps + progress.step) / (epochs * steps))
+        torch.manual_seed(mix_seed(cfg.seed, rank, progress.epoch, progress.step))  # dropout
+        where = f"epoch {progress.epoch + 1}, step {progress.step + 1} of {steps}"
+        loss, correct, count = train_step(run, run.to_device(images), run.to_device(labels), where)
+        progress.loss += loss * count
+        progress.correct += correct
+        progress.images += count
+        progress.images_seen += count
+        progress.step += 1
+        speed = (progress.images - first_image) / (time.perf_counter() - began)
+        bar.set_postfix_str(
+            f"loss {progress.loss / progress.images:.3f}, "
+            f"top-1 {100 * progress.correct / progress.images:.1f}, {speed:.0f} images/s, "
+            f"run {time_left(run, progress, speed)} left",
+            refresh=False,
+        )
+        bar.update()
+        if cfg.checkpoint_steps and progress.step % cfg.checkpoint_steps == 0 < steps:
+            if progress.step < steps:
+                progress.wall_s = time.perf_counter() - start
+                save(run, progress)
+    bar.close()
+    distributed.average_running_statistics(run.model)
+    return {
+        "step": (progress.epoch + 1) * steps,
+        "images_seen": progress.images_seen,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "train/loss": progress.loss / progress.images,
+        "train/top1": 100 * progress.correct / progress.images,
+        "images_per_s": speed,
+    }
+
+
+def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[float, float, int]:
+    """One update; return (mean loss, number correct, number of images) over all processes."""
+    run.optimizer.zero_grad(set_to_none=True)
+    micro_batches = run.micro_batches
+    totals = torch.zeros(2, dtype=torch.float64, device=images.device)
+    with distributed.one_running_update(run.model, micro_batches) as begin_micro_batch:
+        for index, (x, target) in enumerate(
+            zip(images.chunk(micro_batches), labels.chunk(micro_batches))
+        ):
+            begin_micro_batch(index)
+            last = index == micro_batches - 1
+            wait = run.parallel is run.model or last
+            with contextlib.nullcontext() if wait else run.parallel.no_sync():
+                with run.autocast():
+                    logits = run.parallel(x)
+                    loss = F.cross_entropy(logits, target)
+                run.scaler.scale(loss / micro_batches).backward()
+            totals[0] += loss.detach() / micro_batches
+            totals[1] += (logits.argmax(1) == target).sum()
+    totals[0] /= run.processes.world_size
+    distributed.sum_over_processes(totals)
+    check_finite(totals, run.model, where)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    loss, correct = totals.tolist()
+    return loss, correct, len(labels) * run.processes.world_size
+
+
+def set_lr(run: Run, progress: float) -> None:
+    schedule = run.cfg.schedule
+    factor = lr_factor(
+        progress, schedule.decay, schedule.milestones, schedule.gamma, schedule.warmup
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = run.lr * factor * group["lr_factor"]
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Loss, top-1 and top-5 on the validation images with the statistics the model holds."""
+    processes, data = run.processes, run.data
+    batches = evaluation_batches(
+        len(data.val), run.cfg.evaluation.batch_size, processes.rank, processes.world_size
+    )
+    images = TransformedImages(data.val, data.evaluation, epochs=1)
+    loader = make_loader(images, batches, run.cfg.data.workers, processes.device)
+    with run.autocast():
+        return evaluate(run.model, loader, run.to_device)
+
+
+def final_evaluation(run: Run, progress: Progress) -> dict:
+    """Evaluate with the moving average, then with the batch average of training images.
+
+    The checkpoint keeps the moving average, and the averaged buffers beside it.
+    """
+    moving = validate(run)
+    results = {"top1": moving["top1"], "top5": moving["top5"], "val_loss": moving["loss"]}
+    if not batch_statistics_layers(run.model):  # nothing to average: the same model
+        return results | {"top1_batch_average": moving["top1"], "batch_average_images": 0}
+    before = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    processes, data, options = run.processes, run.data, run.cfg.evaluation.batch_average
+    where = (processes.rank, processes.world_size)
+    batches = batch_average_batches(
+        len(data.train), options.batch_size, options.batches, run.cfg.seed, *where
+    )
+    images = TransformedImages(data.train, data.evaluation, epochs=1)
+    loader = make_loader(images, batches, run.cfg.data.workers, processes.device)
+    with run.autocast():
+        sn.batch_average(run.model, (run.to_device(x) for x, _ in loader), len(batches))
+    averaged = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    results["top1_batch_average"] = validate(run)["top1"]
+    size = min(options.batch_size, len(data.train))
+    results["batch_average_images"] = size * min(options.batches, len(data.train) // size)
+    for name, buffer in run.model.named_buffers():
+        buffer.copy_(before[name])
+    save(run, progress, averaged)
+    return results
+
+
+def save(run: Run, progress: Progress, batch_average: dict | None = None) -> None:
+    """Write the checkpoint; all processes take part, the main one writes."""
+    distributed.average_running_statistics(run.model)
+    if run.processes.is_main:
+        save_checkpoint(
+            f"{run.cfg.output_dir}/checkpoint.pt",
+            {
+                "model": run.model.state_dict(),
+                "optimizer": run.optimizer.state_dict(),
+                "scaler": run.scaler.state_dict(),
+                "progress": vars(progress).copy(),
+                "batch_average": batch_average,
+            },
+        )
+
+
+def resume(run: Run) -> Progress:
+    """Load the run's checkpoint, if there is one, and return where it was."""
+    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt")
+    if state is None:
+        return Progress()
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    return Progress(**state["progress"])
+
+
+def summarise(run: Run, progress: Progress, results: dict) -> dict:
+    """The contents of summary.json."""
+    cfg, data = run.cfg, run.data.describe()
+    setting = cfg.setting
+    full = (
+        data["train_images"],
+        data["val_images"],
+    ) == IMAGENET_SIZE and cfg.schedule.epochs >= 100
+    layers = sn.importance_weights(run.model).values()
+    return {
+        "task": "imagenet",
+        "run": f"imagenet/{cfg.data.name}_{cfg.model.name}/{cfg.run_name}/seed{cfg.seed}",
+        "norm": cfg.norm.name,
+        "statistics": list(next(iter(layers))["mean"]) if layers else None,
+        "setting": {
+            "gpus": setting.gpus,
+            "images_per_gpu": setting.images_per_gpu,
+            "name": f"{setting.gpus}x{setting.images_per_gpu}",
+            "emulation": run.emulation,
+            "world_size": run.processes.world_size,
+        },
+        "data": data,
+        "model": cfg.model.name,
+        **results,
+        "epochs": progress.epoch,
+        "seed": cfg.seed,
+        "images_seen": progress.images_seen,
+        "wall_s": round(progress.wall_s, 1),
+        "lr": run.lr,
+        "precision": cfg.precision,
+        "scale": "full" if full else "proxy",
+        "note": cfg.note,
+        **environment(run.processes.device),
+    }
+
+
+def print_epoch(run: Run, progress: Progress, metrics: dict) -> None:
+    print(
+        f"epoch {progress.epoch}/{run.cfg.schedule.epochs}  loss {metrics['train/loss']:.4f}  "
+        f"top-1 {metrics['train/top1']:.2f}  val loss {metrics['val/loss']:.4f}  "
+        f"val top-1 {metrics['val/top1']:.2f}  {metrics['images_per_s']:.0f} images/s  "
+        f"{time_left(run, progress, metrics['images_per_s'])} left",
+        flush=True,
+    )
+
+
+def time_left(run: Run, progress: Progress, images_per_s: float) -> str:
+    per_step = run.cfg.setting.gpus * run.cfg.setting.images_per_gpu
+    in_all = run.cfg.schedule.epochs * run.sampler.steps * per_step
+    seconds = int((in_all - progress.images_seen) / images_per_s)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+if __name__ == "__main__":
+    main()
