@@ -66,11 +66,15 @@ def run(function, tensors, dtype, layout="contiguous", affine=True, **options):
     return [y.detach(), *grads, running_mean, running_var]
 
 
-def compare(tensors, dtype, layout="contiguous", **options):
+def compare(tensors, dtype, layout="contiguous", backend="aten", device="cpu", **options):
     """Hold the fused layer to twice the error of the plain formula."""
     exact = run(functional.switch_norm, tensors, torch.float64, layout, **options)
+    tensors = [t.to(device) for t in tensors]
+    with sn.backend(backend):
+        assert kernels.choose_backend(*(t.to(dtype) for t in tensors[:7])) == backend
+        fused = run(kernels.switch_norm, tensors, dtype, layout, **options)
     plain = run(functional.switch_norm, tensors, dtype, layout, **options)
-    fused = run(kernels.switch_norm, tensors, dtype, layout, **options)
+    fused, plain = ([t if t is None else t.cpu() for t in got] for got in (fused, plain))
     eps = torch.finfo(dtype).eps
     terms = tensors[0].numel()
     for name, true, reference, ours in zip(NAMES, exact, plain, fused):

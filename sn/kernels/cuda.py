@@ -20,6 +20,15 @@ TILE = 2048  # numbers that a program loads at a time
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 
 
+def probe(device: torch.device) -> None:
+    """Raise an error unless a kernel compiles and runs on `device`."""
+    x = torch.ones(1, 1, 16, device=device)
+    with torch.cuda.device(device):
+        kernels.moments_kernel[(1, 1)](
+            x, torch.empty_like(x), 1, 16, 16, C=1, FIXED_L=16, LAST=False, SPLITS=1, BC=1, BL=16
+        )
+
+
 class Moments(NamedTuple):
     """What the forward pass keeps beside x: `own` (3, N, C), `layer` (3, N), `group` (3, N, Q),
     `batch` (3, G, C), float32; see triton_kernels."""
@@ -28,6 +37,19 @@ class Moments(NamedTuple):
     layer: Tensor
     group: Tensor
     batch: Tensor
+
+
+def _moment_shapes(x: Tensor, options: Options, running: bool) -> list[tuple[int, ...]]:
+    """Those of `Moments`; a statistic that there is not has no numbers."""
+    batch, channels = x.shape[:2]
+    groups = options.virtual_gpus if options.training else 1
+    has = options.statistics
+    return [
+        (3, batch, channels),
+        (3, batch) if "ln" in has else (0,),
+        (3, batch, options.num_groups) if "gn" in has else (0,),
+        (3, groups, channels) if "bn" in has and not running else (0,),
+    ]
 
 
 class _Plan:
@@ -96,8 +118,8 @@ def forward(
     def new(*shape):
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    # without an instance statistic of bn in training nothing is written to `batch`, and so on
-    moments = Moments(new(3, n, c), new(3, n), new(3, n, plan.num_groups), new(3, plan.groups, c))
+    shapes = _moment_shapes(x, options, plan.running)
+    moments = Moments(*(new(*shape) for shape in shapes))
     partial = new(3, plan.splits, n, c)
     y = torch.empty_like(x)
     kernels.moments_kernel[(plan.columns, plan.splits)](
@@ -330,7 +352,8 @@ def triton_switch_norm(
     inputs = (x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual)
     if torch.compiler.is_compiling():
         return _compiled(*inputs, options, relu)
-    return _SwitchNorm.apply(*inputs, options, relu)
+    with torch.cuda.device_of(x):
+        return _SwitchNorm.apply(*inputs, options, relu)
 
 
 # The custom operators: functional, with the options spelled out, as the schema language wants it.
@@ -363,16 +386,11 @@ def _operator(
 
 @_operator.register_fake
 def _(x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual, *options):
-    statistics, num_groups, training, _, virtual_gpus, _ = options
-    batch, channels = x.shape[:2]
-    q = num_groups if "gn" in statistics.split() else 1
-    groups = virtual_gpus if training else 1
+    statistics, num_groups, training, eps, virtual_gpus, _ = options
+    options = Options(tuple(statistics.split()), num_groups, training, 0.0, eps, virtual_gpus)
+    shapes = _moment_shapes(x, options, not training and running_mean is not None)
+    moments = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
     dense, _ = dense_in_layout(x)
-
-    def new(*shape):
-        return x.new_empty(shape, dtype=torch.float32)
-
-    moments = new(3, batch, channels), new(3, batch), new(3, batch, q), new(3, groups, channels)
     return torch.empty_like(dense), *moments
 
 
@@ -454,6 +472,8 @@ _operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
 def _compiled(*arguments):
     *inputs, options, relu = arguments
     running_mean, running_var = inputs[5:7]
+    if options.training:
+        inputs[5:7] = None, None  # their step follows
     y, _, _, _, batch = torch.ops.sn.switch_norm(
         *inputs,
         " ".join(options.statistics),
