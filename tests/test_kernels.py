@@ -294,3 +294,55 @@ def test_errors_are_those_of_the_reference():
         for function in (functional.switch_norm, kernels.switch_norm):
             with pytest.raises(ValueError, match=message):
                 function(x, *rest, **options)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_residual_blocks_with_fused_activations_are_the_same_function(name):
+    torchvision = pytest.importorskip("torchvision")
+    from sn.training.models import fuse_activations
+
+    torch.manual_seed(0)
+    plain = torchvision.models.get_model(name, norm_layer=sn.SwitchNorm2d, num_classes=5)
+    fused = torchvision.models.get_model(name, norm_layer=sn.SwitchNorm2d, num_classes=5)
+    fuse_activations(fused)
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for model in (plain, fused):
+        model(x).square().sum().backward()
+    for ours, wanted in zip(fused.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="residual"):
+        fuse_activations(nn.Sequential(sn.SwitchNorm2d(4)))
+
+
+def test_norm_with_activation_in_timms_convention():
+    timm = pytest.importorskip("timm")
+    arguments = {
+        "act_layer": nn.SiLU,
+        "apply_act": True,
+        "inplace": True,
+        "drop_layer": nn.Identity,
+    }
+    x = torch.randn(2, 8, 5, 5)
+    theirs, ours = timm.layers.BatchNormAct2d(8, **arguments), sn.SwitchNormAct2d(8, **arguments)
+    assert type(ours.act) is type(theirs.act) and ours(x).shape == theirs(x).shape
+    assert (sn.SwitchNormAct2d(8)(x) >= 0).all()
+    assert (sn.SwitchNormAct2d(8, apply_act=False)(x) < 0).any()
+
+    def norm(channels, act_layer=nn.ReLU, **options):
+        return sn.SwitchNormAct2d(channels, act_layer=act_layer, **options)
+
+    model = timm.create_model("regnetx_002", norm_layer=norm, num_classes=5)
+    default = timm.create_model("regnetx_002", num_classes=5)
+    counts = [sum(type(m) is nn.ReLU for m in net.modules()) for net in (model, default)]
+    assert counts[0] == counts[1] > 0
+    assert any(isinstance(m, sn.SwitchNormAct2d) for m in model.modules())
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_an_exported_layer_holds_no_custom_operator():
+    layer, x = sn.SwitchNorm2d(4).eval(), torch.randn(2, 4, 5, 6)
+    program = torch.export.export(layer, (x,))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not any(target.startswith("sn") for target in targets)
+    torch.testing.assert_close(program.module()(x), layer(x))
