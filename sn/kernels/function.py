@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..functional import switch_norm
-from .aten import Columns, Rows
+from .aten import Columns, Rows, as_dtype
 from .mixture import Mixed, Options, mix, mix_backward, softmax, to_array, to_tensor
 
 FAR = 8.0  # means further from zero than this, in mixed deviations, cost digits in a x + b
@@ -54,7 +54,9 @@ def _mix(pair: Tensor, centre: Tensor | None, parameters, running, options: Opti
     In double if there is one: differences of means that are far from zero lose no digits.
     """
     dtype = pair.dtype if centre is None else torch.float64
-    arrays = [None if t is None else to_array(t.to(dtype)) for t in (*parameters[2:], *running)]
+    arrays = [
+        None if t is None else to_array(as_dtype(t, dtype)) for t in (*parameters[2:], *running)
+    ]
     if centre is not None:
         pair = pair.to(dtype, copy=True)
         pair[0] += centre
@@ -63,7 +65,7 @@ def _mix(pair: Tensor, centre: Tensor | None, parameters, running, options: Opti
 
 
 def _tensor(array, dtype: torch.dtype) -> Tensor:
-    return to_tensor(array).to(dtype)
+    return as_dtype(to_tensor(array), dtype)
 
 
 def _forward(x, mean_weight, var_weight, weight, bias, running_mean, running_var, options):
@@ -81,7 +83,7 @@ def _forward(x, mean_weight, var_weight, weight, bias, running_mean, running_var
     if not abs(to_array(pair[0]) * mixed.rstd).max() <= FAR:
         # Subtract the rounded means before scaling, so that a x + b loses no digits.
         centre = pair[0].clone()
-        view = view.to(dtype) - layout.per_instance(centre)
+        view = as_dtype(view, dtype) - layout.per_instance(centre)
         pair, free = layout.moments(view, dtype)
         pair = pair.view(2, *size)
         mixed = _mix(pair, centre, parameters, running, options)
@@ -127,7 +129,7 @@ class _SwitchNorm(torch.autograd.Function):
         x = x.detach() if ctx.dense is None else ctx.dense
         view, dy_view = layout.view(x), layout.view(like_layout(dy, layout is Columns))
         if centre is not None:
-            view = view.to(dtype) - layout.per_instance(centre)
+            view = as_dtype(view, dtype) - layout.per_instance(centre)
         total, product = (to_array(s.view_as(mean)) for s in layout.reduce(dy_view, view, mean))
         length = x.numel() // mean.numel()
         grads = mix_backward(total, product, mixed, length)
