@@ -234,7 +234,7 @@ def kept_and_peak(layer, x, dy, device: str) -> tuple[int, int]:
     return sum(kept.values()), peak
 
 
-def bench_layers(args, sets: dict) -> list[dict]:
+def bench_layers(args, sets: dict, save) -> list[dict]:
     dtype, device = getattr(torch, args.dtype), args.device
     layers = contestants(device, args.only)
     rows = []
@@ -287,6 +287,7 @@ def bench_layers(args, sets: dict) -> list[dict]:
                     row["forward+backward"][name]["kept_over_x"] = round(kept / x.nbytes, 4)
                     row["forward+backward"][name]["peak_over_x"] = round(peak / x.nbytes, 4)
                 rows.append(row)
+                save(rows)
                 shown = row["forward+backward"]
                 print(
                     f"{set_name:9} {layout_name:17} {str(size):22}"
@@ -513,17 +514,22 @@ def main() -> None:
         "layers": [],
         "networks": [],
     }
-    if args.networks:
-        result["networks"] = bench_networks(args)
-    else:
-        result["layers"] = bench_layers(args, {name: sets[name] for name in args.sets})
-        result["summary"] = aggregate(result["layers"])
-        for entry in result["summary"]:
-            print(*entry.values())
     what = ("networks_compiled" if args.compile else "networks") if args.networks else "layers"
     output = args.output or ROOT / f"results/bench/{args.device}_{what}"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+    def save(rows: list[dict]) -> None:
+        result["networks" if args.networks else "layers"] = rows
+        if not args.networks:
+            result["summary"] = aggregate(rows)
+        output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+    if args.networks:
+        save(bench_networks(args))
+    else:
+        bench_layers(args, {name: sets[name] for name in args.sets}, save)
+        for entry in result["summary"]:
+            print(*entry.values())
     chart(result, output.with_suffix(".png"))
 
 
