@@ -6,6 +6,7 @@ The error may be twice that of the plain formula in the same dtype (and a few ro
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,3 +347,25 @@ def test_an_exported_layer_holds_no_custom_operator():
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert targets and not any(target.startswith("sn") for target in targets)
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_import_needs_neither_triton_nor_numpy_nor_a_compiler():
+    code = """
+import sys
+from pathlib import Path
+sys.modules["numpy"] = None  # import numpy is an ImportError
+import torch, sn
+assert "triton" not in sys.modules and "torch._inductor" not in sys.modules
+layer = sn.SwitchNorm2d(4)
+layer(torch.randn(2, 4, 5, 6, requires_grad=True)).sum().backward()
+assert layer.mean_weight.grad is not None
+"""
+    root = Path(__file__).parent.parent
+    environment = {"PATH": "", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
