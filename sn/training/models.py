@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from sn import SwitchNorm2d, SwitchNormAct2d
 
 Norm = Callable[[int], nn.Module]
 
@@ -92,6 +94,7 @@ def build_model(
     norm: Norm,
     dropout: float = 0.0,
     zero_init_residual: bool = True,
+    fused_activation: bool = False,
 ) -> nn.Module:
     """Build a classifier whose norm layers come from `norm`, with random weights.
 
@@ -99,6 +102,7 @@ def build_model(
         source: "cifar", "torchvision" or "timm".
         dropout: before the classifier.
         zero_init_residual: the last gain of each residual block starts at 0, where the model can.
+        fused_activation: SN layers of residual blocks do the sum and ReLU too (`fuse_activations`).
 
     Raises ValueError for an unknown name, or a model that cannot take the norm.
     """
@@ -107,7 +111,43 @@ def build_model(
     builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
-    return builders[source](name, num_classes, norm, dropout, zero_init_residual)
+    model = builders[source](name, num_classes, norm, dropout, zero_init_residual)
+    return fuse_activations(model) if fused_activation else model
+
+
+class _FusedBasicBlock(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), shortcut)
+
+
+class _FusedBottleneck(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        return self.bn3(self.conv3(y), shortcut)
+
+
+def fuse_activations(model: nn.Module) -> nn.Module:
+    """Let the SN layers of torchvision's residual blocks do the sum and the ReLU as well, in place.
+
+    The same function with the same parameters under the same names; on CUDA in fewer passes.
+    Raises ValueError if `model` has no such block with switchable layers.
+    """
+    fused = {BasicBlock: _FusedBasicBlock, Bottleneck: _FusedBottleneck}
+    blocks = [m for m in model.modules() if type(m) in fused and type(m.bn1) is SwitchNorm2d]
+    if not blocks:
+        raise ValueError(
+            "fused_activation needs torchvision's residual blocks with SwitchNorm2d layers"
+        )
+    for block in blocks:
+        for name in ("bn1", "bn2", "bn3"):
+            layer = getattr(block, name, None)
+            if layer is not None:
+                layer.__class__ = SwitchNormAct2d
+                layer.drop, layer.act = nn.Identity(), nn.ReLU(inplace=True)
+        block.__class__ = fused[type(block)]
+    return model
 
 
 def _cifar(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
