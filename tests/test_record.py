@@ -51,7 +51,8 @@ def changed(**values):
     return config
 
 
-def write(folder, config=CONFIG, epoch=0):
+def write(folder, config=CONFIG, epoch=-1):
+    """A recorder that has begun after `epoch` epochs; -1: there is no checkpoint."""
     recorder = Recorder(folder, config)
     recorder.open(epoch)
     return recorder
@@ -130,7 +131,7 @@ def test_other_machine_same_experiment(tmp_path):
         data__root="/elsewhere", data__workers=0, device="cuda", note=None, compile=True,
         setting__emulation="grouped", output_dir="/y", checkpoint_steps=0,
     )  # fmt: skip
-    write(tmp_path, config, 0).close()
+    write(tmp_path, config).close()
 
 
 def test_values_that_yaml_changes(tmp_path):
@@ -173,7 +174,7 @@ def fill(folder, epochs):
     recorder.close()
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2, 3])
+@pytest.mark.parametrize("epoch", [-1, 0, 1, 2, 3])
 def test_resume_drops_later_lines(epoch, tmp_path):
     fill(tmp_path, 3)
     recorder = write(tmp_path, epoch=epoch)
@@ -182,9 +183,9 @@ def test_resume_drops_later_lines(epoch, tmp_path):
     ]
     kept = [line["epoch"] for line in read_jsonl(tmp_path / "importance.jsonl")]
     assert kept == [*range(epoch + 1)]
-    recorder.metrics(epoch + 1, {"train/loss": 9.0})
+    recorder.metrics(4, {"train/loss": 9.0})
     recorder.close()
-    assert read_jsonl(tmp_path / "metrics.jsonl")[-1] == {"epoch": epoch + 1, "train/loss": 9.0}
+    assert read_jsonl(tmp_path / "metrics.jsonl")[-1] == {"epoch": 4, "train/loss": 9.0}
 
 
 def test_torn_last_line(tmp_path):
@@ -361,9 +362,10 @@ def test_tensorboard_after_a_resume(tmp_path):
     assert curve[-1].value == 7.0
 
 
-def test_tensorboard_after_a_resume_in_the_first_epoch(tmp_path):
+def test_tensorboard_after_a_start_from_nothing(tmp_path):
+    """Killed before its first checkpoint, a run begins anew: no value comes twice."""
     fill(tmp_path, 1)
-    recorder = write(tmp_path, epoch=0)
+    recorder = write(tmp_path)
     recorder.importance(0, Net())
     recorder.metrics(1, {"train/loss": 7.0})
     recorder.finish({})
