@@ -187,6 +187,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
         name: {
             "ms": round(1e3 * stats.median(own), 4),
             "over_bn": round(stats.median(a / b for a, b in zip(own, base)), 4),
+            "best_over_bn": round(min(own) / min(base), 4),
         }
         for name, own in times.items()
     }
@@ -226,10 +227,11 @@ def kept_and_peak(layer, x, dy, device: str) -> tuple[int, int]:
         with quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
             layer(x).backward(dy)
         now = peak = 0
-        events = [e for e in profile.events() if e.name == "[memory]"]
-        for event in sorted(events, key=lambda e: e.time_range.start):
-            now += event.cpu_memory_usage if hasattr(event, "cpu_memory_usage") else 0
-            peak = max(peak, now)
+        events = profile.profiler.kineto_results.events()
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
     x.grad = None
     return sum(kept.values()), peak
 
@@ -354,7 +356,7 @@ def resnet50(norm) -> nn.Module:
     return build(norm_layer=norm)
 
 
-def bench_networks(args) -> list[dict]:
+def bench_networks(args, save) -> list[dict]:
     device, rows = args.device, []
     networks = {
         "ResNet-20": (resnet20, (128, 3, 32, 32), 10),
@@ -365,6 +367,8 @@ def bench_networks(args) -> list[dict]:
         norms |= {"sn_reference": partial(Forced, backend="reference"), "gn": sn.make_norm("gn")}
         norms["official_style"] = OfficialStyle
     norms = {n: norm for n, norm in norms.items() if not args.only or n in ["bn", *args.only]}
+    if args.only_networks:
+        networks = {name: networks[name] for name in args.only_networks}
     for layout_name in args.layouts:
         layout = getattr(torch, layout_name)
         for network, (build, size, classes) in networks.items():
@@ -391,6 +395,7 @@ def bench_networks(args) -> list[dict]:
             row = {"network": network, "layout": layout_name, "input": size}
             row |= {"compiled": args.compile, "step": result}
             rows.append(row)
+            save(rows)
             print(network, layout_name, {n: r["over_bn"] for n, r in result.items()}, flush=True)
     return rows
 
@@ -492,6 +497,7 @@ def main() -> None:
         help="cpu: the process's own time, where others use the machine (and its caches)",
     )
     parser.add_argument("--networks", action="store_true", help="whole steps instead of layers")
+    parser.add_argument("--only-networks", nargs="+", metavar="NETWORK", help="of these two")
     parser.add_argument("--compile", action="store_true", help="with --networks: torch.compile")
     parser.add_argument("--quick", action="store_true", help="forward + backward alone")
     parser.add_argument("--output", type=Path, help="default: results/bench/<device>_<what>")
@@ -525,7 +531,7 @@ def main() -> None:
         output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
     if args.networks:
-        save(bench_networks(args))
+        bench_networks(args, save)
     else:
         bench_layers(args, {name: sets[name] for name in args.sets}, save)
         for entry in result["summary"]:
