@@ -40,7 +40,9 @@ step() { # name, most seconds, command...
 }
 
 unfinished=0
-bench=("$PYTHON" scripts/bench_norm.py --device cuda)
+# auto is the plain formula on CUDA until these kernels have proven themselves
+bench=(env "SN_BACKEND=${SN_BACKEND:-triton}" "$PYTHON" scripts/bench_norm.py --device cuda)
+plain=(env SN_BACKEND=auto "$PYTHON" scripts/bench_norm.py --device cuda)
 step environment 60 "$PYTHON" -c '
 import torch
 assert torch.cuda.is_available(), "no GPU"
@@ -57,9 +59,9 @@ step networks_bf16 180 "${bench[@]}" --dtype bfloat16 --layouts channels_last --
 step ddp_nccl 120 "$PYTHON" -m torch.distributed.run --standalone \
     --nproc_per_node="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" \
     scripts/gpu_ddp_smoke.py
-step networks_bf16_compiled 300 "${bench[@]}" --dtype bfloat16 --layouts channels_last --networks \
+step networks_bf16_compiled 300 "${plain[@]}" --dtype bfloat16 --layouts channels_last --networks \
     --compile --output "$OUT/networks_bf16_compiled"
-step networks_bf16_compiled_operators 300 env SN_BACKEND=triton "${bench[@]}" --dtype bfloat16 \
+step networks_bf16_compiled_operators 300 "${bench[@]}" --dtype bfloat16 \
     --layouts channels_last --networks --compile --output "$OUT/networks_bf16_compiled_operators"
 step bench_fp32 300 "${bench[@]}" --batch 64 --sets resnet50 batch2 --quick --output "$OUT/bench_fp32"
 step bench_small 300 "${bench[@]}" --dtype bfloat16 --sets cifar detection --output "$OUT/bench_small"

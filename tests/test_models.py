@@ -84,11 +84,11 @@ def test_he_initialisation():
             assert layer.bias.abs().max() == 0
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn", "in", "ln", "sn", "sn_in_ln"])
+@pytest.mark.parametrize("norm", ["bn", "gn", "sn"])
 @pytest.mark.parametrize(
     "name, source, last, blocks",
-    [("resnet50", "torchvision", "bn3", 16), ("resnet18", "torchvision", "bn2", 8),
-     ("resnet20", "cifar", "bn2", 9), ("resnet10t", "timm", "bn2", 4)],
+    [("resnet50", "torchvision", "bn3", 16), ("resnet20", "cifar", "bn2", 9),
+     ("resnet10t", "timm", "bn2", 4)],
 )  # fmt: skip
 def test_zero_last_gain(name, source, last, blocks, norm):
     """The last gain of every residual block is 0, every other 1; without the option all are 1."""
@@ -169,7 +169,7 @@ def test_dropout_without_fc():
         ("regnety_002", "timm", ["regnety_002", "norm+activation"]),
         ("vgg11_bn", "timm", ["vgg11_bn"]),
         ("hrnet_w18_small", "timm", ["hrnet_w18_small", "norm_layer"]),
-        ("convnext_atto", "timm", ["convnext_atto"]),
+        ("convnext_tiny", "timm", ["convnext_tiny"]),
     ],
 )
 def test_refused(name, source, words):

@@ -46,8 +46,9 @@ def backend(name: str):
     """Compute switchable layers by `name` inside the context: auto, reference, aten or triton.
 
     A backend that cannot take an input leaves it to the reference. The environment variable
-    SN_BACKEND sets the outermost one. Under `torch.compile` auto is the plain formula; triton the
-    custom operators.
+    SN_BACKEND sets the outermost one. auto is aten on the CPU and the reference elsewhere: the
+    Triton kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula;
+    triton the custom operators.
     """
     global _backend
     previous, _backend = _backend, _check_backend(name)
@@ -137,7 +138,8 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
     if x.is_cpu and _backend != "triton":
         single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
         return "reference" if single else "aten"
-    if _backend == "aten" or x.dtype is torch.float64 or x.shape[1] > 16384:
+    # Not auto: the kernels have been interpreted and compiled, but not yet run on a GPU.
+    if _backend != "triton" or x.dtype is torch.float64 or x.shape[1] > 16384:
         return "reference"
     return "triton" if _triton_works(x.device) else "reference"
 
