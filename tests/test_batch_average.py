@@ -246,7 +246,7 @@ def test_processes_equal_one(norm, shares, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sn"])
+    context.set_forkserver_preload(["train_imagenet"])  # one server for all tests
     processes = [
         context.Process(target=_average_share, args=(rank, port, norm, shares[rank], tmp_path))
         for rank in range(2)

@@ -192,7 +192,7 @@ def _save_for_ever(path):
 def test_sigkill_at_any_time(path):
     """A process that does nothing but save is killed at ten moments: always a whole file."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sn.training.checkpoint"])
+    context.set_forkserver_preload(["train_imagenet"])  # one server for all tests
     for attempt in range(10):
         process = context.Process(target=_save_for_ever, args=(path,))
         process.start()
