@@ -4,6 +4,7 @@
 """
 
 from .batch_average import batch_average
+from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import STATISTICS, switch_norm
 from .kernels import backend
 from .modules import (
@@ -15,15 +16,28 @@ from .modules import (
     parameter_groups,
     set_virtual_gpus,
 )
-from .norms import AutoGroupNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d, make_norm
+from .norms import (
+    AutoGroupNorm,
+    FrozenBatchNorm,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    NoNorm,
+    make_norm,
+)
 from .version import __version__
 
 __all__ = [
     "STATISTICS",
     "AutoGroupNorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "FrozenBatchNorm",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "NoNorm",
     "SwitchNorm1d",
     "SwitchNorm2d",
     "SwitchNorm3d",

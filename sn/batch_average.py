@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batch_renorm import BatchRenormBase
 from .modules import SwitchNormBase
 
 
@@ -20,7 +21,7 @@ def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, (_BatchNorm, SwitchNormBase))
+        if isinstance(layer, (_BatchNorm, SwitchNormBase, BatchRenormBase))
         and getattr(layer, "running_mean", None) is not None
     }
 
@@ -90,6 +91,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     }
     before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
     moments = {layer: _Moments(layer) for layer in settings}
+    renormed = [layer for layer in settings if isinstance(layer, BatchRenormBase)]
+    images_seen = [layer.images_seen.clone() for layer in renormed]
     hooks = [layer.register_forward_hook(moments[layer].add) for layer in settings]
     device = next(model.parameters()).device
     batches = 0
@@ -100,6 +103,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = 1.0
             if virtual_gpus is not None:
                 layer.virtual_gpus = 1
+        for layer in renormed:
+            layer.reference = "batch"
         for item in islice(loader, num_batches):
             inputs = item[0] if isinstance(item, (tuple, list)) else item
             model(inputs.to(device))
@@ -125,6 +130,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = momentum
             if virtual_gpus is not None:
                 layer.virtual_gpus = virtual_gpus
+        for layer, images in zip(renormed, images_seen):
+            layer.reference = None
+            layer.images_seen.copy_(images)
         for module, mode in modes.items():
             module.training = mode
     return int(batches)

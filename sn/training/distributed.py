@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch_average import batch_statistics_layers
+from ..batch_renorm import BatchRenormBase
 from ..modules import set_virtual_gpus
 
 
@@ -90,8 +90,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_running_statistics(model: nn.Module) -> None:
+def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None:
     """Give every process the mean over processes of the running means and variances.
+
+    Of layers of class `kind` alone, if given.
 
     With one linear update per step this is the running average of the mean over all GPUs.
     Differs: plain DDP evaluates and saves rank 0's statistics, one GPU's noisier estimate of the
@@ -102,6 +104,7 @@ def average_running_statistics(model: nn.Module) -> None:
     buffers = [
         buffer
         for layer in batch_statistics_layers(model).values()
+        if isinstance(layer, kind)
         for buffer in (layer.running_mean, layer.running_var)
     ]
     if not buffers:
@@ -170,7 +173,8 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[None]:
     """Let the `micro_batches` forwards inside make one update of the running statistics.
 
     The update takes the mean of the micro-batches' means and variances, as one forward with
-    virtual GPUs does.
+    virtual GPUs does. Batch renormalization refers all of them to the statistics before; as it
+    trains with its running statistics, every process gets their mean over processes at once.
     """
     layers = batch_statistics_layers(model).values() if micro_batches > 1 else ()
     before = [
@@ -178,6 +182,8 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[None]:
         for layer in layers
     ]
     for layer, *_ in before:
+        if isinstance(layer, BatchRenormBase):
+            layer.reference = (*_running(layer, clone=True), layer.images_seen.clone())
         layer.momentum = None  # cumulative average: after the last forward, the mean of all
         layer.num_batches_tracked.zero_()
     try:
@@ -186,6 +192,8 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[None]:
         with torch.no_grad():
             for layer, momentum, tracked, old_mean, old_var in before:
                 layer.momentum = momentum
+                if isinstance(layer, BatchRenormBase):
+                    layer.reference = None
                 ran = layer.num_batches_tracked.item() > 0
                 layer.num_batches_tracked.fill_(tracked + ran)
                 if ran:
@@ -193,6 +201,7 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[None]:
                     mean, var = _running(layer)
                     mean.copy_(torch.lerp(old_mean, mean, share))
                     var.copy_(torch.lerp(old_var, var, share))
+    average_running_statistics(model, BatchRenormBase)
 
 
 def _running(layer: nn.Module, clone: bool = False) -> tuple[Tensor, Tensor]:
@@ -205,6 +214,5 @@ def untrained_statistics(model: nn.Module) -> list[str]:
     return [
         name
         for name, layer in batch_statistics_layers(model).items()
-        if isinstance(layer, _BatchNorm) or hasattr(layer, "statistics")
         if layer.num_batches_tracked is not None and layer.num_batches_tracked.item() == 0
     ]
