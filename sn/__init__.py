@@ -25,6 +25,12 @@ from .norms import (
     NoNorm,
     make_norm,
 )
+from .sync import (
+    SyncSwitchNorm1d,
+    SyncSwitchNorm2d,
+    SyncSwitchNorm3d,
+    convert_sync_switchnorm,
+)
 from .version import __version__
 
 __all__ = [
@@ -42,9 +48,13 @@ __all__ = [
     "SwitchNorm2d",
     "SwitchNorm3d",
     "SwitchNormRecurrent",
+    "SyncSwitchNorm1d",
+    "SyncSwitchNorm2d",
+    "SyncSwitchNorm3d",
     "__version__",
     "backend",
     "batch_average",
+    "convert_sync_switchnorm",
     "importance_weights",
     "make_norm",
     "parameter_groups",

@@ -38,10 +38,16 @@ class _Moments:
     def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
         count = args[0].numel() // args[0].shape[1]
+        freedom = count
+        if isinstance(layer, nn.SyncBatchNorm):  # holds the moments of all processes' batches
+            total = _sum_over_processes(layer.running_mean.new_tensor(count, dtype=torch.float64))
+            freedom = count * (1 - 1 / total.item())
+        elif self.unbiased:
+            freedom = count - 1
         if count == 0:
             return
         var = layer.running_var.double()
-        squares = var * (count - 1 if self.unbiased else count)
+        squares = var * freedom
         delta = layer.running_mean.double() - self.mean
         total = self.count + count
         self.deviation += squares + delta.square() * (self.count * count / total)
@@ -76,7 +82,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
 
     Every layer with batch statistics normalises each batch by itself meanwhile; all others are in
     evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
-    process group every rank brings batches of its own and all end with the statistics of all.
+    process group every rank brings batches of its own and all end with the statistics of all; with
+    synchronised layers the ranks must bring equal numbers of batches.
     Modes, momenta and groups of virtual GPUs are restored. Returns the number of batches used by
     all ranks; a model without batch statistics is left alone (0).
 

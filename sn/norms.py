@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from .sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
 
 
 class _VirtualGPUs:
@@ -160,6 +161,7 @@ NORMS = {
     "none": (dict.fromkeys((1, 2, 3), NoNorm), {}),
     "brn": ({1: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}, {}),
     "frozen_bn": (dict.fromkeys((1, 2, 3), FrozenBatchNorm), {}),
+    "sync_sn": ({1: SyncSwitchNorm1d, 2: SyncSwitchNorm2d, 3: SyncSwitchNorm3d}, {}),
     "sync_bn": (dict.fromkeys((1, 2, 3), nn.SyncBatchNorm), {}),
 }
 
@@ -178,7 +180,7 @@ def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Modul
     if dim not in layers:
         raise ValueError(f"dim={dim} for norm {name!r}; choose one of {sorted(layers)}")
     options = {**defaults, **options}
-    valid = list(inspect.signature(layers[dim]).parameters)[1:]
+    valid = _options(layers[dim])
     for option in options:
         if option not in valid:
             raise TypeError(f"norm {name!r} has no option {option!r}; choose from {valid}")
@@ -188,3 +190,15 @@ def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Modul
     if "statistics" in options:
         options["statistics"] = canonical_statistics(options["statistics"])
     return partial(layers[dim], **options)
+
+
+def _options(layer: type) -> list[str]:
+    """Names of the constructor's options, those it passes on to its parents included."""
+    names = []
+    for kind in layer.__mro__:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return [name for name in dict.fromkeys(names) if name not in ("self", "num_features")]

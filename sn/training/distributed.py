@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..batch_average import batch_statistics_layers
 from ..batch_renorm import BatchRenormBase
 from ..modules import set_virtual_gpus
+from ..sync import SyncSwitchNormBase
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def prepare_setting(
     micro-batches. "auto" takes grouped where every batch-dependent layer knows groups.
 
     Raises ValueError for impossible settings: counts below 1, a world size that does not divide
-    gpus, layers without groups in grouped, synchronised norms in either emulation.
+    gpus, layers without groups in grouped, synchronised norms where their emulation is not exact
+    (torch's in either, ours in accumulated).
     """
     if gpus < 1 or images_per_gpu < 1:
         raise ValueError(
@@ -163,6 +165,12 @@ def prepare_setting(
             "use setting.emulation=accumulated"
         )
     if emulation == "accumulated" or ungrouped:
+        synchronised = [n for n, m in model.named_modules() if isinstance(m, SyncSwitchNormBase)]
+        if synchronised:
+            raise ValueError(
+                f"{synchronised[0]} is a synchronised norm, which micro-batches do not emulate; "
+                "use setting.emulation=grouped (the whole batch is one group to it)"
+            )
         return "accumulated", virtual_gpus
     set_virtual_gpus(model, virtual_gpus)
     return "grouped", 1
