@@ -5,6 +5,7 @@
 
 from .batch_average import batch_average
 from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .convert import NormAct, convert
 from .functional import STATISTICS, switch_norm
 from .kernels import backend
 from .modules import (
@@ -44,6 +45,7 @@ __all__ = [
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
     "NoNorm",
+    "NormAct",
     "SwitchNorm1d",
     "SwitchNorm2d",
     "SwitchNorm3d",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "backend",
     "batch_average",
+    "convert",
     "convert_sync_switchnorm",
     "importance_weights",
     "make_norm",
