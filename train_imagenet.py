@@ -179,6 +179,9 @@ def check_config(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
             raise ValueError(f"{key}={value}; expected a number, 0 or more")
+    clip = cfg.optimizer.gate_clip
+    if clip is not None and (not isinstance(clip, (int, float)) or not 0 < clip < float("inf")):
+        raise ValueError(f"optimizer.gate_clip={clip}; expected null or a number above 0")
     if cfg.precision not in AUTOCAST:
         raise ValueError(f"unknown precision={cfg.precision!r}; choose one of {list(AUTOCAST)}")
 
@@ -278,7 +281,9 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
         disable=not (run.processes.is_main and sys.stderr.isatty()),
     )
     for images, labels in run.loader:
-        set_lr(run, (progress.epoch * steps + progress.step) / (epochs * steps))
+        done = (progress.epoch * steps + progress.step) / (epochs * steps)
+        set_lr(run, done)
+        sn.set_radius(run.model, done)
         torch.manual_seed(mix_seed(cfg.seed, rank, progress.epoch, progress.step))  # dropout
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1} of {steps}"
         loss, correct, count = train_step(run, run.to_device(images), run.to_device(labels), where)
@@ -332,6 +337,9 @@ def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[fl
     totals[0] /= run.processes.world_size
     distributed.sum_over_processes(totals)
     check_finite(totals, run.model, where)
+    if run.cfg.optimizer.gate_clip is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(sn.gates(run.model), run.cfg.optimizer.gate_clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     loss, correct = totals.tolist()

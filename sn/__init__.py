@@ -13,6 +13,7 @@ from .modules import (
     SwitchNorm2d,
     SwitchNorm3d,
     SwitchNormRecurrent,
+    gates,
     importance_weights,
     parameter_groups,
     set_virtual_gpus,
@@ -25,6 +26,14 @@ from .norms import (
     GhostBatchNorm3d,
     NoNorm,
     make_norm,
+)
+from .sparse import (
+    SparseSwitchNorm1d,
+    SparseSwitchNorm2d,
+    SparseSwitchNorm3d,
+    set_radius,
+    sparsestmax,
+    unfreeze_gates,
 )
 from .sync import (
     SyncSwitchNorm1d,
@@ -46,6 +55,9 @@ __all__ = [
     "GhostBatchNorm3d",
     "NoNorm",
     "NormAct",
+    "SparseSwitchNorm1d",
+    "SparseSwitchNorm2d",
+    "SparseSwitchNorm3d",
     "SwitchNorm1d",
     "SwitchNorm2d",
     "SwitchNorm3d",
@@ -58,9 +70,13 @@ __all__ = [
     "batch_average",
     "convert",
     "convert_sync_switchnorm",
+    "gates",
     "importance_weights",
     "make_norm",
     "parameter_groups",
+    "set_radius",
     "set_virtual_gpus",
+    "sparsestmax",
     "switch_norm",
+    "unfreeze_gates",
 ]

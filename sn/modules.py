@@ -93,8 +93,7 @@ class SwitchNormBase(nn.Module):
                 momentum = 1.0 / float(self.num_batches_tracked)
         return switch_norm(
             x,
-            self.mean_weight,
-            self.var_weight,
+            *self._logits(),
             self.weight,
             self.bias,
             self.running_mean,
@@ -106,6 +105,14 @@ class SwitchNormBase(nn.Module):
             eps=self.eps,
             virtual_gpus=self.virtual_gpus,
         )
+
+    def _logits(self) -> tuple[Tensor, Tensor]:
+        """Numbers whose softmax are the importance weights, of means and of variances."""
+        return self.mean_weight, self.var_weight
+
+    def importance(self) -> tuple[Tensor, Tensor]:
+        """The importance weights of means and of variances, in the order of `statistics`."""
+        return self.mean_weight.float().softmax(0), self.var_weight.float().softmax(0)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self.input_dims:
@@ -230,8 +237,9 @@ class SwitchNormRecurrent(SwitchNormBase):
         )
 
 
+@torch.no_grad()
 def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the softmaxed control parameters of every switchable layer by its name.
+    """Return the importance weights of every switchable layer by its name.
 
     {"layer1.0.bn1": {"mean": {"in": 0.2, "ln": 0.5, "bn": 0.3}, "var": {...}}, ...} in network
     order; empty if `model` has no such layer. A layer that is itself the model has the name "".
@@ -240,8 +248,8 @@ def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]
     for name, layer in model.named_modules():
         if isinstance(layer, SwitchNormBase):
             weights[name] = {
-                key: dict(zip(layer.statistics, gate.detach().float().softmax(0).tolist()))
-                for key, gate in (("mean", layer.mean_weight), ("var", layer.var_weight))
+                key: dict(zip(layer.statistics, gate.tolist()))
+                for key, gate in zip(("mean", "var"), layer.importance())
             }
     return weights
 
@@ -267,6 +275,17 @@ def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
         layer.virtual_gpus = virtual_gpus
 
 
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """Return the control parameters of all switchable layers that are trained."""
+    return [
+        gate
+        for layer in model.modules()
+        if isinstance(layer, SwitchNormBase)
+        for gate in (layer.mean_weight, layer.var_weight)
+        if gate.requires_grad
+    ]
+
+
 def parameter_groups(
     model: nn.Module,
     lr: float,
@@ -286,21 +305,15 @@ def parameter_groups(
     common = {"params": trainable, "lr": lr, "weight_decay": weight_decay, "lr_factor": 1.0}
     if gate_lr_factor == 1.0 and gate_weight_decay == weight_decay:
         return [common]
-    gates = [
-        gate
-        for layer in model.modules()
-        if isinstance(layer, SwitchNormBase)
-        for gate in (layer.mean_weight, layer.var_weight)
-        if gate.requires_grad
-    ]
-    if not gates:
+    own = gates(model)
+    if not own:
         return [common]
-    gate_ids = {id(gate) for gate in gates}
+    gate_ids = {id(gate) for gate in own}
     common["params"] = [p for p in trainable if id(p) not in gate_ids]
     return [
         common,
         {
-            "params": gates,
+            "params": own,
             "lr": lr * gate_lr_factor,
             "weight_decay": gate_weight_decay,
             "lr_factor": gate_lr_factor,

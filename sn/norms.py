@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from .sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
 from .sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
 
 
@@ -161,6 +162,7 @@ NORMS = {
     "none": (dict.fromkeys((1, 2, 3), NoNorm), {}),
     "brn": ({1: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}, {}),
     "frozen_bn": (dict.fromkeys((1, 2, 3), FrozenBatchNorm), {}),
+    "ssn": ({1: SparseSwitchNorm1d, 2: SparseSwitchNorm2d, 3: SparseSwitchNorm3d}, {}),
     "sync_sn": ({1: SyncSwitchNorm1d, 2: SyncSwitchNorm2d, 3: SyncSwitchNorm3d}, {}),
     "sync_bn": (dict.fromkeys((1, 2, 3), nn.SyncBatchNorm), {}),
 }
