@@ -1,11 +1,13 @@
 """Switchable Normalization layers, in the convention of torch.nn.BatchNorm."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import switch_norm
 
@@ -19,6 +21,7 @@ class SwitchNormBase(nn.Module):
 
     Buffers `running_mean`, `running_var` (C,) and `num_batches_tracked` exist only with bn. The
     running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
+    `unbiased` reproduces the official code's variances, by the plain formula; see `switch_norm`.
     """
 
     input_dims: tuple[int, ...]
@@ -37,8 +40,10 @@ class SwitchNormBase(nn.Module):
         statistics: Sequence[str] = ("in", "ln", "bn"),
         num_groups: int | None = None,
         virtual_gpus: int = 1,
+        unbiased: bool = False,
     ):
         super().__init__()
+        self.unbiased = unbiased
         check_virtual_gpus(virtual_gpus)
         self.num_features = num_features
         self.eps = eps
@@ -91,7 +96,8 @@ class SwitchNormBase(nn.Module):
             self.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average, as torch's BatchNorm
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return switch_norm(
+        function = partial(functional.switch_norm, unbiased=True) if self.unbiased else switch_norm
+        return function(
             x,
             *self._logits(),
             self.weight,
@@ -138,6 +144,8 @@ class SwitchNormBase(nn.Module):
                 options.append("track_running_stats=False")
         if not self.affine:
             options.append("affine=False")
+        if self.unbiased:
+            options.append("unbiased=True")
         if self.virtual_gpus != 1:
             options.append(f"virtual_gpus={self.virtual_gpus}")
         return ", ".join(options)

@@ -70,6 +70,7 @@ def sync_switch_norm(
     num_groups: int | None = None,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    unbiased: bool = False,
 ) -> Tensor:
     """`switch_norm` in training, with bn over the batches of all processes of `process_group`.
 
@@ -79,7 +80,7 @@ def sync_switch_norm(
     _check_shapes(x, mean_weight, var_weight, weight, bias, statistics)
     batch, channels = x.shape[:2]
     h = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean_in, var_in = _instance_moments(h)
+    mean_in, var_in = _instance_moments(h, unbiased)
     moments = []
     for statistic in statistics:
         if statistic == "in":
@@ -147,6 +148,7 @@ class SyncSwitchNormBase(SwitchNormBase):
             num_groups=self.num_groups,
             momentum=0.0 if momentum is None else momentum,
             eps=self.eps,
+            unbiased=self.unbiased,
         )
 
     @property
