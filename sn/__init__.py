@@ -6,6 +6,7 @@
 from .batch_average import batch_average
 from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .convert import NormAct, convert
+from .fold import fold
 from .functional import STATISTICS, switch_norm
 from .kernels import backend
 from .modules import (
@@ -70,6 +71,7 @@ __all__ = [
     "batch_average",
     "convert",
     "convert_sync_switchnorm",
+    "fold",
     "gates",
     "importance_weights",
     "make_norm",
