@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from workers import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP, LAUNCH = ROOT / "scripts/sweep_settings.sh", ROOT / "scripts/launch.sh"
@@ -82,10 +83,17 @@ def test_overrides_and_seeds_are_passed_on():
     )
     assert [value(c, "seed") for c in commands] == ["4", "4", "5", "5"]
     for command in commands:
-        assert value(command, "output_root") == "some where"
+        assert config(*command[2:-3]).output_root == "some where"
         assert command[-3:] == ["schedule.epochs=2", "note='two words'", "data=cifar10"]
         assert value(command, "setting.gpus") == "2"
         assert value(command, "setting.images_per_gpu") == "3"
+
+
+@pytest.mark.parametrize("folder", ["/a (b), c", "/é", "/a=b", "/it's", "/a[0]{1}", "/a;b#c"])
+def test_output_folder_of_any_name(folder):
+    """Characters that mean something to Hydra are quoted."""
+    (command,) = dry("--norms", "bn", "--settings", "8x2", "--output", folder)
+    assert config(*command[2:]).output_root == folder
 
 
 def test_processes():

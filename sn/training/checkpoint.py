@@ -3,15 +3,30 @@
 import os
 import pickle
 import sys
+import zipfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+BROKEN = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    NotImplementedError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write `state` so that `path` is at every moment a whole file; keep the one before it.
 
-    The earlier checkpoint stays beside it as <stem>_previous<suffix>.
+    The earlier checkpoint, unless it is broken, stays beside it as <stem>_previous<suffix>.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -19,7 +34,8 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    with suppress(*BROKEN):
+        _check_sums(path)
         os.replace(path, _previous(path))
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -41,14 +57,23 @@ def load_checkpoint(path: str | Path) -> dict | None:
         if not candidate.exists():
             continue
         try:
+            _check_sums(candidate)
             return torch.load(candidate, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-            broken.append(str(candidate))
-            reason = str(error).splitlines()[0]
+        except BROKEN as error:
+            broken.append(candidate)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"warning: cannot read checkpoint {candidate}: {reason}", file=sys.stderr)
     if broken:
-        raise ValueError(f"no readable checkpoint: {' and '.join(broken)}; delete to start anew")
+        names = " and ".join(map(str, broken))
+        raise ValueError(f"no readable checkpoint: {names}; delete to start anew")
     return None
+
+
+def _check_sums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum of {damaged} is wrong")
 
 
 def _previous(path: Path) -> Path:

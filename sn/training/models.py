@@ -201,22 +201,18 @@ def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
         close = timm.list_models(f"*{name[:6]}*")[:10]
         raise ValueError(f"unknown timm model {name!r}; timm.list_models() has {close} ...")
     check_timm_norm(name)
+    options = {"num_classes": num_classes, "norm_layer": norm, "drop_rate": dropout}
     try:
-        return timm.create_model(
-            name,
-            num_classes=num_classes,
-            norm_layer=norm,
-            drop_rate=dropout,
-            zero_init_last=zero_init_residual,
-        )
-    except TypeError as error:
-        if "zero_init_last" in str(error):
-            return timm.create_model(
-                name, num_classes=num_classes, norm_layer=norm, drop_rate=dropout
-            )
-        if "norm_layer" in str(error):
-            raise ValueError(f"timm's {name} takes no norm_layer; choose another model") from None
-        raise
+        try:
+            return timm.create_model(name, **options, zero_init_last=zero_init_residual)
+        except TypeError as error:
+            if "zero_init_last" not in str(error):
+                raise
+            return timm.create_model(name, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"timm's {name} cannot take norm_layer ({error}); take another model"
+        ) from None
 
 
 def check_timm_norm(name: str) -> None:
