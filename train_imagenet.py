@@ -18,7 +18,7 @@ import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -43,6 +43,32 @@ from sn.training.schedule import base_lr, lr_factor, mix_seed
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_SIZE = (1_281_167, 50_000)
+
+# what check_config expects of the config's values
+COUNTS = [
+    "setting.gpus",
+    "setting.images_per_gpu",
+    "schedule.epochs",
+    "evaluation.batch_size",
+    "evaluation.batch_average.batch_size",
+    "evaluation.batch_average.batches",
+    "data.image_size",
+    "data.resize",
+]
+OPTIONAL_COUNTS = ["data.train_images"]
+WHOLE_NUMBERS = ["seed", "data.workers", "checkpoint_steps"]
+NUMBERS = [
+    "schedule.lr_per_256",
+    "schedule.gamma",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "optimizer.gate_lr_factor",
+    "data.lighting",
+    "data.color_jitter",
+]
+OPTIONAL_NUMBERS = ["optimizer.gate_weight_decay"]
+FRACTIONS = ["schedule.warmup", "schedule.last_fraction", "model.dropout"]
+SWITCHES = ["channels_last", "compile", "model.zero_init_residual", "data.download"]
 
 
 @dataclass
@@ -99,8 +125,13 @@ def main(cfg: DictConfig) -> None:
     except (ValueError, TypeError, OSError, FloatingPointError, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        message = str(error)
+        if "Original Traceback" in message:  # from a data worker: its last line says it all
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        if isinstance(error, MissingMandatoryValue):
+            message = f"{error.full_key} is not set; add {error.full_key}=... to the command"
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"train_imagenet.py{rank}: {error}", file=sys.stderr, flush=True)
+        print(f"train_imagenet.py{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(3 if isinstance(error, FloatingPointError) else 2)
     finally:
         distributed.stop()
@@ -120,16 +151,18 @@ def train(cfg: DictConfig) -> dict:
 
     run = build(cfg, processes)
     progress = resume(run)
-    recorder.open(progress.epoch)
+    recorder.open(progress.epoch if progress.images_seen else -1)
     if processes.is_main:
         announce(run, progress)
-    if progress.epoch == 0 and progress.step == 0:
+    if progress.images_seen == 0:
         recorder.importance(0, run.model)
     start = time.perf_counter() - progress.wall_s
     try:
         while progress.epoch < cfg.schedule.epochs:
             metrics = train_one_epoch(run, progress, start)
             validation = validate(run)
+            where = f"the end of epoch {progress.epoch + 1}"
+            check_finite(torch.tensor(validation["loss"]), run.model, where)
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             progress = Progress(
                 epoch=progress.epoch + 1,
@@ -161,35 +194,48 @@ def train(cfg: DictConfig) -> dict:
 
 def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for values that no run can have."""
-    counts = (
-        "setting.gpus",
-        "setting.images_per_gpu",
-        "schedule.epochs",
-        "evaluation.batch_size",
-        "evaluation.batch_average.batch_size",
-        "evaluation.batch_average.batches",
-    )
-    for key in counts:
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{key}={value}; expected a whole number, 1 or more")
-    for key in ("seed", "data.workers", "checkpoint_steps"):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{key}={value}; expected a whole number, 0 or more")
-    for key in ("schedule.lr_per_256", "optimizer.momentum", "optimizer.weight_decay"):
-        value = OmegaConf.select(cfg, key)
-        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ValueError(f"{key}={value}; expected a number, 0 or more")
+    checks = [
+        (lambda v: _whole(v, 1), "a whole number, 1 or more", COUNTS),
+        (
+            lambda v: v is None or _whole(v, 1),
+            "a whole number, 1 or more, or null",
+            OPTIONAL_COUNTS,
+        ),
+        (lambda v: _whole(v, 0, 2**32), "a whole number, 0 to 2^32", WHOLE_NUMBERS),
+        (_number, "a number, 0 or more", NUMBERS),
+        (lambda v: v is None or _number(v), "a number, 0 or more, or null", OPTIONAL_NUMBERS),
+        (lambda v: _number(v, 1), "a number, 0 to 1", FRACTIONS),
+        (lambda v: v is None or _number(v, 1), "a number, 0 to 1, or null", ["norm.momentum"]),
+        (lambda v: isinstance(v, bool), "true or false", SWITCHES),
+        (
+            lambda v: OmegaConf.is_list(v) and all(_number(m, 1) for m in v),
+            "a list of fractions of the run, such as [0.3,0.6,0.9]",
+            ["schedule.milestones"],
+        ),
+        (lambda v: v in AUTOCAST, f"one of {list(AUTOCAST)}", ["precision"]),
+    ]
+    for valid, expected, keys in checks:
+        for key in keys:
+            parent, _, name = key.rpartition(".")
+            group = OmegaConf.select(cfg, parent) if parent else cfg
+            if name in group and not valid(group[name]):
+                raise ValueError(f"{key}={group[name]}; expected {expected}")
     clip = cfg.optimizer.gate_clip
-    if clip is not None and (not isinstance(clip, (int, float)) or not 0 < clip < float("inf")):
+    if clip is not None and (not _number(clip) or clip == 0):
         raise ValueError(f"optimizer.gate_clip={clip}; expected null or a number above 0")
     if cfg.gates not in ("joint", *bilevel.ORDERS):
         raise ValueError(f"unknown gates={cfg.gates!r}; choose joint or one of {[*bilevel.ORDERS]}")
     if cfg.gates != "joint" and cfg.precision == "fp16":
         raise ValueError(f"gates={cfg.gates} does not scale its losses; use precision=bf16 or fp32")
-    if cfg.precision not in AUTOCAST:
-        raise ValueError(f"unknown precision={cfg.precision!r}; choose one of {list(AUTOCAST)}")
+
+
+def _whole(value, low: int, high: float = float("inf")) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value, high: float = sys.float_info.max) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= high
 
 
 def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
@@ -373,10 +419,11 @@ def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[fl
     run.optimizer.zero_grad(set_to_none=True)
     micro_batches = run.micro_batches
     totals = torch.zeros(2, dtype=torch.float64, device=images.device)
-    with distributed.one_running_update(run.model, micro_batches):
+    with distributed.one_running_update(run.model, micro_batches) as begin_micro_batch:
         for index, (x, target) in enumerate(
             zip(images.chunk(micro_batches), labels.chunk(micro_batches))
         ):
+            begin_micro_batch(index)
             last = index == micro_batches - 1
             wait = run.parallel is run.model or last
             with contextlib.nullcontext() if wait else run.parallel.no_sync():
@@ -462,6 +509,7 @@ def save(run: Run, progress: Progress, batch_average: dict | None = None) -> Non
                 "optimizer": run.optimizer.state_dict(),
                 "scaler": run.scaler.state_dict(),
                 "progress": vars(progress).copy(),
+                "data": run.data.describe(),
                 "batch_average": batch_average,
             },
         )
@@ -472,6 +520,11 @@ def resume(run: Run) -> Progress:
     state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt")
     if state is None:
         return Progress()
+    if state["data"] != run.data.describe():
+        raise ValueError(
+            f"{run.cfg.output_dir} was trained on other data: {state['data']} there, "
+            f"{run.data.describe()} now; choose another output_dir="
+        )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -482,7 +535,10 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
     """The contents of summary.json."""
     cfg, data = run.cfg, run.data.describe()
     setting = cfg.setting
-    full = (data["train_images"], data["val_images"]) == IMAGENET_SIZE and cfg.schedule.epochs >= 90
+    full = (
+        data["train_images"],
+        data["val_images"],
+    ) == IMAGENET_SIZE and cfg.schedule.epochs >= 100
     layers = sn.importance_weights(run.model).values()
     return {
         "task": "imagenet",

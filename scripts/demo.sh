@@ -13,4 +13,4 @@ python scripts/make_tables.py --runs "$out" --print
 python scripts/plot_accuracy.py --runs "$out"
 python scripts/plot_importance.py --runs "$out"
 echo
-echo "The same curves live: .venv/bin/tensorboard --bind_all=false --logdir $out"
+echo "Records and figures are in $out; the curves: .venv/bin/tensorboard --logdir $out"

@@ -1,7 +1,7 @@
 """Switchable Normalization layers, in the convention of torch.nn.BatchNorm."""
 
-from collections.abc import Sequence
-from functools import partial
+import inspect
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
-from .kernels import switch_norm
+from .kernels import Options, switch_norm_act
 
 
 class SwitchNormBase(nn.Module):
@@ -90,27 +90,36 @@ class SwitchNormBase(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._normalize(x)
+
+    def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input(x)
         momentum = self.momentum
         if self.training and self.track_running_stats and x.numel() > 0:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average, as torch's BatchNorm
                 momentum = 1.0 / float(self.num_batches_tracked)
-        function = partial(functional.switch_norm, unbiased=True) if self.unbiased else switch_norm
-        return function(
+        tensors = (
             x,
             *self._logits(),
             self.weight,
             self.bias,
             self.running_mean,
             self.running_var,
-            statistics=self.statistics,
-            num_groups=self.num_groups,
-            training=self.training,
-            momentum=0.0 if momentum is None else momentum,
-            eps=self.eps,
-            virtual_gpus=self.virtual_gpus,
         )
+        options = Options(
+            self.statistics,
+            self.num_groups,
+            self.training,
+            0.0 if momentum is None else momentum,
+            self.eps,
+            self.virtual_gpus,
+        )
+        if not self.unbiased:
+            return switch_norm_act(tensors, options, residual, relu)
+        y = functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
+        y = y if residual is None else y + residual
+        return y.relu_() if relu else y
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Numbers whose softmax are the importance weights, of means and of variances."""
@@ -198,6 +207,62 @@ class SwitchNorm2d(SwitchNormBase):
 
     input_dims = (4,)
     input_shape = "(N, C, H, W)"
+
+
+class SwitchNormAct2d(SwitchNorm2d):
+    """Switchable Normalization of (N, C, H, W) maps, an optional residual and the activation.
+
+    y = act(sn(x) + residual), in the convention of timm's BatchNormAct2d; its `drop_layer` acts
+    before the activation. On CUDA normalization, sum and ReLU are one kernel, and what ReLU needs
+    in the backward pass is recomputed from x; other activations follow the layer.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        act_kwargs: dict | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        device=None,
+        dtype=None,
+        *,
+        statistics: Sequence[str] = ("in", "ln", "bn"),
+        num_groups: int | None = None,
+        virtual_gpus: int = 1,
+    ):
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device,
+            dtype,
+            statistics=statistics,
+            num_groups=num_groups,
+            virtual_gpus=virtual_gpus,
+        )
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = nn.Identity()
+        if apply_act and act_layer is not None:
+            options = dict(act_kwargs or {})
+            if inplace and "inplace" in inspect.signature(act_layer).parameters:
+                options.setdefault("inplace", True)
+            self.act = act_layer(**options)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if type(self.drop) is nn.Identity:
+            relu = type(self.act) is nn.ReLU
+            y = self._normalize(x, residual, relu)
+            return y if relu else self.act(y)
+        y = self.drop(self._normalize(x))
+        return self.act(y if residual is None else y + residual)
 
 
 class SwitchNorm3d(SwitchNormBase):

@@ -6,6 +6,7 @@ The error may be twice that of the plain formula in the same dtype (and a few ro
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,11 +67,15 @@ def run(function, tensors, dtype, layout="contiguous", affine=True, **options):
     return [y.detach(), *grads, running_mean, running_var]
 
 
-def compare(tensors, dtype, layout="contiguous", **options):
+def compare(tensors, dtype, layout="contiguous", backend="aten", device="cpu", **options):
     """Hold the fused layer to twice the error of the plain formula."""
     exact = run(functional.switch_norm, tensors, torch.float64, layout, **options)
+    tensors = [t.to(device) for t in tensors]
+    with sn.backend(backend):
+        assert kernels.choose_backend(*(t.to(dtype) for t in tensors[:7])) == backend
+        fused = run(kernels.switch_norm, tensors, dtype, layout, **options)
     plain = run(functional.switch_norm, tensors, dtype, layout, **options)
-    fused = run(kernels.switch_norm, tensors, dtype, layout, **options)
+    fused, plain = ([t if t is None else t.cpu() for t in got] for got in (fused, plain))
     eps = torch.finfo(dtype).eps
     terms = tensors[0].numel()
     for name, true, reference, ours in zip(NAMES, exact, plain, fused):
@@ -159,6 +164,15 @@ def test_without_affine_or_running_statistics(layout):
             for function in (functional.switch_norm, kernels.switch_norm)
         )
         torch.testing.assert_close(fused, plain)
+
+
+@pytest.mark.parametrize("statistics", SUBSETS, ids="-".join)
+def test_without_numpy(statistics, monkeypatch):
+    monkeypatch.setattr(kernels.mixture, "np", None)
+    for training, virtual_gpus in MODES:
+        options = {"training": training, "virtual_gpus": virtual_gpus, "num_groups": 2}
+        tensors = values((4, 6, 5, 7), statistics)
+        compare(tensors, torch.float64, statistics=statistics, **options)
 
 
 def test_parameters_in_another_dtype():
@@ -281,3 +295,77 @@ def test_errors_are_those_of_the_reference():
         for function in (functional.switch_norm, kernels.switch_norm):
             with pytest.raises(ValueError, match=message):
                 function(x, *rest, **options)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_residual_blocks_with_fused_activations_are_the_same_function(name):
+    torchvision = pytest.importorskip("torchvision")
+    from sn.training.models import fuse_activations
+
+    torch.manual_seed(0)
+    plain = torchvision.models.get_model(name, norm_layer=sn.SwitchNorm2d, num_classes=5)
+    fused = torchvision.models.get_model(name, norm_layer=sn.SwitchNorm2d, num_classes=5)
+    fuse_activations(fused)
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    for model in (plain, fused):
+        model(x).square().sum().backward()
+    for ours, wanted in zip(fused.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="residual"):
+        fuse_activations(nn.Sequential(sn.SwitchNorm2d(4)))
+
+
+def test_norm_with_activation_in_timms_convention():
+    timm = pytest.importorskip("timm")
+    arguments = {
+        "act_layer": nn.SiLU,
+        "apply_act": True,
+        "inplace": True,
+        "drop_layer": nn.Identity,
+    }
+    x = torch.randn(2, 8, 5, 5)
+    theirs, ours = timm.layers.BatchNormAct2d(8, **arguments), sn.SwitchNormAct2d(8, **arguments)
+    assert type(ours.act) is type(theirs.act) and ours(x).shape == theirs(x).shape
+    assert (sn.SwitchNormAct2d(8)(x) >= 0).all()
+    assert (sn.SwitchNormAct2d(8, apply_act=False)(x) < 0).any()
+
+    def norm(channels, act_layer=nn.ReLU, **options):
+        return sn.SwitchNormAct2d(channels, act_layer=act_layer, **options)
+
+    model = timm.create_model("regnetx_002", norm_layer=norm, num_classes=5)
+    default = timm.create_model("regnetx_002", num_classes=5)
+    counts = [sum(type(m) is nn.ReLU for m in net.modules()) for net in (model, default)]
+    assert counts[0] == counts[1] > 0
+    assert any(isinstance(m, sn.SwitchNormAct2d) for m in model.modules())
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_an_exported_layer_holds_no_custom_operator():
+    layer, x = sn.SwitchNorm2d(4).eval(), torch.randn(2, 4, 5, 6)
+    program = torch.export.export(layer, (x,))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not any(target.startswith("sn") for target in targets)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_import_needs_neither_triton_nor_numpy_nor_a_compiler():
+    code = """
+import sys
+from pathlib import Path
+sys.modules["numpy"] = None  # import numpy is an ImportError
+import torch, sn
+assert "triton" not in sys.modules and "torch._inductor" not in sys.modules
+layer = sn.SwitchNorm2d(4)
+layer(torch.randn(2, 4, 5, 6, requires_grad=True)).sum().backward()
+assert layer.mean_weight.grad is not None
+"""
+    root = Path(__file__).parent.parent
+    environment = {"PATH": "", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

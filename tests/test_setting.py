@@ -91,8 +91,9 @@ def test_one_running_update(norm, momentum):
     grouped.load_state_dict(layer.state_dict())
     sn.set_virtual_gpus(grouped, 4)
     for _ in range(2):
-        with one_running_update(nn.Sequential(layer), 4):
-            for part in x.chunk(4):
+        with one_running_update(nn.Sequential(layer), 4) as begin:
+            for index, part in enumerate(x.chunk(4)):
+                begin(index)
                 layer(part)
         grouped(x)
     for name, buffer in layer.named_buffers():

@@ -1,15 +1,20 @@
 """The fused layer: `switch_norm` with the reference's arguments, at batch norm's cost.
 
-    aten.py      passes over x on the CPU, from PyTorch's own kernels
-    mixture.py   everything on (N, C) numbers, forward and backward
-    function.py  the two as one autograd function
+    aten.py            passes over x on the CPU, from PyTorch's own kernels
+    mixture.py         everything on (N, C) numbers, forward and backward
+    function.py        the two as one autograd function
+    triton_kernels.py  the same on CUDA, in three kernels each way
+    cuda.py            their launches as autograd function and custom operators
 
 `backend` or the environment variable SN_BACKEND forces one implementation, for debugging.
 """
 
+import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,13 +24,17 @@ from ..functional import canonical_statistics, check_num_groups, check_virtual_g
 from .function import fused_switch_norm
 from .mixture import Options
 
-BACKENDS = ("auto", "reference", "aten")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("auto", "reference", "aten", "triton")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _check_backend(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {BACKENDS}")
+    if name == "triton" and importlib.util.find_spec("triton") is not None:
+        from . import cuda  # noqa: F401  registers the operators
     return name
 
 
@@ -34,9 +43,12 @@ _backend = _check_backend(os.environ.get("SN_BACKEND", "auto"))
 
 @contextmanager
 def backend(name: str):
-    """Compute switchable layers by `name` inside the context: auto, reference or aten.
+    """Compute switchable layers by `name` inside the context: auto, reference, aten or triton.
 
-    A backend that cannot take an input leaves it to the reference.
+    A backend that cannot take an input leaves it to the reference. The environment variable
+    SN_BACKEND sets the outermost one. auto is aten on the CPU and the reference elsewhere: the
+    Triton kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula;
+    triton the custom operators.
     """
     global _backend
     previous, _backend = _backend, _check_backend(name)
@@ -63,25 +75,44 @@ def switch_norm(
     virtual_gpus: int = 1,
 ) -> Tensor:
     """`sn.functional.switch_norm`, by the fastest implementation that can take the arguments."""
+    options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
     tensors = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
-    if choose_backend(*tensors) == "aten":
-        statistics = canonical_statistics(statistics)
-        functional._check_shapes(x, *tensors[1:5], statistics)
-        if "gn" in statistics:
-            check_num_groups(num_groups, x.shape[1])
-        if "bn" in statistics and training:
-            check_virtual_gpus(virtual_gpus, x.shape[0])
-        options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
-        return fused_switch_norm(*tensors, options)
-    return functional.switch_norm(
-        *tensors,
-        statistics=statistics,
-        num_groups=num_groups,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        virtual_gpus=virtual_gpus,
-    )
+    return switch_norm_act(tensors, options)
+
+
+def switch_norm_act(
+    tensors: tuple[Tensor | None, ...],
+    options: Options,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu(switch_norm(*tensors) + residual), in one go where there are kernels for it.
+
+    `tensors` are the seven of `switch_norm`; without them for the residual and ReLU these follow
+    as PyTorch's in-place operations.
+    """
+    chosen = choose_backend(*tensors)
+    if chosen == "reference":
+        y = functional.switch_norm(*tensors, **options._asdict())
+    else:
+        x, channels = tensors[0], tensors[0].shape[1]
+        options = options._replace(statistics=canonical_statistics(options.statistics))
+        functional._check_shapes(x, *tensors[1:5], options.statistics)
+        if "gn" in options.statistics:
+            check_num_groups(options.num_groups, channels)
+        if "bn" in options.statistics and options.training:
+            check_virtual_gpus(options.virtual_gpus, x.shape[0])
+        if chosen == "triton":
+            from .cuda import triton_switch_norm
+
+            if residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype):
+                return triton_switch_norm(*tensors, options, residual, relu)
+            y = triton_switch_norm(*tensors, options)
+        else:
+            y = fused_switch_norm(*tensors, options)
+    if residual is not None:
+        y = y + residual
+    return y.relu_() if relu else y
 
 
 def choose_backend(x: Tensor, *others: Tensor | None) -> str:
@@ -90,22 +121,47 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
     The plain formula wherever something has to see through it (compilation, export, tracing,
     function transforms, forward derivatives, tensor subclasses) and where there is little to gain.
     """
-    if _backend == "reference" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if _backend == "reference" or x.numel() == 0 or x.dim() < 2:
         return "reference"
-    if x.dim() < 3 or x.numel() == 0 or x.numel() == x.shape[0] * x.shape[1]:
+    if torch.compiler.is_compiling():
+        forced = _backend == "triton" and not torch.compiler.is_exporting()
+        can = (x.is_cuda or _INTERPRET) and x.dtype in _FLOATS[1:]
+        return "triton" if forced and can else "reference"
+    if torch.jit.is_tracing() or x.dtype not in _FLOATS or _is_transformed():
         return "reference"
-    if x.device.type != "cpu" or x.dtype not in _FLOATS or _is_transformed():
-        return "reference"
-    widest = torch.float64 if x.dtype is torch.float64 else torch.float32
+    accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
     for tensor in (x, *others):
-        if tensor is not None:
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-                return "reference"
-            if tensor.device != x.device or tensor.dtype not in _FLOATS:
-                return "reference"
-            if tensor.dtype.itemsize > widest.itemsize:
-                return "reference"
-    return "aten"
+        if tensor is not None and not (
+            type(tensor) in _TENSORS and tensor.dtype in accepted and tensor.device == x.device
+        ):
+            return "reference"
+    if x.is_cpu and _backend != "triton":
+        single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
+        return "reference" if single else "aten"
+    # Not auto: the kernels have been interpreted and compiled, but not yet run on a GPU.
+    if _backend != "triton" or x.dtype is torch.float64 or x.shape[1] > 16384:
+        return "reference"
+    return "triton" if _triton_works(x.device) else "reference"
+
+
+@lru_cache(maxsize=64)
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton can run here: it may be missing, or the C compiler that it needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    from . import cuda
+
+    if device.type == "cpu":
+        return cuda.INTERPRETED
+    if device.type != "cuda":
+        return False
+    try:
+        cuda.probe(device)
+    except Exception as error:
+        message = f"sn: the Triton kernels do not run ({error!r}); using the plain formula"
+        warnings.warn(message, stacklevel=2)
+        return False
+    return True
 
 
 def _is_transformed() -> bool:

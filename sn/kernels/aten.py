@@ -38,6 +38,12 @@ def _pieces(length: int, longest: int) -> int:
     return 1
 
 
+@lru_cache(maxsize=256)
+def _most_pieces(length: int, most: int) -> int:
+    """The most equal pieces, at most `most`, that make up `length`."""
+    return next(pieces for pieces in range(most, 0, -1) if length % pieces == 0)
+
+
 def _join(moments: Tensor, dim: int) -> Tensor:
     """Moments (2, ...) of equal pieces along `dim` as moments of the whole (total variance)."""
     mean, var = moments.unbind(0)
@@ -45,6 +51,11 @@ def _join(moments: Tensor, dim: int) -> Tensor:
     spread = (mean - joined[0].unsqueeze(dim - 1)).square_().mean(dim - 1)
     joined[1].add_(spread)
     return joined
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), at no cost where that changes nothing: there are some twenty a step."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _blocks(count: int, size: int) -> list[slice]:
@@ -96,7 +107,7 @@ class Rows:
             pair = torch.stack((mean.view(rows, pieces), rstd.pow_(-2).view(rows, pieces)))
             return _join(pair, 2) if pieces > 1 else pair.squeeze(2), free.view(rows, length)
         for block in _blocks(rows, length):
-            part = x[block].to(dtype)
+            part = as_dtype(x[block], dtype)
             mean = torch.mean(part, 1, out=moments[0, block])
             centred = torch.sub(part, mean.unsqueeze(1)).square_()
             torch.mean(centred, 1, out=moments[1, block])
@@ -109,7 +120,7 @@ class Rows:
             _eval_batch_norm(x.unsqueeze(0), a, b, out.unsqueeze(0))
             return
         for block in _blocks(*x.shape):
-            part = x[block].to(a.dtype)
+            part = as_dtype(x[block], a.dtype)
             scaled = torch.empty_like(part)
             _eval_batch_norm(part.unsqueeze(0), a[block], b[block], scaled.unsqueeze(0))
             out[block].copy_(scaled)
@@ -130,7 +141,7 @@ class Rows:
             return sums
         sums = torch.empty((2, rows), dtype=mean.dtype)
         for block in _blocks(rows, length):
-            part = dy[block].to(mean.dtype)
+            part = as_dtype(dy[block], mean.dtype)
             torch.sum(part, 1, out=sums[0, block])
             torch.sum(part.mul_(x[block] - mean[block, None]), 1, out=sums[1, block])
         return sums.unbind(0)
@@ -139,11 +150,11 @@ class Rows:
     def affine2(dy: Tensor, x: Tensor, a: Tensor, p: Tensor, q: Tensor, out: Tensor) -> None:
         a, p, q = a.view(-1), p.view(-1), q.view(-1)
         for block in _blocks(*x.shape):
-            part = x[block].to(a.dtype)
+            part = as_dtype(x[block], a.dtype)
             same = out.dtype == a.dtype
             scaled = out[block] if same else torch.empty_like(part)
             _eval_batch_norm(part.unsqueeze(0), p[block], q[block], scaled.unsqueeze(0))
-            scaled.addcmul_(dy[block].to(a.dtype), a[block, None])
+            scaled.addcmul_(as_dtype(dy[block], a.dtype), a[block, None])
             if not same:
                 out[block].copy_(scaled)
 
@@ -163,13 +174,13 @@ class Columns:
     def _fold(x: Tensor) -> tuple[int, int]:
         """(rows, pieces) of a sample seen as (rows, pieces C), or (0, 0): blocks serve better.
 
-        As if a sample had more channels: short sums in one call of a batch norm kernel.
+        As if a sample had more channels: shorter sums, as far as they fit the first level cache.
         """
         length, channels = x.shape[1:]
         if length * channels < 40_000:  # the cost of a call outweighs
             return 0, 0
-        pieces = _pieces(length, 128)
-        return (length // pieces, pieces) if length // pieces <= 1024 else (0, 0)
+        pieces = _most_pieces(length, max(1, 1024 // channels))
+        return (length // pieces, pieces) if length // pieces <= 2048 else (0, 0)
 
     @staticmethod
     def _samples(x: Tensor, rows: int) -> tuple[Tensor, ...]:
@@ -194,7 +205,7 @@ class Columns:
         if x.dtype == dtype:
             torch.mean(x, 1, out=moments[0])
         for block in _blocks(batch, length * channels):
-            part = x[block].to(dtype)
+            part = as_dtype(x[block], dtype)
             mean = moments[0, block]
             if x.dtype != dtype:
                 torch.mean(part, 1, out=mean)
@@ -230,7 +241,7 @@ class Columns:
         sums = torch.empty((2, batch, channels), dtype=mean.dtype)
         mean = mean.unsqueeze(1)
         for block in _blocks(batch, length * channels):
-            part = dy[block].to(mean.dtype)
+            part = as_dtype(dy[block], mean.dtype)
             torch.sum(part, 1, out=sums[0, block])
             product = torch.sub(x[block], mean[block]).mul_(part)
             torch.sum(product, 1, out=sums[1, block])

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..functional import switch_norm
-from .aten import Columns, Rows
-from .mixture import Mixed, Moments, Options, mix, mix_backward, update_running
+from .aten import Columns, Rows, as_dtype
+from .mixture import Mixed, Options, mix, mix_backward, softmax, to_array, to_tensor
 
 FAR = 8.0  # means further from zero than this, in mixed deviations, cost digits in a x + b
 
@@ -27,114 +27,126 @@ def fused_switch_norm(
     return _forward(*inputs, options)[0]
 
 
-def _layout(x: Tensor) -> tuple[Tensor, type]:
-    """`x`, dense, and its layout."""
+def dense_in_layout(x: Tensor) -> tuple[Tensor, bool]:
+    """`x`, dense, and whether its channels come last."""
     if x.is_contiguous():
-        return x, Rows
+        return x, False
     last = x.permute(0, *range(2, x.dim()), 1)
     if last.is_contiguous():
-        return x, Columns
+        return x, True
     if x.stride(1) == 1 and x.shape[1] > 1:  # a slice of a channels_last tensor
-        return last.contiguous().permute(0, -1, *range(1, x.dim() - 1)), Columns
-    return x.contiguous(), Rows
+        return last.contiguous().permute(0, -1, *range(1, x.dim() - 1)), True
+    return x.contiguous(), False
+
+
+def like_layout(dy: Tensor, last: bool) -> Tensor:
+    """`dy`, dense in the layout of x."""
+    if not last:
+        return dy.contiguous()
+    return (
+        dy.permute(0, *range(2, dy.dim()), 1).contiguous().permute(0, -1, *range(1, dy.dim() - 1))
+    )
+
+
+def _mix(pair: Tensor, centre: Tensor | None, parameters, running, options: Options) -> Mixed:
+    """The mixture from moments (2, N, C), whose means are relative to `centre`.
+
+    In double if there is one: differences of means that are far from zero lose no digits.
+    """
+    dtype = pair.dtype if centre is None else torch.float64
+    arrays = [
+        None if t is None else to_array(as_dtype(t, dtype)) for t in (*parameters[2:], *running)
+    ]
+    if centre is not None:
+        pair = pair.to(dtype, copy=True)
+        pair[0] += centre
+    gates = softmax(parameters[0].tolist()), softmax(parameters[1].tolist())
+    return mix(to_array(pair), gates, *arrays, options)
+
+
+def _tensor(array, dtype: torch.dtype) -> Tensor:
+    return as_dtype(to_tensor(array), dtype)
 
 
 def _forward(x, mean_weight, var_weight, weight, bias, running_mean, running_var, options):
-    """Output, dense x, its layout, (centre, mean - centre) and the mixture."""
+    """Output, dense x, its layout, the mixture, the instances' means and their centre, if any."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, layout = _layout(x.detach())
+    x, last = dense_in_layout(x.detach())
+    layout = Columns if last else Rows
     size = x.shape[:2]
-    parameters = (mean_weight, var_weight, weight, bias)
-    parameters = tuple(t if t is None else t.detach().to(dtype) for t in parameters)
-    view = layout.view(x)
+    parameters = [t if t is None else t.detach() for t in (mean_weight, var_weight, weight, bias)]
+    running = running_mean, running_var
+    view, centre = layout.view(x), None
     pair, free = layout.moments(view, dtype)
     pair = pair.view(2, *size)
-    mixed = mix(pair, *parameters, running_mean, running_var, options)
-    centre, mean = None, pair[0]
-    if not torch.linalg.vector_norm(mean * mixed.rstd, torch.inf).item() <= FAR:
-        # Subtract the rounded means before scaling, so that a x + b loses no digits, and mix in
-        # double, so that differences of means lose none.
-        centre = mean.clone()
-        view = view.to(dtype) - layout.per_instance(centre)
+    mixed = _mix(pair, centre, parameters, running, options)
+    if not abs(to_array(pair[0]) * mixed.rstd).max() <= FAR:
+        # Subtract the rounded means before scaling, so that a x + b loses no digits.
+        centre = pair[0].clone()
+        view = as_dtype(view, dtype) - layout.per_instance(centre)
         pair, free = layout.moments(view, dtype)
         pair = pair.view(2, *size)
-        mean, exact = pair[0], pair.to(torch.float64, copy=True)
-        exact[0] += centre
-        parameters = [t if t is None else t.double() for t in parameters]
-        mixed = mix(exact, *parameters, running_mean, running_var, options).to(dtype)
-    if mixed.batch is not None and running_mean is not None:
-        update_running(running_mean, running_var, mixed.batch, options.momentum)
+        mixed = _mix(pair, centre, parameters, running, options)
+    if options.training and running_mean is not None and "bn" in mixed.moments:
+        _, _, mean, var = mixed.moments["bn"]
+        for old, new in ((running_mean, mean), (running_var, var)):
+            new = new.reshape(-1, size[1])  # one row for each virtual GPU
+            new = new[0] if len(new) == 1 else new.sum(0) * (1.0 / len(new))
+            old.lerp_(_tensor(new, old.dtype), options.momentum)
 
-    shift = torch.addcmul(mixed.shift, mixed.scale, mean, value=-1)
+    scale = mixed.scale
+    shift = mixed.shift - scale * to_array(pair[0])
     if free is not None and free.dtype == x.dtype:
         y = x.new_empty(0).set_(free.untyped_storage(), 0, x.shape, x.stride())  # not a view
     else:
         y = torch.empty_like(x)
-    layout.affine(view, mixed.scale, shift, layout.view(y))
-    return y, x, layout, (centre, mean), mixed
+    layout.affine(view, _tensor(scale, dtype), _tensor(shift, dtype), layout.view(y))
+    mixed = mixed._replace(shift=None)
+    return y, x, layout, mixed, pair[0], centre
 
 
 class _SwitchNorm(torch.autograd.Function):
-    """Keeps x and some (N, C) numbers for the backward pass."""
+    """Keeps x and some (N, C) arrays for the backward pass."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        y, x, ctx.layout, (centre, mean), mixed = _forward(*inputs)
-        ctx.options, ctx.gates = inputs[-1], mixed.gates
-        ctx.pools = [moments.pool for moments in mixed.moments]
-        kept = [mixed.scale, mixed.rstd, mixed.offset, centre, mean]
-        for moments in mixed.moments:
-            kept += moments[1:]
+        y, x, ctx.layout, ctx.mixed, mean, centre = _forward(*inputs)
+        ctx.options = options = inputs[-1]
         ctx.dense = x if x.data_ptr() != inputs[0].data_ptr() else None
         # The running statistics change with the next call; in training y does not depend on them.
-        running = [None if ctx.options.training or t is None else t.clone() for t in inputs[5:7]]
-        ctx.save_for_backward(*inputs[:5], *running, *kept)
+        running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
+        ctx.save_for_backward(*inputs[:5], *running, mean, centre)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        saved = ctx.saved_tensors  # once: activation checkpointing unpacks a single time
-        inputs, kept = saved[:7], saved[7:]
+        *inputs, mean, centre = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative will be asked for
             return _reference_backward(ctx, dy, *inputs)
-        x, mean_weight, var_weight, weight, bias = inputs[:5]
-        scale, rstd, offset, centre, mean = kept[:5]
-        moments = [Moments(*m) for m in zip(ctx.pools, kept[5::2], kept[6::2])]
-        mixed = Mixed(scale, None, rstd, offset, moments, ctx.gates, None)
+        x, *parameters = inputs[:5]
+        dtype, layout, mixed = mean.dtype, ctx.layout, ctx.mixed
 
-        layout = ctx.layout
-        x = x if ctx.dense is None else ctx.dense
-        if layout is Rows:
-            dy = dy.contiguous()
-        else:
-            dy = (
-                dy.permute(0, *range(2, dy.dim()), 1)
-                .contiguous()
-                .permute(0, -1, *range(1, dy.dim() - 1))
-            )
-        view, dy_view = layout.view(x), layout.view(dy)
+        x = x.detach() if ctx.dense is None else ctx.dense
+        view, dy_view = layout.view(x), layout.view(like_layout(dy, layout is Columns))
         if centre is not None:
-            view = view.to(scale.dtype) - layout.per_instance(centre)
-        sums = layout.reduce(dy_view, view, mean)
-        length = x.numel() // scale.numel()
-        grads = mix_backward(sums, mixed, length)
+            view = as_dtype(view, dtype) - layout.per_instance(centre)
+        total, product = (to_array(s.view_as(mean)) for s in layout.reduce(dy_view, view, mean))
+        length = x.numel() // mean.numel()
+        grads = mix_backward(total, product, mixed, length)
 
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
-            q = torch.addcmul(grads.q, grads.p, mean, value=-1)
-            layout.affine2(dy_view, view, scale, grads.p, q, layout.view(dx))
+            q = grads.q - grads.p * to_array(mean)
+            coefficients = (_tensor(array, dtype) for array in (mixed.scale, grads.p, q))
+            layout.affine2(dy_view, view, *coefficients, layout.view(dx))
         logits = [
-            torch.tensor(values, dtype=like.dtype) if needed else None
-            for values, like, needed in zip(
-                (grads.mean_logits, grads.var_logits),
-                (mean_weight, var_weight),
-                ctx.needs_input_grad[1:3],
-            )
+            torch.tensor(values, dtype=t.dtype)
+            for values, t in zip((grads.mean_logits, grads.var_logits), parameters)
         ]
         affine = [
-            None if like is None else grad.to(like.dtype)
-            for grad, like in zip((grads.weight, grads.bias), (weight, bias))
+            None if t is None else _tensor(array, t.dtype)
+            for array, t in zip((grads.weight, grads.bias), parameters[2:])
         ]
         return dx, *logits, *affine, None, None, None
 

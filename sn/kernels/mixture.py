@@ -1,27 +1,37 @@
 """All of Switchable Normalization that happens on (N, C) numbers, forward and backward.
 
 Between the passes over x the layer is a small computation: from each instance's mean m and variance
-v to y = a (x - m) + shift, and from S = sum dy and T = sum dy (x - m) to
-dx = a dy + p (x - m) + q. It is written out here once, with derivatives by hand.
+v to y = scale (x - m) + shift, and from S = sum dy and T = sum dy (x - m) to
+dx = scale dy + p (x - m) + q. It is written out here once, with derivatives by hand.
 
 With M_k, V_k the moments of statistic k, w and u the softmaxed gates, d_k = m - M_k:
 
     M_k = pool(m),  V_k = pool(v) + pool(d_k^2)      pool: mean over channels, groups or samples
-    r = (sum u_k V_k + eps)^-1/2,  a = weight r,  o = sum w_k (M_k - m) = -sum w_k d_k
-    y = a (x - m - o) + bias
+    r = (sum u_k V_k + eps)^-1/2,  scale = weight r,  o = sum w_k (M_k - m) = -sum w_k d_k
+    y = scale (x - m - o) + bias
 
-    P = a S  and  Q = a r^2 (T - o S)  are minus the gradient of the mixed mean and minus twice that
-    of the mixed variance, hence
+    P = scale S  and  Q = scale r^2 (T - o S)  are minus the gradient of the mixed mean and minus
+    twice that of the mixed variance, hence
     dm = -(w_in P + sum w_k pool(P) + sum u_k pool(Q) d_k)
     dv = -(u_in Q + sum u_k pool(Q)) / 2
     q = dm / L,  p = 2 dv / L
+
+The arrays are NumPy's where there is NumPy, tensors otherwise: these are some sixty operations on
+few numbers, and NumPy starts one in a quarter of the time.
 """
 
 import math
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+
+try:
+    import numpy as np
+except ImportError:
+    np = None
+
+Array = Any  # np.ndarray or Tensor
 
 
 class Options(NamedTuple):
@@ -40,180 +50,198 @@ class Pool(NamedTuple):
 
     shape: tuple[int, ...]
     dim: int
+    spread: tuple  # the index that puts the axis back: pooled[spread] broadcasts against `shape`
 
-    def mean(self, pair: Tensor) -> Tensor:
-        """The pools of each half of (2, N, C), to be broadcast against `shape`."""
-        return pair.view(2, *self.shape).mean(self.dim + 1, keepdim=True)
+    def mean(self, array: Array) -> Array:
+        return array.reshape(self.shape).sum(self.dim) * (1.0 / self.shape[self.dim])
+
+    def means(self, pair: Array) -> Array:
+        sums = pair.reshape((2, *self.shape)).sum(self.dim + 1)
+        sums *= 1.0 / self.shape[self.dim]
+        return sums
 
 
 class Moments(NamedTuple):
-    """What the backward pass needs of one statistic. `pool` None: the instances themselves, or
-    constants (the running statistics of bn in evaluation)."""
+    """One statistic. `pool` is None for the instances themselves and for constants (the running
+    statistics of bn in evaluation)."""
 
     pool: Pool | None
-    distance: Tensor | None  # d_k, None for `in`
-    var: Tensor
+    distance: Array | None  # d_k (N, C), None for `in`
+    mean: Array
+    var: Array
 
 
 class Mixed(NamedTuple):
-    """The forward result, each (N, C): y = scale (x - m) + shift."""
+    """The forward result: y = scale (x - m) + shift."""
 
-    scale: Tensor
-    shift: Tensor
-    rstd: Tensor
-    offset: Tensor | None
-    moments: list[Moments]
+    scale: Array  # (N, C), like rstd and offset
+    shift: Array
+    rstd: Array
+    offset: Array | None
+    moments: dict[str, Moments]
     gates: tuple[list[float], list[float]]
-    batch: tuple[Tensor, Tensor] | None  # bn's (G, C) means and variances in training
-
-    def to(self, dtype: torch.dtype) -> "Mixed":
-        tensors = (t if t is None else t.to(dtype) for t in self[:4])
-        moments = [
-            Moments(m.pool, *(t if t is None else t.to(dtype) for t in m[1:])) for m in self.moments
-        ]
-        return Mixed(*tensors, moments, self.gates, self.batch)
 
 
-def softmax(logits: Tensor) -> list[float]:
-    values = logits.tolist()
-    top = max(values)
-    powers = [math.exp(value - top) for value in values]
+def to_array(tensor: torch.Tensor | None) -> Array | None:
+    return tensor if tensor is None or np is None else tensor.numpy()
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    return array if np is None else torch.from_numpy(array)
+
+
+def _rsqrt(array: Array) -> Array:
+    if np is None:
+        return array.rsqrt_()
+    np.sqrt(array, out=array)
+    return np.reciprocal(array, out=array)
+
+
+def _zeros_like(array: Array) -> Array:
+    return torch.zeros_like(array) if np is None else np.zeros_like(array)
+
+
+def _dot(a: Array, b: Array) -> float:
+    if np is None:
+        return torch.dot(a.reshape(-1), b.reshape(-1)).item()
+    return float(np.vdot(a, b))
+
+
+def quietly(function):
+    """Like PyTorch, say nothing of infinities and NaN."""
+    return function if np is None else np.errstate(all="ignore")(function)
+
+
+def softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    powers = [math.exp(logit - top) for logit in logits]
     total = sum(powers)
     return [power / total for power in powers]
 
 
-def _pool_of(statistic: str, size: torch.Size, options: Options) -> Pool:
-    batch, channels = size
+@lru_cache(maxsize=1024)
+def _pool_of(statistic: str, batch: int, channels: int, num_groups: int, groups: int) -> Pool:
     if statistic == "ln":
-        return Pool((batch, channels), 1)
+        return Pool((batch, channels), 1, (slice(None), None))
     if statistic == "gn":
-        return Pool((batch, options.num_groups, channels // options.num_groups), 2)
-    groups = options.virtual_gpus if options.training else 1
+        return Pool((batch, num_groups, channels // num_groups), 2, (..., None))
     if groups == 1:
-        return Pool((batch, channels), 0)
-    return Pool((groups, batch // groups, channels), 1)
+        return Pool((batch, channels), 0, (None,))
+    return Pool((groups, batch // groups, channels), 1, (slice(None), None))
 
 
+@quietly
 def mix(
-    pair: Tensor,
-    mean_logits: Tensor,
-    var_logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    pair: Array,
+    gates: tuple[list[float], list[float]],
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
     options: Options,
 ) -> Mixed:
     """Mix the instances' moments `pair` (2, N, C), in their dtype."""
-    mean, var = pair.unbind(0)
-    size = mean.shape
-    gates = softmax(mean_logits), softmax(var_logits)
-    offset = mixed = batch = None
-    moments = []
+    mean, var = pair[0], pair[1]
+    size = tuple(mean.shape)
+    groups = options.virtual_gpus if options.training else 1
+    offset = mixed = None
+    moments = {}
     for statistic, w, u in zip(options.statistics, *gates):
         if statistic == "in":
-            mixed = (var * u).add_(options.eps)
-            moments.append(Moments(None, None, var))
-            continue
-        if mixed is None:
-            mixed = torch.full_like(var, options.eps)
-        if statistic == "bn" and not options.training and running_mean is not None:
-            pool = None
-            distance = mean - running_mean.to(mean.dtype)
-            spread = running_var.to(mean.dtype)
-            mixed.add_(spread, alpha=u)
+            pool, distance, own = None, None, (mean, var)
+            mixed = var * u
+        elif statistic == "bn" and not options.training and running_mean is not None:
+            pool, distance = None, mean - running_mean
+            own = running_mean * 1.0, running_var * 1.0  # copies: the buffers may change
+            part = running_var * u
+            mixed = (_zeros_like(mean) if mixed is None else mixed) + part
         else:
-            pool = _pool_of(statistic, size, options)
-            pooled, spread = pool.mean(pair).unbind(0)
-            distance = mean.view(pool.shape) - pooled
-            spread.add_(distance.square().mean(pool.dim, keepdim=True))
-            mixed.view(pool.shape).add_(spread, alpha=u)
-            if statistic == "bn" and options.training:
-                batch = pooled.view(-1, size[1]), spread.view(-1, size[1])
-            distance = distance.view(size)
-        moments.append(Moments(pool, distance, spread))
-        offset = distance * -w if offset is None else offset.add_(distance, alpha=-w)
-    rstd = mixed.rsqrt_()
+            pool = _pool_of(statistic, *size, options.num_groups, groups)
+            own = pool.means(pair)
+            distance = mean.reshape(pool.shape) - own[0][pool.spread]
+            own[1] += pool.mean(distance * distance)
+            distance = distance.reshape(size)
+            part = (own[1] * u)[pool.spread]
+            if mixed is None:
+                mixed = _zeros_like(mean)
+            mixed = mixed.reshape(pool.shape)
+            mixed += part
+            mixed = mixed.reshape(size)
+        moments[statistic] = Moments(pool, distance, own[0], own[1])
+        if distance is not None:
+            if offset is None:
+                offset = distance * -w
+            else:
+                offset -= distance * w
+    mixed += options.eps
+    rstd = _rsqrt(mixed)
     scale = rstd if weight is None else rstd * weight
     if offset is None:
-        shift = torch.zeros_like(scale) if bias is None else bias.expand(size)
-    elif bias is None:
-        shift = (offset * scale).neg_()
+        shift = _zeros_like(scale)
     else:
-        shift = torch.addcmul(bias, offset, scale, value=-1)
-    return Mixed(scale, shift, rstd, offset, moments, gates, batch)
-
-
-def update_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batch: tuple[Tensor, Tensor],
-    momentum: float,
-) -> None:
-    """One step of the running statistics towards the mean of the groups' moments, in place."""
-    mean, var = (groups[0] if groups.shape[0] == 1 else groups.mean(0) for groups in batch)
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(var.to(running_var.dtype), momentum)
+        shift = offset * scale
+        shift *= -1.0
+    if bias is not None:
+        shift += bias
+    return Mixed(scale, shift, rstd, offset, moments, gates)
 
 
 class Gradients(NamedTuple):
-    p: Tensor  # dx = scale dy + p (x - m) + q, each (N, C)
-    q: Tensor
+    p: Array  # dx = scale dy + p (x - m) + q, each (N, C)
+    q: Array
     mean_logits: list[float]
     var_logits: list[float]
-    weight: Tensor  # (C,)
-    bias: Tensor
+    weight: Array  # (C,)
+    bias: Array
 
 
-def mix_backward(sums: tuple[Tensor, Tensor], mixed: Mixed, length: int) -> Gradients:
+@quietly
+def mix_backward(total: Array, product: Array, mixed: Mixed, length: int) -> Gradients:
     """From S and T (N, C) to all gradients; `length` is the number of positions L."""
-    scale, _, rstd, offset, moments, gates, _ = mixed
-    total, product = (s.view_as(scale) for s in sums)
+    scale, rstd, offset = mixed.scale, mixed.rstd, mixed.offset
     if offset is not None:
-        product = torch.addcmul(product, offset, total, value=-1)
-    grad_weight = (rstd * product).sum(0)
+        product = product - offset * total
+    slope = rstd * product
+    grad_weight = slope.sum(0)
     grad_bias = total.sum(0)
-    pair = torch.empty((2, *scale.shape), dtype=scale.dtype, device=scale.device)
-    mean_part, var_part = pair.unbind(0)
-    torch.mul(scale, total, out=mean_part)
-    torch.mul(rstd, rstd, out=var_part).mul_(scale).mul_(product)
+    mean_part = scale * total
+    var_part = rstd * slope
+    var_part *= scale
 
-    pools = [None if m.pool is None else m.pool.mean(pair).unbind(0) for m in moments]
     mean_grads, var_grads = [], []
-    for moment, pool in zip(moments, pools):
-        near = moment.distance is None
-        mean_grads.append(0.0 if near else _dot(mean_part, moment.distance))
-        if pool is None:
-            var_grads.append(-0.5 * _dot(var_part, moment.var.expand_as(var_part)))
-        else:
-            members = scale.numel() // pool[1].numel()
-            var_grads.append(-0.5 * members * _dot(pool[1], moment.var))
-
     p = q = None
-    for moment, pool, w, u in zip(moments, pools, *gates):
-        if moment.distance is None:
-            p, q = var_part.mul_(-u / length), mean_part.mul_(-w / length)
-        elif pool is not None:
-            if p is None:
-                p, q = pair.zero_().unbind(0)
-            view = moment.pool.shape
-            p.view(view).add_(pool[1], alpha=-u / length)
-            q.view(view).add_(pool[0], alpha=-w / length)
-            q.view(view).addcmul_(pool[1], moment.distance.view(view), value=-u / length)
+    for (pool, distance, _, var), w, u in zip(mixed.moments.values(), *mixed.gates):
+        w, u = -w / length, -u / length
+        mean_grads.append(0.0 if distance is None else _dot(mean_part, distance))
+        if pool is None:
+            spread = var if distance is None else var + _zeros_like(scale)
+            var_grads.append(-0.5 * _dot(var_part, spread))
+            if distance is None:
+                p, q = var_part * u, mean_part * w
+            continue
+        mean_pool, var_pool = pool.mean(mean_part), pool.mean(var_part)
+        var_grads.append(-0.5 * pool.shape[pool.dim] * _dot(var_pool, var))
+        if p is None:
+            p, q = _zeros_like(scale), _zeros_like(scale)
+        var_pool *= u
+        mean_pool *= w
+        shape = scale.shape
+        p, q = p.reshape(pool.shape), q.reshape(pool.shape)
+        p += var_pool[pool.spread]
+        step = distance.reshape(pool.shape) * var_pool[pool.spread]
+        step += mean_pool[pool.spread]
+        q += step
+        p, q = p.reshape(shape), q.reshape(shape)
     if p is None:  # running statistics alone
-        p, q = pair.zero_().unbind(0)
+        p, q = _zeros_like(scale), _zeros_like(scale)
     return Gradients(
         p,
         q,
-        _softmax_backward(gates[0], mean_grads),
-        _softmax_backward(gates[1], var_grads),
+        _softmax_backward(mixed.gates[0], mean_grads),
+        _softmax_backward(mixed.gates[1], var_grads),
         grad_weight,
         grad_bias,
     )
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return torch.dot(a.reshape(-1), b.reshape(-1)).item()
 
 
 def _softmax_backward(gates: list[float], grads: list[float]) -> list[float]:

@@ -3,9 +3,24 @@
 import os
 import pickle
 import sys
+import zipfile
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+BROKEN = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    KeyError,
+    ValueError,
+    NotImplementedError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -32,8 +47,8 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict | None:
     """Load the newest readable checkpoint at `path` onto the CPU; None if there is none.
 
-    A broken file is reported on stderr and the previous one taken. Raises ValueError if there are
-    only broken ones.
+    A broken file is reported on stderr, renamed to <name>.broken, and the previous one taken.
+    Raises ValueError if there are only broken ones.
     """
     path = Path(path)
     broken = []
@@ -41,13 +56,22 @@ def load_checkpoint(path: str | Path) -> dict | None:
         if not candidate.exists():
             continue
         try:
-            return torch.load(candidate, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-            broken.append(str(candidate))
-            reason = str(error).splitlines()[0]
+            with zipfile.ZipFile(candidate) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"checksum of {damaged} is wrong")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            for file in broken:  # so that the next save does not put it over the good one
+                with suppress(OSError):  # another process may have done so
+                    os.replace(file, file.with_name(file.name + ".broken"))
+            return state
+        except BROKEN as error:
+            broken.append(candidate)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"warning: cannot read checkpoint {candidate}: {reason}", file=sys.stderr)
     if broken:
-        raise ValueError(f"no readable checkpoint: {' and '.join(broken)}; delete to start anew")
+        names = " and ".join(map(str, broken))
+        raise ValueError(f"no readable checkpoint: {names}; delete to start anew")
     return None
 
 

@@ -74,7 +74,8 @@ class Augmentation:
     last_fraction: float = 0.0
 
     def at(self, progress: float) -> Callable:
-        return self.last if self.last and progress >= 1 - self.last_fraction else self.usual
+        end = progress + self.last_fraction >= 1 - 1e-9
+        return self.last if self.last and self.last_fraction and end else self.usual
 
 
 class ArrayImages:
@@ -104,6 +105,9 @@ class FileImages:
         path, label = self.samples[index]
         try:
             with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                    levels = np.asarray(image, dtype=np.float64) / 257
+                    image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
                 return image.convert("RGB"), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read image {path}: {error}") from None
@@ -260,6 +264,8 @@ def load_cifar10(root: str, download: bool = False, train_images: int | None = N
     batches = [_load_cifar_batch(file) for file in files]
     images = np.concatenate([images for images, _ in batches])
     labels = np.concatenate([labels for _, labels in batches])
+    if len(images) <= 5000:
+        raise ValueError(f"{folder} has {len(images)} training images; 5,000 are held out of them")
     train, val = slice(0, len(images) - 5000), slice(len(images) - 5000, None)
     return _in_memory(
         "cifar10",
@@ -287,11 +293,13 @@ def _load_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
         images = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-        labels = np.asarray(batch["labels"])
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a CIFAR-10 batch: {error}") from None
+        labels = np.asarray(batch["labels"]).reshape(-1)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is not a CIFAR-10 batch: {error!r}") from None
     if len(images) != len(labels):
         raise ValueError(f"{path}: {len(images)} images but {len(labels)} labels")
+    if labels.dtype.kind not in "iu" or len(labels) and not 0 <= labels.min() <= labels.max() <= 9:
+        raise ValueError(f"{path}: labels are not all whole numbers from 0 to 9")
     return images, labels
 
 

@@ -3,7 +3,7 @@
 import datetime
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -177,44 +177,39 @@ def prepare_setting(
 
 
 @contextmanager
-def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[None]:
+def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[Callable[[int], None]]:
     """Let the `micro_batches` forwards inside make one update of the running statistics.
 
     The update takes the mean of the micro-batches' means and variances, as one forward with
-    virtual GPUs does. Batch renormalization refers all of them to the statistics before; as it
-    trains with its running statistics, every process gets their mean over processes at once.
+    virtual GPUs does. Yields a function to be called with 0, 1, ... before each forward. Batch
+    renormalization refers all of them to the statistics before; as it trains with its running
+    statistics, every process gets their mean over processes at once.
     """
-    layers = batch_statistics_layers(model).values() if micro_batches > 1 else ()
-    before = [
-        (layer, layer.momentum, layer.num_batches_tracked.item(), *_running(layer, clone=True))
-        for layer in layers
-    ]
-    for layer, *_ in before:
+    layers = list(batch_statistics_layers(model).values()) if micro_batches > 1 else []
+    buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
+    before = [[buffer.clone() for buffer in triple] for triple in buffers]
+    momenta = [layer.momentum for layer in layers]
+    for layer, (mean, var, _) in zip(layers, before):
         if isinstance(layer, BatchRenormBase):
-            layer.reference = (*_running(layer, clone=True), layer.images_seen.clone())
-        layer.momentum = None  # cumulative average: after the last forward, the mean of all
-        layer.num_batches_tracked.zero_()
+            layer.reference = (mean, var, layer.images_seen.clone())
+
+    def begin(index: int) -> None:
+        for layer in layers:  # 1, 1/2, 1/3, ...: after the last forward, the mean of all
+            layer.momentum = 1.0 / (index + 1)
+
     try:
-        yield
+        yield begin
     finally:
         with torch.no_grad():
-            for layer, momentum, tracked, old_mean, old_var in before:
+            for layer, momentum, new, old in zip(layers, momenta, buffers, before):
                 layer.momentum = momentum
                 if isinstance(layer, BatchRenormBase):
                     layer.reference = None
-                ran = layer.num_batches_tracked.item() > 0
-                layer.num_batches_tracked.fill_(tracked + ran)
-                if ran:
-                    share = 1.0 / (tracked + 1) if momentum is None else momentum
-                    mean, var = _running(layer)
-                    mean.copy_(torch.lerp(old_mean, mean, share))
-                    var.copy_(torch.lerp(old_var, var, share))
+                share = 1.0 / (old[2].double() + 1.0) if momentum is None else momentum
+                for running, start in zip(new[:2], old[:2]):
+                    running.copy_(start + share * (running - start))
+                new[2].copy_(old[2] + (new[2] > old[2]))  # unchanged if the layer did not run
     average_running_statistics(model, BatchRenormBase)
-
-
-def _running(layer: nn.Module, clone: bool = False) -> tuple[Tensor, Tensor]:
-    pair = (layer.running_mean, layer.running_var)
-    return tuple(buffer.clone() for buffer in pair) if clone else pair
 
 
 def untrained_statistics(model: nn.Module) -> list[str]:

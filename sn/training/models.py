@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from sn import SwitchNorm2d, SwitchNormAct2d
 
 Norm = Callable[[int], nn.Module]
 
@@ -92,6 +94,7 @@ def build_model(
     norm: Norm,
     dropout: float = 0.0,
     zero_init_residual: bool = True,
+    fused_activation: bool = False,
 ) -> nn.Module:
     """Build a classifier whose norm layers come from `norm`, with random weights.
 
@@ -100,6 +103,7 @@ def build_model(
         dropout: before the classifier.
         zero_init_residual: the last gain of each residual block starts at 0, where the model can
             and the norm has a gain that learns.
+        fused_activation: SN layers of residual blocks do the sum and ReLU too (`fuse_activations`).
 
     Raises ValueError for an unknown name, or a model that cannot take the norm.
     """
@@ -109,7 +113,44 @@ def build_model(
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
     learns = isinstance(getattr(norm(8), "weight", None), nn.Parameter)
-    return builders[source](name, num_classes, norm, dropout, zero_init_residual and learns)
+    zero_init_residual = zero_init_residual and learns
+    model = builders[source](name, num_classes, norm, dropout, zero_init_residual)
+    return fuse_activations(model) if fused_activation else model
+
+
+class _FusedBasicBlock(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), shortcut)
+
+
+class _FusedBottleneck(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        return self.bn3(self.conv3(y), shortcut)
+
+
+def fuse_activations(model: nn.Module) -> nn.Module:
+    """Let the SN layers of torchvision's residual blocks do the sum and the ReLU as well, in place.
+
+    The same function with the same parameters under the same names; on CUDA in fewer passes.
+    Raises ValueError if `model` has no such block with switchable layers.
+    """
+    fused = {BasicBlock: _FusedBasicBlock, Bottleneck: _FusedBottleneck}
+    blocks = [m for m in model.modules() if type(m) in fused and type(m.bn1) is SwitchNorm2d]
+    if not blocks:
+        raise ValueError(
+            "fused_activation needs torchvision's residual blocks with SwitchNorm2d layers"
+        )
+    for block in blocks:
+        for name in ("bn1", "bn2", "bn3"):
+            layer = getattr(block, name, None)
+            if layer is not None:
+                layer.__class__ = SwitchNormAct2d
+                layer.drop, layer.act = nn.Identity(), nn.ReLU(inplace=True)
+        block.__class__ = fused[type(block)]
+    return model
 
 
 def _cifar(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
@@ -161,22 +202,18 @@ def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
         close = timm.list_models(f"*{name[:6]}*")[:10]
         raise ValueError(f"unknown timm model {name!r}; timm.list_models() has {close} ...")
     check_timm_norm(name)
+    options = {"num_classes": num_classes, "norm_layer": norm, "drop_rate": dropout}
     try:
-        return timm.create_model(
-            name,
-            num_classes=num_classes,
-            norm_layer=norm,
-            drop_rate=dropout,
-            zero_init_last=zero_init_residual,
-        )
-    except TypeError as error:
-        if "zero_init_last" in str(error):
-            return timm.create_model(
-                name, num_classes=num_classes, norm_layer=norm, drop_rate=dropout
-            )
-        if "norm_layer" in str(error):
-            raise ValueError(f"timm's {name} takes no norm_layer; choose another model") from None
-        raise
+        try:
+            return timm.create_model(name, **options, zero_init_last=zero_init_residual)
+        except TypeError as error:
+            if "zero_init_last" not in str(error):
+                raise
+            return timm.create_model(name, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(
+            f"timm's {name} cannot take norm_layer ({error}); take another model"
+        ) from None
 
 
 def check_timm_norm(name: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..modules import importance_weights
+from .results import COLORS
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
 # keys that say where and how fast, not what: they may change between a run and its resumption
@@ -73,7 +74,10 @@ class Recorder:
         return json.loads(path.read_text()) if path.exists() else None
 
     def open(self, epoch: int) -> None:
-        """Begin to write, with `epoch` epochs done: what later ones had written is dropped."""
+        """Begin to write, with `epoch` epochs done (-1: nothing, not even the start).
+
+        What a broken run had written beyond that is dropped.
+        """
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ class Recorder:
                 kept = [line for line in read_jsonl(path) if line["epoch"] <= epoch]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=epoch * 1000 + 1 if epoch else None
+            str(self.folder / "tensorboard"), purge_step=max(0, epoch * 1000 + 1)
         )
 
     def close(self) -> None:
@@ -166,7 +170,6 @@ def importance_figure(averages: dict[str, dict]):
     """Stacked bars of the importance weights per block: means left, variances right."""
     from matplotlib.figure import Figure
 
-    colours = {"in": "#E69F00", "ln": "#009E73", "gn": "#CC79A7", "bn": "#0072B2"}
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, moment, title in zip(
         figure.subplots(1, 2, sharey=True), ("mean", "var"), ("mean", "variance")
@@ -175,7 +178,7 @@ def importance_figure(averages: dict[str, dict]):
         for statistic in next(iter(averages.values()))[moment]:
             heights = [row[moment][statistic] for row in averages.values()]
             axes.bar(
-                list(averages), heights, bottom=bottom, label=statistic, color=colours[statistic]
+                list(averages), heights, bottom=bottom, label=statistic, color=COLORS[statistic]
             )
             bottom = [a + b for a, b in zip(bottom, heights)]
         axes.set_title(f"importance weights of the {title}")

@@ -24,13 +24,13 @@ def lr_factor(
 
     Raises ValueError for an unknown decay.
     """
+    if decay not in ("step", "cosine"):
+        raise ValueError(f"unknown schedule.decay={decay!r}; choose 'step' or 'cosine'")
     if progress < warmup:
         return progress / warmup
     if decay == "step":
         return gamma ** sum(progress >= milestone for milestone in milestones)
-    if decay == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    raise ValueError(f"unknown schedule.decay={decay!r}; choose 'step' or 'cosine'")
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
 def steps_per_epoch(num_images: int, gpus: int, images_per_gpu: int) -> int:

@@ -1,0 +1,491 @@
+"""The layer on CUDA: launches of the Triton kernels, as autograd function and as custom operators.
+
+In eager mode the autograd function runs, with the running statistics' step inside a kernel. The
+operators `sn::switch_norm` and `sn::switch_norm_backward` are the same without side effects, for
+`torch.compile` when the backend is forced; by default compilation takes the plain formula.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..functional import switch_norm
+from . import triton_kernels as kernels
+from .function import dense_in_layout, like_layout
+from .mixture import Options
+
+TILE = 2048  # numbers that a program loads at a time
+INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
+
+
+def probe(device: torch.device) -> None:
+    """Raise an error unless a kernel compiles and runs on `device`."""
+    x = torch.ones(1, 1, 16, device=device)
+    with torch.cuda.device(device):
+        kernels.moments_kernel[(1, 1)](
+            x, torch.empty_like(x), 1, 16, 16, C=1, FIXED_L=16, LAST=False, SPLITS=1, BC=1, BL=16
+        )
+
+
+class Moments(NamedTuple):
+    """What the forward pass keeps beside x: `own` (3, N, C), `layer` (3, N), `group` (3, N, Q),
+    `batch` (3, G, C), float32; see triton_kernels."""
+
+    own: Tensor
+    layer: Tensor
+    group: Tensor
+    batch: Tensor
+
+
+def _moment_shapes(x: Tensor, options: Options, running: bool) -> list[tuple[int, ...]]:
+    """Those of `Moments`; a statistic that there is not has no numbers."""
+    batch, channels = x.shape[:2]
+    groups = options.virtual_gpus if options.training else 1
+    has = options.statistics
+    return [
+        (3, batch, channels),
+        (3, batch) if "ln" in has else (0,),
+        (3, batch, options.num_groups) if "gn" in has else (0,),
+        (3, groups, channels) if "bn" in has and not running else (0,),
+    ]
+
+
+class _Plan:
+    """Sizes, blocks and constants of the launches for one input."""
+
+    def __init__(self, x: Tensor, last: bool, weight: Tensor | None, options: Options, running):
+        self.batch, self.channels = x.shape[:2]
+        self.length = x.numel() // (self.batch * self.channels)
+        has_gn = "gn" in options.statistics
+        self.num_groups = options.num_groups if has_gn else 1
+        self.groups = options.virtual_gpus if options.training else 1
+        place = {s: options.statistics.index(s) for s in options.statistics}
+        self.gates = {
+            "K": len(options.statistics),
+            "IN": place.get("in", -1),
+            "LN": place.get("ln", -1),
+            "GN": place.get("gn", -1),
+            "BN": place.get("bn", -1),
+        }
+        self.running = not options.training and running is not None and "bn" in place
+        self.mixture = self.gates | {"RUNNING": self.running, "AFFINE": weight is not None}
+        self.shape = {"C": self.channels, "Q": self.num_groups}
+        # short maps are rarely multiples of 16 long: as a constant their accesses stay wide
+        fixed = self.length if self.length <= 256 else 0
+        block_c, block_l = self._tile(last)
+        self.tile = {"FIXED_L": fixed, "LAST": last, "BC": block_c, "BL": block_l}
+        size = triton.next_power_of_2(self.channels // self.num_groups)
+        self.pool = {"BQ": triton.next_power_of_2(self.num_groups), "BD": size}
+        self.pool |= {"BN_N": 16, "BN_C": 16}
+        self.columns = self.batch * triton.cdiv(self.channels, block_c)
+        self.rows = self.batch + triton.cdiv(self.channels, 16)
+        processors = 4
+        if x.is_cuda:
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        tiles = triton.cdiv(self.length, block_l)
+        splits = min(tiles, max(1, triton.cdiv(4 * processors, self.columns)), 64)
+        self.chunk = triton.cdiv(tiles, splits) * block_l
+        self.splits = triton.cdiv(self.length, self.chunk)
+
+    def _tile(self, last: bool) -> tuple[int, int]:
+        along = triton.next_power_of_2(self.channels if last else self.length)
+        along = min(along, 64 if last else 1024)
+        other = triton.next_power_of_2(self.length if last else self.channels)
+        other = min(other, TILE // along)
+        return (along, other) if last else (other, along)
+
+
+def forward(
+    x: Tensor,
+    last: bool,
+    mean_logits: Tensor,
+    var_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    relu: bool,
+    update: bool,
+) -> tuple[Tensor, Moments]:
+    """The three launches of the forward pass; x and residual dense in the same layout."""
+    plan = _Plan(x, last, weight, options, running_mean)
+    n, c, length, chunk = plan.batch, plan.channels, plan.length, plan.chunk
+
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    shapes = _moment_shapes(x, options, plan.running)
+    moments = Moments(*(new(*shape) for shape in shapes))
+    partial = new(3, plan.splits, n, c)
+    y = torch.empty_like(x)
+    kernels.moments_kernel[(plan.columns, plan.splits)](
+        x, partial, n, length, chunk, C=c, SPLITS=plan.splits, **plan.tile
+    )
+    batch_of_bn = plan.gates["BN"] >= 0 and not plan.running
+    gates = {name: plan.gates[name] for name in ("LN", "GN")}
+    kernels.pool_kernel[(plan.rows if batch_of_bn else n,)](
+        partial,
+        *moments,
+        running_mean if update else partial,
+        running_var if update else partial,
+        n,
+        length,
+        chunk,
+        plan.groups,
+        options.momentum,
+        SPLITS=plan.splits,
+        BN=plan.gates["BN"] if batch_of_bn else -1,
+        UPDATE=update,
+        **plan.shape,
+        **gates,
+        **plan.pool,
+    )
+    kernels.apply_kernel[(plan.columns, plan.splits)](
+        x,
+        y,
+        x if residual is None else residual,
+        *moments,
+        running_mean if plan.running else x,
+        running_var if plan.running else x,
+        mean_logits,
+        var_logits,
+        x if weight is None else weight,
+        x if bias is None else bias,
+        n,
+        length,
+        chunk,
+        plan.groups,
+        options.eps,
+        RELU=relu,
+        RESIDUAL=residual is not None,
+        **plan.shape,
+        **plan.mixture,
+        **plan.tile,
+    )
+    return y, moments
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    last: bool,
+    y: Tensor | None,
+    mean_logits: Tensor,
+    var_logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    moments: Moments,
+    options: Options,
+    relu: bool,
+    residual: bool,
+) -> tuple[Tensor, ...]:
+    """The three launches of the backward pass.
+
+    Returns the gradients of x, mean_logits, var_logits, weight, bias and the residual, those of
+    parameters in float32, empty ones for what there is not.
+    """
+    plan = _Plan(x, last, weight, options, running_mean)
+    n, c, length, chunk = plan.batch, plan.channels, plan.length, plan.chunk
+    k = plan.gates["K"]
+
+    def new(*shape):
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    partial, sums = new(2, plan.splits, n, c), new(2, n, c)
+    gates, grad_mean, grad_var = new(2 * k, n), new(k), new(k)
+    ln_pool, gn_pool, bn_pool = new(2, n), new(2, n, plan.num_groups), new(2, plan.groups, c)
+    affine = c if weight is not None else 0
+    grad_weight, grad_bias = new(affine), new(affine)
+    dx = torch.empty_like(x)
+    d_residual = torch.empty_like(x) if residual else x.new_empty(0)
+    mixture = (
+        *moments,
+        running_mean if plan.running else x,
+        running_var if plan.running else x,
+        mean_logits,
+        var_logits,
+        x if weight is None else weight,
+    )
+    shift = x if bias is None else bias
+    activation = {"RELU": relu, "RESIDUAL": residual}
+    saved_y = x if y is None else y
+    kernels.sums_kernel[(plan.columns, plan.splits)](
+        dy,
+        x,
+        saved_y,
+        partial,
+        *mixture,
+        shift,
+        n,
+        length,
+        chunk,
+        plan.groups,
+        options.eps,
+        SPLITS=plan.splits,
+        **activation,
+        **plan.shape,
+        **plan.mixture,
+        **plan.tile,
+    )
+    kernels.pool_backward_kernel[(plan.rows,)](
+        partial,
+        sums,
+        gates,
+        ln_pool,
+        gn_pool,
+        bn_pool,
+        grad_weight if affine else x,
+        grad_bias if affine else x,
+        *mixture,
+        n,
+        plan.groups,
+        options.eps,
+        SPLITS=plan.splits,
+        **plan.shape,
+        **plan.mixture,
+        **plan.pool,
+    )
+    kernels.apply_backward_kernel[(plan.columns + 1, plan.splits)](
+        dy,
+        x,
+        saved_y,
+        dx,
+        d_residual if residual else dx,
+        sums,
+        gates,
+        ln_pool,
+        gn_pool,
+        bn_pool,
+        grad_mean,
+        grad_var,
+        *mixture,
+        shift,
+        n,
+        length,
+        chunk,
+        plan.groups,
+        options.eps,
+        **activation,
+        **plan.shape,
+        **plan.mixture,
+        **plan.tile,
+    )
+    return dx, grad_mean, grad_var, grad_weight, grad_bias, d_residual
+
+
+def _cast(grads: tuple[Tensor, ...], inputs) -> list[Tensor | None]:
+    """Gradients in the dtype of their tensors, None for what there is not."""
+    return [None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs)]
+
+
+class _SwitchNorm(torch.autograd.Function):
+    """Inputs x, four parameters, two running statistics, residual; options, relu."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *inputs, options, relu = arguments
+        *inputs, residual = inputs
+        running_mean, running_var = inputs[5:]
+        x, last = dense_in_layout(inputs[0])
+        residual = None if residual is None else like_layout(residual, last)
+        update = options.training and running_mean is not None and "bn" in options.statistics
+        y, moments = forward(x, last, *inputs[1:], residual, options, relu, update)
+        ctx.options, ctx.relu, ctx.last, ctx.residual = options, relu, last, residual is not None
+        ctx.dense = x if x.data_ptr() != inputs[0].data_ptr() else None
+        running = [None if options.training or t is None else t.clone() for t in inputs[5:]]
+        kept_y = y if relu and residual is not None else None
+        ctx.save_for_backward(*inputs[:5], *running, kept_y, *moments)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *inputs, y, own, layer, group, batch = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            return _reference_backward(ctx, dy, inputs, y)
+        x = inputs[0].detach() if ctx.dense is None else ctx.dense
+        *grads, d_residual = backward(
+            like_layout(dy, ctx.last),
+            x,
+            ctx.last,
+            y,
+            *inputs[1:],
+            Moments(own, layer, group, batch),
+            ctx.options,
+            ctx.relu,
+            ctx.residual,
+        )
+        grads = _cast(grads, inputs[:5])
+        return *grads, None, None, d_residual if ctx.residual else None, None, None
+
+
+def _reference_backward(ctx, dy, inputs, y):
+    """The gradients as a differentiable function, through the plain formula."""
+    plain = switch_norm(*inputs, **ctx.options._asdict())
+    if ctx.relu:
+        dy = dy * ((plain if y is None else y) > 0)
+    needed = ctx.needs_input_grad[:5]
+    wanted = [t for t, need in zip(inputs, needed) if need]
+    grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=True, allow_unused=True))
+    grads = [next(grads) if need else None for need in needed]
+    return *grads, None, None, dy if ctx.residual else None, None, None
+
+
+def triton_switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    options: Options,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """`switch_norm` for a tensor that is not empty, then `+ residual` and ReLU if asked for."""
+    inputs = (x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual)
+    if torch.compiler.is_compiling():
+        return _compiled(*inputs, options, relu)
+    with torch.cuda.device_of(x):
+        return _SwitchNorm.apply(*inputs, options, relu)
+
+
+# The custom operators: functional, with the options spelled out, as the schema language wants it.
+
+
+@torch.library.custom_op("sn::switch_norm", mutates_args=())
+def _operator(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    statistics: str,
+    num_groups: int,
+    training: bool,
+    eps: float,
+    virtual_gpus: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = Options(tuple(statistics.split()), num_groups, training, 0.0, eps, virtual_gpus)
+    dense, last = dense_in_layout(x)
+    residual = None if residual is None else like_layout(residual, last)
+    parameters = (mean_weight, var_weight, weight, bias, running_mean, running_var)
+    y, moments = forward(dense, last, *parameters, residual, options, relu, False)
+    return y, *moments
+
+
+@_operator.register_fake
+def _(x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual, *options):
+    statistics, num_groups, training, eps, virtual_gpus, _ = options
+    options = Options(tuple(statistics.split()), num_groups, training, 0.0, eps, virtual_gpus)
+    shapes = _moment_shapes(x, options, not training and running_mean is not None)
+    moments = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    dense, _ = dense_in_layout(x)
+    return torch.empty_like(dense), *moments
+
+
+@torch.library.custom_op("sn::switch_norm_backward", mutates_args=())
+def _operator_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    own: Tensor,
+    layer: Tensor,
+    group: Tensor,
+    batch: Tensor,
+    statistics: str,
+    num_groups: int,
+    training: bool,
+    eps: float,
+    virtual_gpus: int,
+    relu: bool,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = Options(tuple(statistics.split()), num_groups, training, 0.0, eps, virtual_gpus)
+    dense, last = dense_in_layout(x)
+    return backward(
+        like_layout(dy, last),
+        dense,
+        last,
+        y,
+        mean_weight,
+        var_weight,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        Moments(own, layer, group, batch),
+        options,
+        relu,
+        residual,
+    )
+
+
+@_operator_backward.register_fake
+def _(dy, x, y, mean_weight, var_weight, weight, *rest):
+    dense, _ = dense_in_layout(x)
+    affine = 0 if weight is None else x.shape[1]
+    shapes = [mean_weight.shape, var_weight.shape, (affine,), (affine,)]
+    grads = [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    d_residual = torch.empty_like(dense) if rest[-1] else x.new_empty(0)
+    return torch.empty_like(dense), *grads, d_residual
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, residual = inputs[:8]
+    relu = inputs[-1]
+    ctx.options, ctx.residual = inputs[8:], residual is not None
+    y = output[0] if relu and residual is not None else None
+    ctx.save_for_backward(*tensors, y, *output[1:])
+
+
+def _backward_of_operator(ctx, dy, *_):
+    *tensors, y, own, layer, group, batch = ctx.saved_tensors
+    moments = own, layer, group, batch
+    x, *parameters = tensors
+    *grads, d_residual = torch.ops.sn.switch_norm_backward(
+        dy, x, y, *parameters, *moments, *ctx.options, ctx.residual
+    )
+    grads = _cast(grads, tensors[:5])
+    return *grads, None, None, d_residual if ctx.residual else None, *[None] * 6
+
+
+_operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
+
+
+def _compiled(*arguments):
+    *inputs, options, relu = arguments
+    running_mean, running_var = inputs[5:7]
+    if options.training:
+        inputs[5:7] = None, None  # their step follows
+    y, _, _, _, batch = torch.ops.sn.switch_norm(
+        *inputs,
+        " ".join(options.statistics),
+        options.num_groups or 1,
+        options.training,
+        options.eps,
+        options.virtual_gpus,
+        relu,
+    )
+    if options.training and running_mean is not None and "bn" in options.statistics:
+        with torch.no_grad():
+            mean, var = (batch[0] + batch[1]).mean(0), batch[2].mean(0)
+            running_mean.lerp_(mean.to(running_mean.dtype), options.momentum)
+            running_var.lerp_(var.to(running_var.dtype), options.momentum)
+    return y

@@ -1,0 +1,276 @@
+"""The Triton kernels: under the interpreter on the CPU, compiled for an H100 without one, on CUDA.
+
+Triton decides at import whether to interpret, so the tests of this file run in a child with
+TRITON_INTERPRET=1 (`test_under_the_interpreter`), or here where there is a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import ALL, MODES, SUBSETS, compare, lay_out, values
+
+import sn
+from sn import functional, kernels
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA and not INTERPRET else "cpu"
+runs = pytest.mark.skipif(not CUDA and not INTERPRET, reason="in test_under_the_interpreter")
+on_cuda = pytest.mark.skipif(not CUDA or INTERPRET, reason="needs a GPU")
+
+
+@pytest.mark.skipif(CUDA or INTERPRET, reason="the tests run here")
+def test_under_the_interpreter():
+    numpy, version = pytest.importorskip("numpy"), sys.modules["triton"].__version__
+    if version < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def check(shape, statistics, dtype=torch.float32, layout="contiguous", offset=0.0, **options):
+    if "gn" in statistics:
+        options["num_groups"] = 2
+    tensors = values(shape, statistics, offset, dtype=dtype)
+    compare(tensors, dtype, layout, "triton", DEVICE, statistics=statistics, **options)
+
+
+@runs
+@pytest.mark.parametrize("training, virtual_gpus", MODES)
+@pytest.mark.parametrize("statistics", SUBSETS, ids="-".join)
+def test_every_statistic_and_mode(statistics, training, virtual_gpus):
+    layout = "channels_last" if training else "contiguous"
+    check((4, 6, 3, 5), statistics, layout=layout, training=training, virtual_gpus=virtual_gpus)
+
+
+@runs
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 3, 3, 1), (4, 6), (2, 4, 1, 1), (3, 5, 7), (2, 4, 3, 2, 5), (2, 70, 19, 17), (18, 2, 3)],
+    ids=str,
+)
+def test_every_shape_and_layout(shape, layout):
+    if layout == "sliced" and shape not in ((2, 4, 3, 2, 5), (2, 70, 19, 17)):
+        return
+    check(shape, ("in", "ln", "bn"), layout=layout)
+    if layout == "contiguous" and len(shape) > 2:
+        check(shape, ("in", "ln", "bn"), layout="channels_last")
+
+
+@runs
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_offsets_and_half_precision(dtype, layout):
+    for offset in (1e3, 1e4) if DEVICE == "cuda" else (1e4,):
+        check((2, 6, 20, 13), ("in", "ln", "bn"), dtype, layout, offset, virtual_gpus=2)
+
+
+@runs
+@pytest.mark.parametrize("dominant", range(4))
+def test_dominant_gates(dominant):
+    tensors = values((2, 6, 4, 4), ALL)
+    for logits in tensors[1:3]:
+        logits[dominant] += 30
+    compare(tensors, torch.float32, "contiguous", "triton", DEVICE, statistics=ALL, num_groups=3)
+
+
+@runs
+def test_without_affine_or_running_statistics():
+    tensors = values((4, 6, 5, 3), ALL)
+    options = {"statistics": ALL, "num_groups": 2}
+    compare(tensors, torch.float32, "contiguous", "triton", DEVICE, affine=False, **options)
+    tensors = [t.to(DEVICE) for t in tensors]
+    for training in (True, False):
+        with sn.backend("triton"):
+            fused = kernels.switch_norm(*tensors[:5], training=training, **options)
+        plain = functional.switch_norm(*tensors[:5], training=training, **options)
+        torch.testing.assert_close(fused, plain)
+
+
+@runs
+@pytest.mark.parametrize("neighbour", [1e6, float("inf"), float("nan")])
+def test_a_sample_does_not_depend_on_its_neighbours(neighbour):
+    x, *parameters = (t.to(DEVICE) for t in values((3, 4, 5, 5), ("in", "ln"))[:5])
+    with sn.backend("triton"):
+        alone = kernels.switch_norm(x, *parameters, statistics=("in", "ln"))
+        x[1] = neighbour
+        y = kernels.switch_norm(x, *parameters, statistics=("in", "ln"))
+    torch.testing.assert_close(y[::2], alone[::2], rtol=1e-5, atol=1e-5)
+
+
+def act_case(layout="contiguous"):
+    torch.manual_seed(0)
+    layer = sn.SwitchNormAct2d(6).to(DEVICE)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) / 2)
+    x, residual, dy = (torch.randn(4, 6, 5, 7, device=DEVICE) for _ in range(3))
+    return layer, *(lay_out(t, layout) for t in (x, residual)), dy
+
+
+def results(layer, x, residual, dy, call=None):
+    """Output, gradients and buffers of a step."""
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    leaves = [t.detach().clone().requires_grad_() for t in (x, residual) if t is not None]
+    layer.zero_grad()
+    y = (layer if call is None else call)(*leaves)
+    y.backward(dy)
+    got = [y.detach(), *(t.grad for t in leaves), *(p.grad.clone() for p in layer.parameters())]
+    got += [t.clone() for t in layer.buffers()]
+    layer.load_state_dict(before)
+    return got
+
+
+@runs
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_fused_activation_and_residual(with_residual, layout):
+    layer, x, residual, dy = act_case(layout)
+    residual = residual if with_residual else None
+    with sn.backend("reference"):
+        plain = results(layer, x, residual, dy)
+    with sn.backend("triton"):
+        fused = results(layer, x, residual, dy)
+        again = results(layer, x, residual, dy)
+    for ours, wanted, second in zip(fused, plain, again):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ours, second)  # deterministic
+
+
+@runs
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break_to_the_operators(training):
+    layer, *arguments = act_case()
+    layer.train(training)
+    with sn.backend("triton"):
+        eager = results(layer, *arguments)
+        torch.compiler.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        got = results(layer, *arguments, call=compiled)
+    for ours, wanted in zip(got, eager):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+
+
+@runs
+def test_operators_obey_the_rules_of_torch_library():
+    layer, x, residual, _ = act_case()
+    tensors = (layer.mean_weight, layer.var_weight, layer.weight, layer.bias)
+    for running in ((None, None), (layer.running_mean, layer.running_var)):
+        options = ("in ln bn", 1, running[0] is None, 1e-5, 2 if running[0] is None else 1, True)
+        arguments = (x.clone().requires_grad_(), *tensors, *running, residual, *options)
+        torch.library.opcheck(torch.ops.sn.switch_norm.default, arguments)
+
+
+@runs
+def test_second_derivatives():
+    x, *rest = (t.to(DEVICE) for t in values((2, 4, 3, 3), ("in", "ln", "bn"))[:5])
+    seconds = []
+    for name in ("reference", "triton"):
+        leaf = x.clone().requires_grad_()
+        with sn.backend(name):
+            y = kernels.switch_norm(leaf, *rest)
+            (first,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+            seconds.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-3, atol=1e-3)
+
+
+@on_cuda
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(8, 64, 56, 56), (32, 2048, 7, 7), (2, 256, 100, 137), (3, 33, 61, 67)], ids=str
+)
+def test_large_shapes(shape, dtype, layout):
+    for training, virtual_gpus in ((True, 1), (False, 1)):
+        options = {"training": training, "virtual_gpus": virtual_gpus}
+        check(shape, ("in", "ln", "bn"), dtype, layout, **options)
+
+
+@on_cuda
+def test_in_a_cuda_graph():
+    layer, x, residual, dy = act_case()
+    x.requires_grad_()
+
+    def step():
+        layer.zero_grad(set_to_none=False)
+        layer(x, residual).backward(dy)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    wanted = layer.weight.grad.clone()
+    layer.weight.grad.zero_()
+    graph.replay()
+    torch.testing.assert_close(layer.weight.grad, wanted)
+
+
+def constants(last, relu, residual, running, statistics):
+    place = {s: statistics.index(s) if s in statistics else -1 for s in ALL}
+    return {
+        "C": 64, "Q": 4 if "gn" in statistics else 1, "FIXED_L": 0 if last else 196, "LAST": last,
+        "SPLITS": 2, "K": len(statistics), "IN": place["in"], "LN": place["ln"],
+        "GN": place["gn"], "BN": place["bn"], "RUNNING": running, "AFFINE": True, "RELU": relu,
+        "RESIDUAL": residual, "BC": 64 if last else 8, "BL": 32 if last else 256,
+        "BQ": 4 if "gn" in statistics else 1, "BD": 64, "BN_N": 16, "BN_C": 16,
+        "UPDATE": not running,
+    }  # fmt: skip
+
+
+KERNELS = ("moments", "pool", "apply", "sums", "pool_backward", "apply_backward")
+
+
+@pytest.mark.skipif(INTERPRET, reason="nothing to compile")
+@pytest.mark.parametrize("variant", range(4))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_for_sm_90(kernel, variant):
+    """Without a GPU; the interpreter accepts more than the compiler."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from sn.kernels import triton_kernels
+
+    variants = [
+        constants(True, False, False, False, ("in", "ln", "bn")),
+        constants(False, True, True, False, ALL),
+        constants(True, True, False, True, ("in", "ln", "bn")),
+        constants(False, False, False, True, ("bn",)),
+    ]
+    function = getattr(triton_kernels, f"{kernel}_kernel")
+    signature, values, aligned = {}, {}, {}
+    for i, parameter in enumerate(function.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], values[(i,)] = "constexpr", variants[variant][name]
+        elif name in ("N", "L", "CHUNK", "G"):
+            signature[name] = "i32"
+        elif name in ("eps", "momentum"):
+            signature[name] = "fp32"
+        else:
+            maps = ("x", "y", "dy", "dx", "residual", "d_residual")
+            signature[name] = "*bf16" if name in maps else "*fp32"
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(function, signature, values, aligned)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32))
+    ptx = compiled.asm["ptx"]
+    assert ".target sm_90" in ptx
+    assert ".local" not in ptx  # nothing spilled from the registers
+    if variants[variant]["LAST"] and kernel not in ("pool", "pool_backward"):
+        assert "ld.global.v4.b32" in ptx  # 128-bit accesses
