@@ -48,6 +48,9 @@ done
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+for option in norms settings seeds output; do
+    [[ ${!option} =~ [^[:space:]] ]] || usage "--$option is empty"
+done
 for number in "$processes" "$jobs"; do
     [[ $number =~ ^[1-9][0-9]*$ ]] || usage "'$number' is not a whole number of 1 or more"
 done
@@ -85,6 +88,9 @@ run_one() { # name, command...
     esac
 }
 
+quoted=${output//\\/\\\\} # as Hydra reads it: any path in single quotes
+quoted="'${quoted//\'/\\\'}'"
+started=" "
 for seed in $seeds; do
     for setting in $settings; do
         gpus=${setting%x*} images=${setting#*x}
@@ -95,11 +101,13 @@ for seed in $seeds; do
                 actual=sn_in_ln
                 note=("note='sn at one image per GPU: IN and LN only, as in the paper'")
             fi
+            case $started in *" ${actual}_${setting}_$seed "*) continue ;; esac
+            started+="${actual}_${setting}_$seed "
             count=$((processes < gpus ? processes : gpus))
             command=("$python" "$root/train_imagenet.py")
             [ "$count" -eq 1 ] || command=("$root/scripts/launch.sh" "$count" "$root/train_imagenet.py")
             command+=("norm=$actual" "setting.gpus=$gpus" "setting.images_per_gpu=$images"
-                "seed=$seed" "output_root=$output" "${note[@]}" "$@")
+                "seed=$seed" "output_root=$quoted" "${note[@]}" "$@")
             if [ -n "$dry_run" ]; then
                 printf '%q ' "${command[@]}" && echo
                 continue

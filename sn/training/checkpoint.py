@@ -26,7 +26,7 @@ BROKEN = (
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write `state` so that `path` is at every moment a whole file; keep the one before it.
 
-    The earlier checkpoint stays beside it as <stem>_previous<suffix>.
+    The earlier checkpoint, unless it is broken, stays beside it as <stem>_previous<suffix>.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -34,7 +34,8 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    with suppress(*BROKEN):
+        _check_sums(path)
         os.replace(path, _previous(path))
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -47,8 +48,8 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict | None:
     """Load the newest readable checkpoint at `path` onto the CPU; None if there is none.
 
-    A broken file is reported on stderr, renamed to <name>.broken, and the previous one taken.
-    Raises ValueError if there are only broken ones.
+    A broken file is reported on stderr and the previous one taken. Raises ValueError if there are
+    only broken ones.
     """
     path = Path(path)
     broken = []
@@ -56,15 +57,8 @@ def load_checkpoint(path: str | Path) -> dict | None:
         if not candidate.exists():
             continue
         try:
-            with zipfile.ZipFile(candidate) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"checksum of {damaged} is wrong")
-            state = torch.load(candidate, map_location="cpu", weights_only=True)
-            for file in broken:  # so that the next save does not put it over the good one
-                with suppress(OSError):  # another process may have done so
-                    os.replace(file, file.with_name(file.name + ".broken"))
-            return state
+            _check_sums(candidate)
+            return torch.load(candidate, map_location="cpu", weights_only=True)
         except BROKEN as error:
             broken.append(candidate)
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -73,6 +67,13 @@ def load_checkpoint(path: str | Path) -> dict | None:
         names = " and ".join(map(str, broken))
         raise ValueError(f"no readable checkpoint: {names}; delete to start anew")
     return None
+
+
+def _check_sums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum of {damaged} is wrong")
 
 
 def _previous(path: Path) -> Path:

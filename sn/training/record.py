@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from ..functional import STATISTICS
 from ..modules import importance_weights
 from .results import COLORS
 
@@ -151,15 +152,15 @@ def block_names(model: nn.Module) -> dict[str, str]:
 
 
 def block_averages(layers: dict[str, dict]) -> dict[str, dict]:
-    """Mean importance weights per block, every layer counting the same."""
+    """Mean importance weights per block, every layer counting the same, an absent one as 0."""
     averages = {}
     for block in dict.fromkeys(layer["block"] for layer in layers.values()):
         members = [layer for layer in layers.values() if layer["block"] == block]
+        present = [s for s in STATISTICS if any(s in member["mean"] for member in members)]
         averages[block] = {
             moment: {
-                statistic: sum(member[moment].get(statistic, 0.0) for member in members)
-                / len(members)
-                for statistic in members[0][moment]
+                s: sum(member[moment].get(s, 0.0) for member in members) / len(members)
+                for s in present
             }
             for moment in ("mean", "var")
         }
@@ -175,8 +176,9 @@ def importance_figure(averages: dict[str, dict]):
         figure.subplots(1, 2, sharey=True), ("mean", "var"), ("mean", "variance")
     ):
         bottom = [0.0] * len(averages)
-        for statistic in next(iter(averages.values()))[moment]:
-            heights = [row[moment][statistic] for row in averages.values()]
+        present = [s for s in STATISTICS if any(s in row[moment] for row in averages.values())]
+        for statistic in present:
+            heights = [row[moment].get(statistic, 0.0) for row in averages.values()]
             axes.bar(
                 list(averages), heights, bottom=bottom, label=statistic, color=COLORS[statistic]
             )
