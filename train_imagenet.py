@@ -227,6 +227,11 @@ def check_config(cfg: DictConfig) -> None:
             group = OmegaConf.select(cfg, parent) if parent else cfg
             if name in group and not valid(group[name]):
                 raise ValueError(f"{key}={group[name]}; expected {expected}")
+    clip = cfg.optimizer.gate_clip
+    if clip is not None and (not _number(clip) or clip == 0):
+        raise ValueError(f"optimizer.gate_clip={clip}; expected null or a number above 0")
+    if cfg.gates not in ("joint", *bilevel.ORDERS):
+        raise ValueError(f"unknown gates={cfg.gates!r}; choose joint or one of {[*bilevel.ORDERS]}")
     if cfg.gates != "joint" and cfg.precision == "fp16":
         raise ValueError(f"gates={cfg.gates} does not scale its losses; use precision=bf16 or fp32")
 

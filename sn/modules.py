@@ -119,7 +119,7 @@ class SwitchNormBase(nn.Module):
             return switch_norm_act(tensors, options, residual, relu)
         y = functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
         y = y if residual is None else y + residual
-        return torch.relu(y) if relu else y
+        return y.relu_() if relu else y
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Numbers whose softmax are the importance weights, of means and of variances."""

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import functional
 from .functional import _check_shapes, _instance_moments, _mix_and_apply, _pool
-from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase
+from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
 
 
 class _GroupMoments(torch.autograd.Function):
@@ -125,17 +125,17 @@ class SyncSwitchNormBase(SwitchNormBase):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         group = self._group()
         if group is None:
-            return super().forward(x)
+            return super()._normalize(x, residual, relu)
         self._check_input(x)
         momentum = self.momentum
         if self.track_running_stats:
             self.num_batches_tracked.add_(1)
             if momentum is None:  # cumulative average, as torch's BatchNorm
                 momentum = 1.0 / float(self.num_batches_tracked)
-        return sync_switch_norm(
+        y = sync_switch_norm(
             x,
             self.mean_weight,
             self.var_weight,
@@ -150,6 +150,8 @@ class SyncSwitchNormBase(SwitchNormBase):
             eps=self.eps,
             unbiased=self.unbiased,
         )
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
 
     @property
     def virtual_gpus(self) -> int:
@@ -177,6 +179,10 @@ class SyncSwitchNorm2d(SyncSwitchNormBase, SwitchNorm2d):
     """SwitchNorm2d with batch statistics over all processes; see SyncSwitchNormBase."""
 
 
+class SyncSwitchNormAct2d(SyncSwitchNormBase, SwitchNormAct2d):
+    """SwitchNormAct2d with batch statistics over all processes; see SyncSwitchNormBase."""
+
+
 class SyncSwitchNorm3d(SyncSwitchNormBase, SwitchNorm3d):
     """SwitchNorm3d with batch statistics over all processes; see SyncSwitchNormBase."""
 
@@ -184,12 +190,13 @@ class SyncSwitchNorm3d(SyncSwitchNormBase, SwitchNorm3d):
 _SYNCHRONISED = {
     SwitchNorm1d: SyncSwitchNorm1d,
     SwitchNorm2d: SyncSwitchNorm2d,
+    SwitchNormAct2d: SyncSwitchNormAct2d,
     SwitchNorm3d: SyncSwitchNorm3d,
 }
 
 
 def convert_sync_switchnorm(module: nn.Module, process_group=None) -> nn.Module:
-    """Return `module` with every SwitchNorm1d, 2d and 3d that has bn synchronised.
+    """Return `module` with every SwitchNorm1d, 2d, Act2d and 3d that has bn synchronised.
 
     In the manner of nn.SyncBatchNorm.convert_sync_batchnorm, but the layers are changed in place:
     parameters, hooks and an optimizer that holds them stay valid. Batch norm layers are left alone.

@@ -89,6 +89,12 @@ def run(rank, folder, counts):
     inner = copy.deepcopy(inner)
     inner_y = inner(oracle.values((2, 4, 3, 3), 50 + rank)).detach() if rank < 2 else None
 
+    # sum and ReLU in the layer
+    fused = sn.convert_sync_switchnorm(sn.SwitchNormAct2d(4).double())
+    bare = sn.make_norm("sync_sn")(4).double()
+    x, residual = oracle.values((2, 4, 3, 3), rank), oracle.values((2, 4, 3, 3), 80 + rank)
+    torch.testing.assert_close(fused(x, residual), (bare(x) + residual).relu())
+
     # a network in DistributedDataParallel, converted, over three steps of unequal batches
     model = sn.convert_sync_switchnorm(network(sn.make_norm("sn", momentum=0.3)))
     parallel = nn.parallel.DistributedDataParallel(model)

@@ -137,12 +137,12 @@ def test_micro_batches_equal_virtual_gpus():
     sn.set_virtual_gpus(grouped, 4)
     for step in range(4):
         x = oracle.values((12, 4, 3, 3), step)
-        outputs = []
         with one_running_update(nn.Sequential(accumulated), 4) as begin:
+            parts = []
             for index, part in enumerate(x.chunk(4)):
                 begin(index)
-                outputs.append(accumulated(part))
-        y = torch.cat(outputs)
+                parts.append(accumulated(part))
+            y = torch.cat(parts)
         torch.testing.assert_close(y, grouped(x))
     torch.testing.assert_close(grouped.state_dict(), accumulated.state_dict())
     assert accumulated.images_seen == 48 and accumulated.reference is None

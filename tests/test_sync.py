@@ -132,6 +132,14 @@ def test_conversion_keeps_parameters_names_and_modes():
         assert repr(twin) == repr(model)
 
 
+def test_fused_activation_is_synchronised_too():
+    layer = sn.SwitchNormAct2d(4, act_layer=nn.ReLU)
+    plain = copy.deepcopy(layer)
+    assert type(sn.convert_sync_switchnorm(layer)).__name__ == "SyncSwitchNormAct2d"
+    x, residual = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    assert torch.equal(layer(x, residual), plain(x, residual))
+
+
 def test_in_the_settings():
     """The whole batch of one process is exact; micro-batches are refused."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), sn.make_norm("sync_sn")(4))

@@ -189,9 +189,9 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[Callabl
     buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
     before = [[buffer.clone() for buffer in triple] for triple in buffers]
     momenta = [layer.momentum for layer in layers]
-    for layer, old in zip(layers, before):
+    for layer, (mean, var, _) in zip(layers, before):
         if isinstance(layer, BatchRenormBase):
-            layer.reference = (*old[:2], layer.images_seen.clone())
+            layer.reference = (mean, var, layer.images_seen.clone())
 
     def begin(index: int) -> None:
         for layer in layers:  # 1, 1/2, 1/3, ...: after the last forward, the mean of all

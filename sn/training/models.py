@@ -113,7 +113,8 @@ def build_model(
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
     learns = isinstance(getattr(norm(8), "weight", None), nn.Parameter)
-    model = builders[source](name, num_classes, norm, dropout, zero_init_residual and learns)
+    zero_init_residual = zero_init_residual and learns
+    model = builders[source](name, num_classes, norm, dropout, zero_init_residual)
     return fuse_activations(model) if fused_activation else model
 
 
