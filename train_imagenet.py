@@ -42,7 +42,6 @@ from sn.training.record import Recorder, environment
 from sn.training.schedule import base_lr, lr_factor, mix_seed
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-GATES = ("joint", *bilevel.ORDERS)
 IMAGENET_SIZE = (1_281_167, 50_000)
 
 # what check_config expects of the config's values
@@ -214,12 +213,6 @@ def check_config(cfg: DictConfig) -> None:
             ["schedule.milestones"],
         ),
         (lambda v: v in AUTOCAST, f"one of {list(AUTOCAST)}", ["precision"]),
-        (
-            lambda v: v is None or (_number(v) and v > 0),
-            "a number above 0, or null",
-            ["optimizer.gate_clip"],
-        ),
-        (lambda v: v in GATES, f"one of {list(GATES)}", ["gates"]),
     ]
     for valid, expected, keys in checks:
         for key in keys:
