@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import sn
 from sn.batch_average import batch_statistics_layers
-from sn.training import distributed
+from sn.training import bilevel, distributed
 from sn.training.checkpoint import load_checkpoint, save_checkpoint
 from sn.training.data import (
     ImageData,
@@ -87,6 +87,8 @@ class Run:
     lr: float
     emulation: str
     micro_batches: int
+    gate_loader: DataLoader | None  # bilevel gates: the images they learn from
+    gate_sampler: SettingSampler | None
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Images in the run's precision and layout, labels as they are."""
@@ -218,6 +220,13 @@ def check_config(cfg: DictConfig) -> None:
             group = OmegaConf.select(cfg, parent) if parent else cfg
             if name in group and not valid(group[name]):
                 raise ValueError(f"{key}={group[name]}; expected {expected}")
+    clip = cfg.optimizer.gate_clip
+    if clip is not None and (not _number(clip) or clip == 0):
+        raise ValueError(f"optimizer.gate_clip={clip}; expected null or a number above 0")
+    if cfg.gates not in ("joint", *bilevel.ORDERS):
+        raise ValueError(f"unknown gates={cfg.gates!r}; choose joint or one of {[*bilevel.ORDERS]}")
+    if cfg.gates != "joint" and cfg.precision == "fp16":
+        raise ValueError(f"gates={cfg.gates} does not scale its losses; use precision=bf16 or fp32")
 
 
 def _whole(value, low: int, high: float = float("inf")) -> bool:
@@ -261,16 +270,28 @@ def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=cfg.optimizer.momentum)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
 
-    sampler = SettingSampler(
-        len(data.train),
-        setting.gpus,
-        setting.images_per_gpu,
-        cfg.seed,
-        processes.rank,
-        processes.world_size,
-    )
-    images = TransformedImages(data.train, data.augmentation, cfg.schedule.epochs, cfg.seed)
-    loader = make_loader(images, sampler, cfg.data.workers, device)
+    def training_loader(train, seed: int) -> tuple[DataLoader, SettingSampler]:
+        sampler = SettingSampler(
+            len(train),
+            setting.gpus,
+            setting.images_per_gpu,
+            seed,
+            processes.rank,
+            processes.world_size,
+        )
+        images = TransformedImages(train, data.augmentation, cfg.schedule.epochs, seed)
+        return make_loader(images, sampler, cfg.data.workers, device), sampler
+
+    train, gate_loader, gate_sampler = data.train, None, None
+    if cfg.gates != "joint":
+        if micro_batches > 1 or not sn.gates(model):
+            raise ValueError(
+                f"gates={cfg.gates} needs a norm with gates and setting.emulation=grouped, not "
+                f"{cfg.norm.name} and {emulation}"
+            )
+        train, held_out = bilevel.split_images(data.train, cfg.seed)
+        gate_loader, gate_sampler = training_loader(held_out, mix_seed(cfg.seed, 1))
+    loader, sampler = training_loader(train, cfg.seed)
     return Run(
         cfg,
         processes,
@@ -284,6 +305,8 @@ def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
         lr,
         emulation,
         micro_batches,
+        gate_loader,
+        gate_sampler,
     )
 
 
@@ -312,7 +335,8 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
     """Train from `progress.step` to the end of the epoch; return its metrics."""
     cfg, rank = run.cfg, run.processes.rank
     epochs, steps = cfg.schedule.epochs, run.sampler.steps
-    run.sampler.epoch, run.sampler.first_step = progress.epoch, progress.step
+    for sampler in filter(None, (run.sampler, run.gate_sampler)):
+        sampler.epoch, sampler.first_step = progress.epoch, progress.step
     run.parallel.train()
     began, first_image = time.perf_counter(), progress.images
     bar = tqdm(
@@ -323,11 +347,17 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
         leave=False,
         disable=not (run.processes.is_main and sys.stderr.isatty()),
     )
+    gate_batches = iter(run.gate_loader or ())
     for images, labels in run.loader:
-        set_lr(run, (progress.epoch * steps + progress.step) / (epochs * steps))
+        done = (progress.epoch * steps + progress.step) / (epochs * steps)
+        set_lr(run, done)
+        sn.set_radius(run.model, done)
         torch.manual_seed(mix_seed(cfg.seed, rank, progress.epoch, progress.step))  # dropout
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1} of {steps}"
-        loss, correct, count = train_step(run, run.to_device(images), run.to_device(labels), where)
+        images, labels = run.to_device(images), run.to_device(labels)
+        if run.gate_loader is not None:
+            gate_step(run, images, labels, *map(run.to_device, next(gate_batches)))
+        loss, correct, count = train_step(run, images, labels, where)
         progress.loss += loss * count
         progress.correct += correct
         progress.images += count
@@ -357,6 +387,33 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
     }
 
 
+def gate_step(run: Run, images: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor) -> None:
+    """Update the gates alone, by the gradient of the loss on held-out images (gates=bilevel)."""
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        with run.autocast():
+            return F.cross_entropy(run.model(x), target)
+
+    gates = sn.gates(run.model)
+    known = {id(gate) for gate in gates}
+    weights = [p for p in run.model.parameters() if p.requires_grad and id(p) not in known]
+    grads = bilevel.gate_gradients(
+        lambda: loss(images, labels),
+        lambda: loss(held, held_labels),
+        gates,
+        weights,
+        run.optimizer,
+        run.model,
+        bilevel.ORDERS[run.cfg.gates],
+    )
+    run.optimizer.zero_grad(set_to_none=True)  # SGD leaves parameters without gradient alone
+    for gate, grad in zip(gates, grads):
+        gate.grad = grad
+    if run.cfg.optimizer.gate_clip is not None:
+        nn.utils.clip_grad_norm_(gates, run.cfg.optimizer.gate_clip)
+    run.optimizer.step()
+
+
 def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[float, float, int]:
     """One update; return (mean loss, number correct, number of images) over all processes."""
     run.optimizer.zero_grad(set_to_none=True)
@@ -379,6 +436,12 @@ def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[fl
     totals[0] /= run.processes.world_size
     distributed.sum_over_processes(totals)
     check_finite(totals, run.model, where)
+    if run.gate_loader is not None:
+        for gate in sn.gates(run.model):  # they have had their step
+            gate.grad = None
+    elif run.cfg.optimizer.gate_clip is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(sn.gates(run.model), run.cfg.optimizer.gate_clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     loss, correct = totals.tolist()

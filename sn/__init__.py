@@ -4,6 +4,9 @@
 """
 
 from .batch_average import batch_average
+from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .convert import NormAct, convert
+from .fold import fold
 from .functional import STATISTICS, switch_norm
 from .kernels import backend
 from .modules import (
@@ -12,30 +15,72 @@ from .modules import (
     SwitchNorm3d,
     SwitchNormAct2d,
     SwitchNormRecurrent,
+    gates,
     importance_weights,
     parameter_groups,
     set_virtual_gpus,
 )
-from .norms import AutoGroupNorm, GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d, make_norm
+from .norms import (
+    AutoGroupNorm,
+    FrozenBatchNorm,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+    GhostBatchNorm3d,
+    NoNorm,
+    make_norm,
+)
+from .sparse import (
+    SparseSwitchNorm1d,
+    SparseSwitchNorm2d,
+    SparseSwitchNorm3d,
+    set_radius,
+    sparsestmax,
+    unfreeze_gates,
+)
+from .sync import (
+    SyncSwitchNorm1d,
+    SyncSwitchNorm2d,
+    SyncSwitchNorm3d,
+    convert_sync_switchnorm,
+)
 from .version import __version__
 
 __all__ = [
     "STATISTICS",
     "AutoGroupNorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "FrozenBatchNorm",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "NoNorm",
+    "NormAct",
+    "SparseSwitchNorm1d",
+    "SparseSwitchNorm2d",
+    "SparseSwitchNorm3d",
     "SwitchNorm1d",
     "SwitchNorm2d",
     "SwitchNorm3d",
     "SwitchNormAct2d",
     "SwitchNormRecurrent",
+    "SyncSwitchNorm1d",
+    "SyncSwitchNorm2d",
+    "SyncSwitchNorm3d",
     "__version__",
     "backend",
     "batch_average",
+    "convert",
+    "convert_sync_switchnorm",
+    "fold",
+    "gates",
     "importance_weights",
     "make_norm",
     "parameter_groups",
+    "set_radius",
     "set_virtual_gpus",
+    "sparsestmax",
     "switch_norm",
+    "unfreeze_gates",
 ]

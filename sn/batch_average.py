@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .batch_renorm import BatchRenormBase
 from .modules import SwitchNormBase
 
 
@@ -20,7 +21,7 @@ def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, (_BatchNorm, SwitchNormBase))
+        if isinstance(layer, (_BatchNorm, SwitchNormBase, BatchRenormBase))
         and getattr(layer, "running_mean", None) is not None
     }
 
@@ -37,10 +38,16 @@ class _Moments:
     def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
         count = args[0].numel() // args[0].shape[1]
+        freedom = count
+        if isinstance(layer, nn.SyncBatchNorm):  # holds the moments of all processes' batches
+            total = _sum_over_processes(layer.running_mean.new_tensor(count, dtype=torch.float64))
+            freedom = count * (1 - 1 / total.item())
+        elif self.unbiased:
+            freedom = count - 1
         if count == 0:
             return
         var = layer.running_var.double()
-        squares = var * (count - 1 if self.unbiased else count)
+        squares = var * freedom
         delta = layer.running_mean.double() - self.mean
         total = self.count + count
         self.deviation += squares + delta.square() * (self.count * count / total)
@@ -75,7 +82,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
 
     Every layer with batch statistics normalises each batch by itself meanwhile; all others are in
     evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
-    process group every rank brings batches of its own and all end with the statistics of all.
+    process group every rank brings batches of its own and all end with the statistics of all; with
+    synchronised layers the ranks must bring equal numbers of batches.
     Modes, momenta and groups of virtual GPUs are restored. Returns the number of batches used by
     all ranks; a model without batch statistics is left alone (0).
 
@@ -90,6 +98,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     }
     before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
     moments = {layer: _Moments(layer) for layer in settings}
+    renormed = [layer for layer in settings if isinstance(layer, BatchRenormBase)]
+    images_seen = [layer.images_seen.clone() for layer in renormed]
     hooks = [layer.register_forward_hook(moments[layer].add) for layer in settings]
     device = next(model.parameters()).device
     batches = 0
@@ -100,6 +110,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = 1.0
             if virtual_gpus is not None:
                 layer.virtual_gpus = 1
+        for layer in renormed:
+            layer.reference = "batch"
         for item in islice(loader, num_batches):
             inputs = item[0] if isinstance(item, (tuple, list)) else item
             model(inputs.to(device))
@@ -125,6 +137,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = momentum
             if virtual_gpus is not None:
                 layer.virtual_gpus = virtual_gpus
+        for layer, images in zip(renormed, images_seen):
+            layer.reference = None
+            layer.images_seen.copy_(images)
         for module, mode in modes.items():
             module.training = mode
     return int(batches)

@@ -7,6 +7,7 @@ Source: Luo et al., Differentiable Learning-to-Normalize via Switchable Normaliz
 arXiv 1806.10779.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,7 @@ def switch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     virtual_gpus: int = 1,
+    unbiased: bool = False,
 ) -> Tensor:
     """Normalise `x` with learned mixtures of instance, layer, group and batch statistics.
 
@@ -90,6 +92,8 @@ def switch_norm(
         virtual_gpus: G; in training the batch is G consecutive groups of N / G samples, each with
             batch statistics of its own, as on G GPUs. The running update takes the mean of the
             groups' means and variances.
+        unbiased: take the instances' variances times L / (L - 1), L values each, and the others
+            from these, as the official code does. For its checkpoints.
 
     All variances are biased; an instance of one value has variance 0. Statistics, gates and the
     division are computed in at least float32 and the output has the dtype of `x`.
@@ -103,16 +107,10 @@ def switch_norm(
     statistics = canonical_statistics(statistics)
     _check_shapes(x, mean_weight, var_weight, weight, bias, statistics)
     batch, channels = x.shape[:2]
-    spatial = tuple(range(2, x.dim()))
     dtype = torch.promote_types(x.dtype, torch.float32)
     h = x.to(dtype)
 
-    # mean and variance of each instance: (N, C)
-    if spatial and x.numel() > 0:
-        var_in, mean_in = torch.var_mean(h, spatial, correction=0)
-    else:  # an instance of one value, or none
-        mean_in = h.sum(spatial) if spatial else h
-        var_in = torch.zeros_like(mean_in)
+    mean_in, var_in = _instance_moments(h, unbiased)
     moments = []  # (mean - mean_in, variance) per statistic, each broadcastable to (N, C)
     for statistic in statistics:
         if statistic == "in":
@@ -134,8 +132,15 @@ def switch_norm(
         else:
             moments.append((running_mean.to(dtype) - mean_in, running_var.to(dtype)))
 
-    mean_gates = mean_weight.to(dtype).softmax(0).unbind(0)
-    var_gates = var_weight.to(dtype).softmax(0).unbind(0)
+    return _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, eps).to(
+        x.dtype
+    )
+
+
+def _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, eps) -> Tensor:
+    """The formula's second half: from each statistic's (mean - mean_in, variance) to the output."""
+    mean_gates = mean_weight.to(h.dtype).softmax(0).unbind(0)
+    var_gates = var_weight.to(h.dtype).softmax(0).unbind(0)
     # sum_k w_k mu_k - mu_in, from differences; the softmax sums to 1
     offset = sum(w * delta for w, (delta, _) in zip(mean_gates, moments, strict=True))
     var = sum(v * var for v, (_, var) in zip(var_gates, moments, strict=True))
@@ -146,9 +151,22 @@ def switch_norm(
     shift = -offset * scale
     if bias is not None:
         shift = shift + bias
-    over_space = (...,) + (None,) * len(spatial)  # (N, C) -> (N, C, 1, 1)
-    y = (h - mean_in[over_space]) * scale[over_space] + shift[over_space]
-    return y.to(x.dtype)
+    over_space = (...,) + (None,) * (h.dim() - 2)  # (N, C) -> (N, C, 1, 1)
+    return (h - mean_in[over_space]) * scale[over_space] + shift[over_space]
+
+
+def _instance_moments(h: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each instance: (N, C)."""
+    spatial = tuple(range(2, h.dim()))
+    if spatial and h.numel() > 0:
+        var_in, mean_in = torch.var_mean(h, spatial, correction=0)
+    else:  # an instance of one value, or none
+        mean_in = h.sum(spatial) if spatial else h
+        var_in = torch.zeros_like(mean_in)
+    if unbiased:
+        length = math.prod(h.shape[2:])
+        var_in = var_in * (length / max(length - 1, 1))
+    return mean_in, var_in
 
 
 def _pool(

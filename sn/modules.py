@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
 
@@ -20,6 +21,7 @@ class SwitchNormBase(nn.Module):
 
     Buffers `running_mean`, `running_var` (C,) and `num_batches_tracked` exist only with bn. The
     running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
+    `unbiased` reproduces the official code's variances, by the plain formula; see `switch_norm`.
     """
 
     input_dims: tuple[int, ...]
@@ -38,8 +40,10 @@ class SwitchNormBase(nn.Module):
         statistics: Sequence[str] = ("in", "ln", "bn"),
         num_groups: int | None = None,
         virtual_gpus: int = 1,
+        unbiased: bool = False,
     ):
         super().__init__()
+        self.unbiased = unbiased
         check_virtual_gpus(virtual_gpus)
         self.num_features = num_features
         self.eps = eps
@@ -97,8 +101,7 @@ class SwitchNormBase(nn.Module):
                 momentum = 1.0 / float(self.num_batches_tracked)
         tensors = (
             x,
-            self.mean_weight,
-            self.var_weight,
+            *self._logits(),
             self.weight,
             self.bias,
             self.running_mean,
@@ -112,7 +115,19 @@ class SwitchNormBase(nn.Module):
             self.eps,
             self.virtual_gpus,
         )
-        return switch_norm_act(tensors, options, residual, relu)
+        if not self.unbiased:
+            return switch_norm_act(tensors, options, residual, relu)
+        y = functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
+        y = y if residual is None else y + residual
+        return y.relu_() if relu else y
+
+    def _logits(self) -> tuple[Tensor, Tensor]:
+        """Numbers whose softmax are the importance weights, of means and of variances."""
+        return self.mean_weight, self.var_weight
+
+    def importance(self) -> tuple[Tensor, Tensor]:
+        """The importance weights of means and of variances, in the order of `statistics`."""
+        return self.mean_weight.float().softmax(0), self.var_weight.float().softmax(0)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self.input_dims:
@@ -138,6 +153,8 @@ class SwitchNormBase(nn.Module):
                 options.append("track_running_stats=False")
         if not self.affine:
             options.append("affine=False")
+        if self.unbiased:
+            options.append("unbiased=True")
         if self.virtual_gpus != 1:
             options.append(f"virtual_gpus={self.virtual_gpus}")
         return ", ".join(options)
@@ -293,8 +310,9 @@ class SwitchNormRecurrent(SwitchNormBase):
         )
 
 
+@torch.no_grad()
 def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the softmaxed control parameters of every switchable layer by its name.
+    """Return the importance weights of every switchable layer by its name.
 
     {"layer1.0.bn1": {"mean": {"in": 0.2, "ln": 0.5, "bn": 0.3}, "var": {...}}, ...} in network
     order; empty if `model` has no such layer. A layer that is itself the model has the name "".
@@ -303,8 +321,8 @@ def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]
     for name, layer in model.named_modules():
         if isinstance(layer, SwitchNormBase):
             weights[name] = {
-                key: dict(zip(layer.statistics, gate.detach().float().softmax(0).tolist()))
-                for key, gate in (("mean", layer.mean_weight), ("var", layer.var_weight))
+                key: dict(zip(layer.statistics, gate.tolist()))
+                for key, gate in zip(("mean", "var"), layer.importance())
             }
     return weights
 
@@ -330,6 +348,17 @@ def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
         layer.virtual_gpus = virtual_gpus
 
 
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """Return the control parameters of all switchable layers that are trained."""
+    return [
+        gate
+        for layer in model.modules()
+        if isinstance(layer, SwitchNormBase)
+        for gate in (layer.mean_weight, layer.var_weight)
+        if gate.requires_grad
+    ]
+
+
 def parameter_groups(
     model: nn.Module,
     lr: float,
@@ -349,21 +378,15 @@ def parameter_groups(
     common = {"params": trainable, "lr": lr, "weight_decay": weight_decay, "lr_factor": 1.0}
     if gate_lr_factor == 1.0 and gate_weight_decay == weight_decay:
         return [common]
-    gates = [
-        gate
-        for layer in model.modules()
-        if isinstance(layer, SwitchNormBase)
-        for gate in (layer.mean_weight, layer.var_weight)
-        if gate.requires_grad
-    ]
-    if not gates:
+    own = gates(model)
+    if not own:
         return [common]
-    gate_ids = {id(gate) for gate in gates}
+    gate_ids = {id(gate) for gate in own}
     common["params"] = [p for p in trainable if id(p) not in gate_ids]
     return [
         common,
         {
-            "params": gates,
+            "params": own,
             "lr": lr * gate_lr_factor,
             "weight_decay": gate_weight_decay,
             "lr_factor": gate_lr_factor,

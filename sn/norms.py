@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from .sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
+from .sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
 
 
 class _VirtualGPUs:
@@ -98,6 +101,49 @@ class AutoGroupNorm(nn.GroupNorm):
         super().__init__(num_groups, num_features, eps, affine, device, dtype)
 
 
+class NoNorm(nn.Module):
+    """The input as it is, where a network asks for a norm of `num_features` channels."""
+
+    weight = bias = None  # what initialisers of gains look for
+
+    def __init__(self, num_features: int, device=None, dtype=None):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def extra_repr(self) -> str:
+        return str(self.num_features)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with gain, shift and statistics fixed: an affine map of each channel.
+
+    All four are buffers under batch norm's names, so that its checkpoints load. Any number of
+    spatial dimensions; training and evaluation are the same function.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None):
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            fixed = torch.full((num_features,), float(value), device=device, dtype=dtype)
+            self.register_buffer(name, fixed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        running = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)  # of the batch norm it comes from
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
 # timm swaps classes it knows by name (batchnorm2d, groupnorm) for its fused norm+activation layers;
 # the names above are not among them, so that timm says so instead.
 # name -> (class by number of spatial dimensions, options it starts from)
@@ -113,6 +159,12 @@ NORMS = {
         {"affine": True},
     ),
     "ln": (_GROUP_NORM, {"num_groups": 1}),
+    "none": (dict.fromkeys((1, 2, 3), NoNorm), {}),
+    "brn": ({1: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}, {}),
+    "frozen_bn": (dict.fromkeys((1, 2, 3), FrozenBatchNorm), {}),
+    "ssn": ({1: SparseSwitchNorm1d, 2: SparseSwitchNorm2d, 3: SparseSwitchNorm3d}, {}),
+    "sync_sn": ({1: SyncSwitchNorm1d, 2: SyncSwitchNorm2d, 3: SyncSwitchNorm3d}, {}),
+    "sync_bn": (dict.fromkeys((1, 2, 3), nn.SyncBatchNorm), {}),
 }
 
 
@@ -130,10 +182,25 @@ def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Modul
     if dim not in layers:
         raise ValueError(f"dim={dim} for norm {name!r}; choose one of {sorted(layers)}")
     options = {**defaults, **options}
-    valid = list(inspect.signature(layers[dim]).parameters)[1:]
+    valid = _options(layers[dim])
     for option in options:
         if option not in valid:
             raise TypeError(f"norm {name!r} has no option {option!r}; choose from {valid}")
+    for option in ("r_images", "d_images"):  # a config's list
+        if option in options:
+            options[option] = tuple(options[option])
     if "statistics" in options:
         options["statistics"] = canonical_statistics(options["statistics"])
     return partial(layers[dim], **options)
+
+
+def _options(layer: type) -> list[str]:
+    """Names of the constructor's options, those it passes on to its parents included."""
+    names = []
+    for kind in layer.__mro__:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(kind.__init__).parameters.values()
+            names += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    return [name for name in dict.fromkeys(names) if name not in ("self", "num_features")]

@@ -142,6 +142,7 @@ def test_recipe_of_table_4_1():
     }  # fmt: skip
     assert cfg["optimizer"] == {
         "momentum": 0.9, "weight_decay": 1e-4, "gate_lr_factor": 1.0, "gate_weight_decay": None,
+        "gate_clip": None,
     }  # fmt: skip
     assert cfg["model"] == {
         "name": "resnet50", "source": "torchvision", "dropout": 0.0, "zero_init_residual": True,

@@ -135,7 +135,7 @@ def test_callables_are_fresh_every_time_and_survive_copying():
 # --- what is refused --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SN", "batchnorm", "", "none", None])
+@pytest.mark.parametrize("name", ["SN", "batchnorm", "", "nothing", None])
 def test_an_unknown_norm_names_the_valid_ones(name):
     with pytest.raises(ValueError) as error:
         sn.make_norm(name)

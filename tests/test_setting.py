@@ -29,7 +29,10 @@ RUNS = {  # name -> (processes, emulation)
 }
 
 
-@pytest.mark.parametrize("norm", ["bn", "sn"])
+BRN = ("norm.r_images=[20,60]", "norm.d_images=[20,60]", "norm.momentum=0.3")
+
+
+@pytest.mark.parametrize("norm", ["bn", "sn", pytest.param("brn", marks=pytest.mark.slow)])
 def test_emulation_equals_processes(norm, tmp_path):
     results = {}
     for index, (name, (processes, emulation)) in enumerate(RUNS.items()):
@@ -38,6 +41,7 @@ def test_emulation_equals_processes(norm, tmp_path):
             processes,
             *SETTING,
             f"norm={norm}",
+            *(BRN if norm == "brn" else ()),
             f"setting.emulation={emulation}",
             f"output_dir={out}",
         )

@@ -18,13 +18,21 @@ def config(*overrides: str):
 
 def train_in_group(world_size: int, *overrides: str, timeout: float = 240) -> None:
     """Train with `world_size` processes; raise RuntimeError if one fails."""
+    run_in_group(world_size, _train, overrides, timeout=timeout)
+
+
+def run_in_group(world_size: int, target, *args, timeout: float = 240) -> None:
+    """Call `target(rank, *args)` in `world_size` processes that know of one another as torchrun's.
+
+    Raises RuntimeError if one fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_imagenet"])
     processes = [
-        context.Process(target=_train, args=(rank, world_size, port, overrides))
+        context.Process(target=_start, args=(rank, world_size, port, target, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -36,10 +44,10 @@ def train_in_group(world_size: int, *overrides: str, timeout: float = 240) -> No
         if process.is_alive():
             process.kill()
     if any(codes):
-        raise RuntimeError(f"exit codes {codes} for {overrides}")
+        raise RuntimeError(f"exit codes {codes} for {args}")
 
 
-def _train(rank: int, world_size: int, port: int, overrides: tuple[str, ...]) -> None:
+def _start(rank: int, world_size: int, port: int, target, args: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -48,6 +56,10 @@ def _train(rank: int, world_size: int, port: int, overrides: tuple[str, ...]) ->
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    target(rank, *args)
+
+
+def _train(rank: int, overrides: tuple[str, ...]) -> None:
     import train_imagenet
 
     try:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch_average import batch_statistics_layers
+from ..batch_renorm import BatchRenormBase
 from ..modules import set_virtual_gpus
+from ..sync import SyncSwitchNormBase
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,10 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_running_statistics(model: nn.Module) -> None:
+def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None:
     """Give every process the mean over processes of the running means and variances.
+
+    Of layers of class `kind` alone, if given.
 
     With one linear update per step this is the running average of the mean over all GPUs.
     Differs: plain DDP evaluates and saves rank 0's statistics, one GPU's noisier estimate of the
@@ -102,6 +105,7 @@ def average_running_statistics(model: nn.Module) -> None:
     buffers = [
         buffer
         for layer in batch_statistics_layers(model).values()
+        if isinstance(layer, kind)
         for buffer in (layer.running_mean, layer.running_var)
     ]
     if not buffers:
@@ -123,7 +127,8 @@ def prepare_setting(
     micro-batches. "auto" takes grouped where every batch-dependent layer knows groups.
 
     Raises ValueError for impossible settings: counts below 1, a world size that does not divide
-    gpus, layers without groups in grouped, synchronised norms in either emulation.
+    gpus, layers without groups in grouped, synchronised norms where their emulation is not exact
+    (torch's in either, ours in accumulated).
     """
     if gpus < 1 or images_per_gpu < 1:
         raise ValueError(
@@ -160,6 +165,12 @@ def prepare_setting(
             "use setting.emulation=accumulated"
         )
     if emulation == "accumulated" or ungrouped:
+        synchronised = [n for n, m in model.named_modules() if isinstance(m, SyncSwitchNormBase)]
+        if synchronised:
+            raise ValueError(
+                f"{synchronised[0]} is a synchronised norm, which micro-batches do not emulate; "
+                "use setting.emulation=grouped (the whole batch is one group to it)"
+            )
         return "accumulated", virtual_gpus
     set_virtual_gpus(model, virtual_gpus)
     return "grouped", 1
@@ -170,12 +181,17 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[Callabl
     """Let the `micro_batches` forwards inside make one update of the running statistics.
 
     The update takes the mean of the micro-batches' means and variances, as one forward with
-    virtual GPUs does. Yields a function to be called with 0, 1, ... before each forward.
+    virtual GPUs does. Yields a function to be called with 0, 1, ... before each forward. Batch
+    renormalization refers all of them to the statistics before; as it trains with its running
+    statistics, every process gets their mean over processes at once.
     """
     layers = list(batch_statistics_layers(model).values()) if micro_batches > 1 else []
     buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
     before = [[buffer.clone() for buffer in triple] for triple in buffers]
     momenta = [layer.momentum for layer in layers]
+    for layer, (mean, var, _) in zip(layers, before):
+        if isinstance(layer, BatchRenormBase):
+            layer.reference = (mean, var, layer.images_seen.clone())
 
     def begin(index: int) -> None:
         for layer in layers:  # 1, 1/2, 1/3, ...: after the last forward, the mean of all
@@ -187,10 +203,13 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[Callabl
         with torch.no_grad():
             for layer, momentum, new, old in zip(layers, momenta, buffers, before):
                 layer.momentum = momentum
+                if isinstance(layer, BatchRenormBase):
+                    layer.reference = None
                 share = 1.0 / (old[2].double() + 1.0) if momentum is None else momentum
                 for running, start in zip(new[:2], old[:2]):
                     running.copy_(start + share * (running - start))
                 new[2].copy_(old[2] + (new[2] > old[2]))  # unchanged if the layer did not run
+    average_running_statistics(model, BatchRenormBase)
 
 
 def untrained_statistics(model: nn.Module) -> list[str]:
@@ -198,6 +217,5 @@ def untrained_statistics(model: nn.Module) -> list[str]:
     return [
         name
         for name, layer in batch_statistics_layers(model).items()
-        if isinstance(layer, _BatchNorm) or hasattr(layer, "statistics")
         if layer.num_batches_tracked is not None and layer.num_batches_tracked.item() == 0
     ]

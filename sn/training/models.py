@@ -101,7 +101,8 @@ def build_model(
     Args:
         source: "cifar", "torchvision" or "timm".
         dropout: before the classifier.
-        zero_init_residual: the last gain of each residual block starts at 0, where the model can.
+        zero_init_residual: the last gain of each residual block starts at 0, where the model can
+            and the norm has a gain that learns.
         fused_activation: SN layers of residual blocks do the sum and ReLU too (`fuse_activations`).
 
     Raises ValueError for an unknown name, or a model that cannot take the norm.
@@ -111,6 +112,8 @@ def build_model(
     builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
+    learns = isinstance(getattr(norm(8), "weight", None), nn.Parameter)
+    zero_init_residual = zero_init_residual and learns
     model = builders[source](name, num_classes, norm, dropout, zero_init_residual)
     return fuse_activations(model) if fused_activation else model
 

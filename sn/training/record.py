@@ -33,6 +33,9 @@ MACHINE_KEYS = (
     "setting.emulation",
 )
 
+# keys added later, with the value that says what runs did before; such a record leaves them out
+LATER_KEYS = {"gates": "joint", "optimizer.gate_clip": None}
+
 
 class Recorder:
     """Writes a run's folder; on other processes than the main one it does nothing.
@@ -195,7 +198,13 @@ def experiment_part(config: dict) -> dict:
         if key in MACHINE_KEYS:
             continue
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in nested}
+            value = {
+                k: v
+                for k, v in value.items()
+                if k not in nested and (f"{key}.{k}", v) not in LATER_KEYS.items()
+            }
+        elif (key, value) in LATER_KEYS.items():
+            continue
         result[key] = value
     return result
 

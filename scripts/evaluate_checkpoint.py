@@ -1,0 +1,141 @@
+"""Evaluate any checkpoint with its running statistics and with the batch average.
+
+    python scripts/evaluate_checkpoint.py outputs/imagenet/.../seed0/checkpoint.pt    # a run's
+    python scripts/evaluate_checkpoint.py converted.pt --data imagenet --root /data/imagenet
+    python scripts/evaluate_checkpoint.py resnet50.pth --model resnet50 --norm bn \\
+        --data imagenet --root /data/imagenet
+    torchrun --nproc_per_node=8 scripts/evaluate_checkpoint.py ...
+
+A run's network, norm and data come from the config.yaml beside it, a converted checkpoint's from
+itself. Prints one line of JSON. The file is left as it is.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+import sn
+from sn.batch_average import batch_statistics_layers
+from sn.training import distributed
+from sn.training.data import (
+    ImageData,
+    TransformedImages,
+    batch_average_batches,
+    build_data,
+    evaluation_batches,
+    make_loader,
+)
+from sn.training.evaluation import evaluate
+from sn.training.models import build_model
+from sn.training.official import read_official
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--model", help="of a bare state: the network's name, such as resnet50")
+    parser.add_argument("--source", default="torchvision", help="torchvision, timm or cifar")
+    parser.add_argument("--norm", default="bn", help="of a bare state: the norm's name")
+    parser.add_argument("--data", help="digits, cifar10 or imagenet (a run's own is the default)")
+    parser.add_argument("--root", help="folder of the data")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=200, help="of the batch average")
+    parser.add_argument("--seed", type=int, default=0, help="of the batch average's images")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """The network with its weights, and the options of its data.
+
+    Raises ValueError if the options are not known or the keys do not fit.
+    """
+    content = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    config = args.checkpoint.with_name("config.yaml")
+    data = {"name": args.data}
+    if isinstance(content, dict) and "build" in content:
+        build, norm, state = content["build"], content["norm"], content["model"]
+    elif args.model is None and config.exists():
+        recorded = yaml.safe_load(config.read_text())
+        build, norm, state = recorded["model"], recorded["norm"], content["model"]
+        if args.data in (None, recorded["data"]["name"]):
+            data = recorded["data"]
+    elif args.model is not None:
+        build, norm = {"name": args.model, "source": args.source}, {"name": args.norm}
+        state = read_official(args.checkpoint)
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    else:
+        raise ValueError(f"{args.checkpoint} has no config.yaml beside it; give --model and --norm")
+    if data["name"] is None:
+        raise ValueError("which data? give --data")
+    if "num_classes" not in build:
+        ends = [k for k in ("fc.weight", "classifier.weight", "head.weight") if k in state]
+        if not ends:
+            raise ValueError("the state has no fc, classifier or head to tell the classes from")
+        build = build | {"num_classes": state[ends[0]].shape[0]}
+    model = build_model(**build, norm=sn.make_norm(**norm))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{args.checkpoint} does not fit: {error}") from None
+    return model, data
+
+
+def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[str, float | int]:
+    """Top-1, top-5 and loss with the running statistics, and with the batch average."""
+    where = (processes.rank, processes.world_size)
+
+    def images(split, batches):
+        return make_loader(
+            TransformedImages(split, data.evaluation, epochs=1),
+            batches,
+            args.workers,
+            processes.device,
+        )
+
+    def to_device(tensor):
+        return tensor.to(processes.device, non_blocking=True)
+
+    def figures(suffix: str) -> dict[str, float]:
+        loader = images(data.val, evaluation_batches(len(data.val), args.batch_size, *where))
+        found = evaluate(model, loader, to_device)
+        return {key + suffix: round(value, 4) for key, value in found.items()}
+
+    results = figures("_moving_average")
+    if batch_statistics_layers(model):
+        batches = batch_average_batches(
+            len(data.train), args.batch_size, args.batches, args.seed, *where
+        )
+        loader = (to_device(x) for x, _ in images(data.train, batches))
+        results["batches"] = sn.batch_average(model, loader, len(batches))
+        results |= figures("_batch_average")
+    return results
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        processes = distributed.start(args.device)
+        model, options = load(args)
+        if args.root is not None:
+            options["root"] = args.root
+        data = build_data(**{key: value for key, value in options.items() if key != "workers"})
+        model.to(processes.device)
+        results = evaluate_both(model, data, args, processes)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"evaluate_checkpoint.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        distributed.stop()
+    if processes.is_main:
+        print(json.dumps({"checkpoint": str(args.checkpoint), "data": options["name"], **results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Batch Renormalization: batch norm corrected towards its moving statistics.
+
+Source: Ioffe, Batch Renormalization, arXiv 1702.03275, algorithm 1.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import check_virtual_gpus
+
+
+class BatchRenormBase(nn.Module):
+    """y = weight ((x - mu_B) / sigma_B r + d) + bias; use BatchRenorm1d, 2d or 3d.
+
+    r = clip(sigma_B / sigma, 1 / r_max, r_max) and d = clip((mu_B - mu) / sigma, -d_max, d_max)
+    carry no gradient; mu and sigma are the moving statistics before this batch's update, and the
+    evaluation takes them alone. Both sigmas are sqrt(biased variance + eps).
+
+    `r_images` and `d_images` are the numbers of images seen between which r_max grows linearly from
+    1 to `r_max` and d_max from 0 to `d_max`; before, the layer is batch norm. (0, 0) is the full
+    correction from the first image on. Images seen (buffer `images_seen`, part of the checkpoint)
+    are samples of all processes in training.
+
+    With `virtual_gpus` G each of G groups is normalised and corrected by itself. The running
+    statistics take the mean of the groups' means and variances, once per call.
+
+    Source: the paper's schedule, 5k, 25k and 40k steps of 50 x 32 images; momentum 0.01. Differs:
+    the moving sigma is the root of a moving variance, not a moving average of roots, so that the
+    buffers mean the same as those of batch norm (ours biased, torch's unbiased).
+    """
+
+    input_dims: tuple[int, ...]
+    # Moving mean and variance and images seen to refer to in place of the buffers; "batch": refer
+    # to nothing, as plain batch norm.
+    reference: tuple[Tensor, Tensor, Tensor] | str | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        r_images: tuple[float, float] = (8e6, 64e6),
+        d_images: tuple[float, float] = (8e6, 40e6),
+        virtual_gpus: int = 1,
+    ):
+        super().__init__()
+        if not track_running_stats:
+            raise ValueError("batch renormalization needs its running statistics; use norm 'bn'")
+        if r_max < 1 or d_max < 0:
+            raise ValueError(f"r_max={r_max}, d_max={d_max}; expected r_max >= 1 and d_max >= 0")
+        for name, span in (("r_images", r_images), ("d_images", d_images)):
+            if len(span) != 2 or not 0 <= span[0] <= span[1]:
+                raise ValueError(
+                    f"{name}={span}; expected (first, last) images, 0 <= first <= last"
+                )
+        check_virtual_gpus(virtual_gpus)
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = True
+        self.r_max, self.d_max = float(r_max), float(d_max)
+        self.r_images, self.d_images = tuple(r_images), tuple(d_images)
+        self.virtual_gpus = virtual_gpus
+        factory = {"device": device, "dtype": dtype}
+        for name in ("weight", "bias"):
+            value = nn.Parameter(torch.empty(num_features, **factory)) if affine else None
+            self.register_parameter(name, value)
+        self.register_buffer("running_mean", torch.zeros(num_features, **factory))
+        self.register_buffer("running_var", torch.ones(num_features, **factory))
+        for name in ("num_batches_tracked", "images_seen"):
+            self.register_buffer(name, torch.tensor(0, dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+        self.images_seen.zero_()
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def limits(self, images_seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """r_max and d_max at `images_seen` (default: the layer's), as float64 scalars."""
+        images = (self.images_seen if images_seen is None else images_seen).double()
+
+        def reached(first: float, last: float) -> Tensor:
+            if first == last:
+                return (images >= first).double()
+            return ((images - first) / (last - first)).clamp(0, 1)
+
+        return 1 + (self.r_max - 1) * reached(*self.r_images), self.d_max * reached(*self.d_images)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        if not self.training or x.numel() == 0:
+            running = (self.running_mean, self.running_var)
+            return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
+        groups = self.virtual_gpus
+        # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
+        merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2) if groups > 1 else x
+        r, d, mean, var = self._correction(merged)
+        if self.weight is not None:
+            d = d * self.weight  # (G, C)
+            r = r * self.weight
+        if self.bias is not None:
+            d = d + self.bias
+        y = F.batch_norm(merged, None, None, r.flatten(), d.flatten(), True, 0.0, self.eps)
+        self._update(mean.mean(0), var.mean(0), x.shape[0])
+        if groups == 1:
+            return y
+        y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+        return y
+
+    @torch.no_grad()
+    def _correction(self, merged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """r, d and the batch's mean and biased variance, each (G, C)."""
+        dtype = torch.promote_types(merged.dtype, self.running_mean.dtype)
+        dims = (0, *range(2, merged.dim()))
+        var, mean = torch.var_mean(merged.to(dtype), dims, correction=0)
+        var, mean = var.view(-1, self.num_features), mean.view(-1, self.num_features)
+        kept = self.running_mean.dtype
+        if self.reference == "batch":
+            return torch.ones_like(mean, dtype=kept), torch.zeros_like(mean, dtype=kept), mean, var
+        moving = (self.running_mean, self.running_var, self.images_seen)
+        moving_mean, moving_var, images = moving if self.reference is None else self.reference
+        r_max, d_max = (limit.to(dtype) for limit in self.limits(images))
+        rstd = (moving_var.to(dtype) + self.eps).rsqrt()
+        r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_max, r_max)
+        d = ((mean - moving_mean) * rstd).clamp(-d_max, d_max)
+        return r.to(kept), d.to(kept), mean, var
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, images: int) -> None:
+        self.num_batches_tracked.add_(1)
+        processes = dist.is_available() and dist.is_initialized()
+        self.images_seen.add_(images * (dist.get_world_size() if processes else 1))
+        momentum = self.momentum
+        if momentum is None:  # cumulative average, as torch's BatchNorm
+            momentum = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in self.input_dims or x.shape[1] != self.num_features:
+            dims = " or ".join(f"{dim}-D" for dim in self.input_dims)
+            raise ValueError(
+                f"{type(self).__name__}({self.num_features}) expects {dims} input with "
+                f"{self.num_features} channels, got shape {tuple(x.shape)}"
+            )
+        if self.training:
+            check_virtual_gpus(self.virtual_gpus, x.shape[0])
+
+    def extra_repr(self) -> str:
+        options = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+        options += f", r_max={self.r_max:g}, d_max={self.d_max:g}"
+        options += f", r_images={self.r_images}, d_images={self.d_images}"
+        if not self.affine:
+            options += ", affine=False"
+        return options + (f", virtual_gpus={self.virtual_gpus}" if self.virtual_gpus != 1 else "")
+
+
+class BatchRenorm1d(BatchRenormBase):
+    """Batch Renormalization of (N, C) or (N, C, L); see BatchRenormBase."""
+
+    input_dims = (2, 3)
+
+
+class BatchRenorm2d(BatchRenormBase):
+    """Batch Renormalization of (N, C, H, W); see BatchRenormBase."""
+
+    input_dims = (4,)
+
+
+class BatchRenorm3d(BatchRenormBase):
+    """Batch Renormalization of (N, C, D, H, W); see BatchRenormBase."""
+
+    input_dims = (5,)

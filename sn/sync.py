@@ -1,0 +1,211 @@
+"""Switchable Normalization with batch statistics over all processes of a group.
+
+One all-reduce forward (2 C + 1 numbers), one backward (2 C), none in evaluation. Source: Luo et
+al., "SyncSN" in section 4.2; the official code averages E[x] and E[x^2] of equal batches. Differs:
+every value counts once, whatever each process brings, and the gradients are those of the whole
+batch in one process.
+"""
+
+import copy
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import functional
+from .functional import _check_shapes, _instance_moments, _mix_and_apply, _pool
+from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
+
+
+class _GroupMoments(torch.autograd.Function):
+    """(N, C) instance moments of every process -> mean and biased variance (C,) of all values.
+
+    The gradient of one process's instances counts every process's use of the result, so that it is
+    that of the sum of their losses; DistributedDataParallel divides by their number.
+    """
+
+    @staticmethod
+    def forward(ctx, mean_in: Tensor, var_in: Tensor, length: int, group) -> tuple:
+        channels = mean_in.shape[1]
+        wide = mean_in.double()  # sums of squares: cancellation costs nothing visible in double
+        sums = wide.new_empty(2 * channels + 1)
+        sums[:channels] = wide.sum(0)
+        sums[channels:-1] = (var_in.double() + wide.square()).sum(0)
+        sums[-1] = mean_in.shape[0]
+        sums *= length
+        dist.all_reduce(sums, group=group)
+        count = sums[-1].clamp(min=1)
+        mean, square = (sums[:-1] / count).view(2, channels).unbind(0)
+        var = (square - mean.square()).clamp(min=0)
+        ctx.length, ctx.group = length, group
+        ctx.save_for_backward(mean_in, mean, count)
+        count = sums[-1].clone()
+        ctx.mark_non_differentiable(count)
+        return mean.to(mean_in.dtype), var.to(mean_in.dtype), count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _) -> tuple:
+        mean_in, mean, count = ctx.saved_tensors
+        grads = torch.stack((grad_mean, grad_var))
+        dist.all_reduce(grads, group=ctx.group)
+        grad_mean, grad_var = (grads * (ctx.length / count)).to(grads.dtype)
+        delta = (mean_in - mean).to(mean_in.dtype)
+        return grad_mean + 2 * delta * grad_var, grad_var.expand_as(mean_in), None, None
+
+
+def sync_switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    process_group,
+    statistics: tuple[str, ...] = ("in", "ln", "bn"),
+    num_groups: int | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    unbiased: bool = False,
+) -> Tensor:
+    """`switch_norm` in training, with bn over the batches of all processes of `process_group`.
+
+    A process may bring any number of samples, none included; all must call. The plain formula on
+    any device. Second derivatives are an error.
+    """
+    _check_shapes(x, mean_weight, var_weight, weight, bias, statistics)
+    batch, channels = x.shape[:2]
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_in, var_in = _instance_moments(h, unbiased)
+    moments = []
+    for statistic in statistics:
+        if statistic == "in":
+            moments.append((torch.zeros_like(mean_in), var_in))
+        elif statistic == "ln":
+            moments.append(_pool(mean_in, var_in, (batch, channels), 1))
+        elif statistic == "gn":
+            shape = (batch, num_groups, channels // num_groups)
+            moments.append(_pool(mean_in, var_in, shape, 2))
+        else:
+            length = math.prod(x.shape[2:])
+            mean, var, count = _GroupMoments.apply(mean_in, var_in, length, process_group)
+            moments.append((mean - mean_in, var))
+            if running_mean is not None:
+                with torch.no_grad():
+                    for running, new in ((running_mean, mean), (running_var, var)):
+                        share = (count > 0).to(running.dtype) * momentum
+                        running.lerp_(new.to(running.dtype), share)
+    return _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, eps).to(
+        x.dtype
+    )
+
+
+class SyncSwitchNormBase(SwitchNormBase):
+    """A switchable layer whose bn takes the batches of all processes of `process_group`.
+
+    None is the default group; without a group of several processes, and without bn, the layer is
+    its parent. `virtual_gpus` has no effect: virtual GPUs are synchronised as well. All processes
+    must run the layer equally often. Parameters, buffers and state_dict are the parent's.
+    """
+
+    def __init__(self, *args, process_group=None, **options):
+        super().__init__(*args, **options)
+        self.process_group = process_group
+
+    def _group(self):
+        """The group to synchronise over now; None if there is nothing to do."""
+        if not self.training or "bn" not in self.statistics:
+            return None
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        group = self._group()
+        if group is None:
+            return super()._normalize(x, residual, relu)
+        self._check_input(x)
+        momentum = self.momentum
+        if self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average, as torch's BatchNorm
+                momentum = 1.0 / float(self.num_batches_tracked)
+        y = sync_switch_norm(
+            x,
+            self.mean_weight,
+            self.var_weight,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            process_group=group,
+            statistics=self.statistics,
+            num_groups=self.num_groups,
+            momentum=0.0 if momentum is None else momentum,
+            eps=self.eps,
+            unbiased=self.unbiased,
+        )
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+
+    @property
+    def virtual_gpus(self) -> int:
+        return 1
+
+    @virtual_gpus.setter
+    def virtual_gpus(self, count: int) -> None:
+        functional.check_virtual_gpus(count)
+
+    def __deepcopy__(self, memo: dict) -> "SyncSwitchNormBase":
+        """A copy in the same process group, which itself cannot be copied."""
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        if self.process_group is not None:
+            memo[id(self.process_group)] = self.process_group
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+
+class SyncSwitchNorm1d(SyncSwitchNormBase, SwitchNorm1d):
+    """SwitchNorm1d with batch statistics over all processes; see SyncSwitchNormBase."""
+
+
+class SyncSwitchNorm2d(SyncSwitchNormBase, SwitchNorm2d):
+    """SwitchNorm2d with batch statistics over all processes; see SyncSwitchNormBase."""
+
+
+class SyncSwitchNormAct2d(SyncSwitchNormBase, SwitchNormAct2d):
+    """SwitchNormAct2d with batch statistics over all processes; see SyncSwitchNormBase."""
+
+
+class SyncSwitchNorm3d(SyncSwitchNormBase, SwitchNorm3d):
+    """SwitchNorm3d with batch statistics over all processes; see SyncSwitchNormBase."""
+
+
+_SYNCHRONISED = {
+    SwitchNorm1d: SyncSwitchNorm1d,
+    SwitchNorm2d: SyncSwitchNorm2d,
+    SwitchNormAct2d: SyncSwitchNormAct2d,
+    SwitchNorm3d: SyncSwitchNorm3d,
+}
+
+
+def convert_sync_switchnorm(module: nn.Module, process_group=None) -> nn.Module:
+    """Return `module` with every SwitchNorm1d, 2d, Act2d and 3d that has bn synchronised.
+
+    In the manner of nn.SyncBatchNorm.convert_sync_batchnorm, but the layers are changed in place:
+    parameters, hooks and an optimizer that holds them stay valid. Batch norm layers are left alone.
+    """
+    for layer in module.modules():
+        if type(layer) in _SYNCHRONISED and "bn" in layer.statistics:
+            layer.__dict__.pop("virtual_gpus")
+            layer.__class__ = _SYNCHRONISED[type(layer)]
+            layer.process_group = process_group
+        elif isinstance(layer, SyncSwitchNormBase):
+            layer.process_group = process_group
+    return module

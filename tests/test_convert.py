@@ -1,0 +1,343 @@
+"""sn.convert: other people's networks on our norms, with their outputs kept or not."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import sn
+
+NORMS = ["sn", "sn_in_ln", "sync_sn", "bn", "brn", "frozen_bn", "sync_bn", "gn", "in", "ln", "none"]
+KEEPING = ["sn", "sync_sn", "bn", "brn", "frozen_bn", "sync_bn"]
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+SHAPES = {1: (3, 4, 5), 2: (3, 4, 5, 2), 3: (2, 4, 3, 1, 2)}
+SHARE = {5: 1.33e-2, 8: 6.71e-4, 13: 4.53e-6}  # of in and ln together: 2 / (2 + e^start)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def trained(model, seed=0):
+    """Random affine parameters and running statistics, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.modules():
+            if getattr(layer, "running_mean", None) is not None:
+                for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+                    if tensor.is_floating_point() and "." not in name:
+                        drawn = torch.randn(tensor.shape, generator=generator).to(tensor) / 4
+                        tensor.copy_(drawn + 1 if name in ("weight", "running_var") else drawn)
+                        if name == "running_var":
+                            tensor.abs_().add_(0.1)
+    return model.eval()
+
+
+def left_over(model):
+    return [k for k, m in model.named_modules() if "BatchNorm" in type(m).__name__]
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+# --- one layer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("gate_start", SHARE)
+def test_kept_outputs_are_the_mixture_with_bn_dominant(dim, affine, gate_start):
+    theirs = trained(BATCH_NORMS[dim](4, eps=1e-3, momentum=0.3, affine=affine).double())
+    ours = sn.convert(theirs, keep_outputs=True, gate_start=gate_start)
+    assert type(ours) is type(sn.make_norm("sn", dim=dim)(4))
+    assert ours.eps == 1e-3 and ours.momentum == 0.3 and not ours.training
+    x = oracle.values(SHAPES[dim])
+    gates = torch.zeros(len(ours.statistics)).double()
+    gates[-1] = gate_start
+    expected = oracle.switch_norm(
+        x, gates, gates, theirs.weight, theirs.bias, (theirs.running_mean, theirs.running_var),
+        statistics=ours.statistics, eps=1e-3,
+    )  # fmt: skip
+    torch.testing.assert_close(ours(x), expected.detach())
+    error = relative_error(ours(x), theirs(x))
+    assert error < 3 * SHARE[gate_start]
+    if dim > 1:
+        weights = sn.importance_weights(ours)[""]["mean"]
+        assert 1 - weights["bn"] == pytest.approx(SHARE[gate_start], rel=0.01)
+
+
+@pytest.mark.parametrize("norm", KEEPING)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"momentum": None}])
+def test_every_norm_with_batch_statistics_keeps_outputs(norm, options):
+    theirs = trained(nn.BatchNorm2d(4, **options).double())
+    ours = sn.convert(theirs, norm, keep_outputs=True, gate_start=60.0)
+    x = oracle.values(SHAPES[2])
+    torch.testing.assert_close(ours(x), theirs(x))
+    if norm not in ("frozen_bn",):
+        assert ours.momentum == theirs.momentum
+
+
+@pytest.mark.parametrize("norm", ["gn", "in", "ln", "none", "sn_in_ln"])
+def test_other_norms_cannot_keep_outputs(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    before = model[1]
+    with pytest.raises(ValueError, match=r"keep_outputs.*\b1\b"):
+        sn.convert(model, norm, keep_outputs=True)
+    with pytest.raises(ValueError, match="keep_outputs"):
+        sn.convert(model, "sn", keep_outputs=True, eps=1e-2)
+    assert model[1] is before
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_keeping_it_starts_the_papers_way(norm):
+    theirs = trained(nn.BatchNorm2d(4)).train()
+    theirs.weight.requires_grad_(False)
+    ours = sn.convert(nn.Sequential(theirs), norm)[0]
+    assert type(ours) is type(sn.make_norm(norm)(4)) and ours.training
+    if norm != "none":
+        assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+        assert not ours.weight.requires_grad
+    if norm in KEEPING:
+        assert (ours.running_mean == 0).all() and (ours.running_var == 1).all()
+    if isinstance(ours, sn.SwitchNorm2d):
+        assert (ours.mean_weight == 1).all() and (ours.var_weight == 1).all()
+    ours(torch.randn(2, 4, 3, 3))
+
+
+def test_options_and_callables():
+    model = nn.Sequential(nn.BatchNorm2d(6, momentum=0.2), nn.BatchNorm1d(6))
+    twin = sn.convert(
+        copy.deepcopy(model), statistics=("ln", "gn", "bn"), num_groups=3, momentum=0.5
+    )
+    assert [layer.statistics for layer in twin] == [("ln", "gn", "bn")] * 2
+    assert all(layer.momentum == 0.5 and layer.num_groups == 3 for layer in twin)
+    grouped = sn.convert(copy.deepcopy(model)[:1], lambda channels: nn.GroupNorm(2, channels))
+    assert type(grouped[0]) is nn.GroupNorm
+    with pytest.raises(TypeError, match="statistic"):
+        sn.convert(model, statistic=("bn",))
+    with pytest.raises(TypeError, match="eps"):
+        sn.convert(model, sn.make_norm("sn"), eps=1e-3)
+
+
+def test_structure_is_kept():
+    shared = nn.BatchNorm2d(4)
+    model = nn.ModuleDict(
+        {
+            "a": nn.Sequential(shared, nn.ReLU(inplace=True)),
+            "b": shared,
+            "sync": nn.SyncBatchNorm(4, momentum=None),
+            "volume": nn.SyncBatchNorm(4),
+            "ghost": sn.GhostBatchNorm2d(4, track_running_stats=False),
+            "instance": nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+        }
+    ).to(torch.float64)
+    model["b"].eval()
+    assert sn.convert(model) is model
+    assert model["a"][0] is model["b"] and not model["b"].training
+    assert model["sync"].momentum is None and type(model["sync"]) is sn.SwitchNorm2d
+    assert not model["ghost"].track_running_stats
+    assert type(model["instance"]) is nn.InstanceNorm2d
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    with torch.device("meta"):
+        net = nn.Sequential(nn.BatchNorm2d(4))
+    assert sn.convert(net, keep_outputs=True)[0].weight.is_meta
+    assert type(sn.convert(nn.SyncBatchNorm(4), dim=3)) is sn.SwitchNorm3d
+
+
+def test_none_does_not_let_an_activation_overwrite_its_input():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return x + self.relu(self.bn(x))
+
+    model = sn.convert(PreActivation(), "none")
+    x = torch.randn(2, 4, 3, 3)
+    torch.testing.assert_close(model(x.clone()), x + x.relu())
+
+
+class Odd(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Even(nn.BatchNorm2d):
+    pass
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"1 \(Odd\)"):
+        sn.convert(nn.Sequential(nn.BatchNorm2d(4), Odd(4)))
+    assert type(sn.convert(Even(4))) is sn.SwitchNorm2d
+    with pytest.raises(ValueError, match="lazy"):
+        sn.convert(nn.Sequential(nn.LazyBatchNorm2d()))
+    assert not left_over(sn.convert(nn.Sequential(nn.Conv2d(3, 4, 1))))
+
+
+# --- networks ---------------------------------------------------------------------------------
+
+
+def train_one_step(model, x):
+    model.train()
+    out = model(x)
+    out = out["out"] if isinstance(out, dict) else out
+    out.square().mean().backward()
+    bad = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not bad
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_torchvision_networks(name):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    model = trained(torchvision.models.get_model(name, num_classes=5)).double()
+    x = torch.randn(2, 3, 64, 64).double()
+    expected = model(x)
+    errors = []
+    for gate_start in SHARE:
+        ours = sn.convert(copy.deepcopy(model), keep_outputs=True, gate_start=gate_start)
+        assert not left_over(ours)
+        errors.append(relative_error(ours(x), expected))
+    assert errors[0] < 0.2 and errors[1] < 0.02 and errors[2] < 1e-4
+    assert errors[0] > errors[1] > errors[2]
+    train_one_step(sn.convert(model), x)
+
+
+def test_torchvision_detection_with_frozen_batch_norm():
+    torchvision = pytest.importorskip("torchvision")
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d
+    )
+    model = trained(FasterRCNN(backbone, 3, min_size=64, max_size=64))
+    kept = sn.convert(copy.deepcopy(model), keep_outputs=True, gate_start=30.0)
+    assert not left_over(kept)
+    image = torch.rand(1, 3, 64, 64)
+    for ours, theirs in zip(kept.backbone(image).values(), model.backbone(image).values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    assert len(kept([image[0]])[0]["boxes"]) == len(model([image[0]])[0]["boxes"])
+    trainee = sn.convert(model).train()
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([1])}
+    losses = trainee([image[0]], [target])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert trainee.backbone.body.bn1.mean_weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "regnetx_002", "levit_128s"])
+def test_timm_networks_keep_activation_and_dropout(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = trained(timm.create_model(name, num_classes=5))
+    size = 224 if name.startswith("levit") else 64
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+
+    def count(net):
+        kinds = (nn.ReLU, nn.Hardswish, nn.SiLU, nn.Hardsigmoid, nn.Dropout)
+        return sum(isinstance(m, kinds) for m in net.modules())
+
+    kept = sn.convert(copy.deepcopy(model), keep_outputs=True, gate_start=20.0)
+    assert count(kept) == count(model) and not left_over(kept)
+    with torch.no_grad():  # levit keeps what it computes with gradients, and cannot be copied
+        assert relative_error(kept(x), expected) < 1e-4
+    train_one_step(sn.convert(model), x)
+
+
+def test_timm_fused_layers():
+    timm = pytest.importorskip("timm")
+    from timm.layers import BatchNormAct2d, SyncBatchNormAct
+    from timm.layers.norm_act import FrozenBatchNormAct2d
+
+    fused = trained(
+        BatchNormAct2d(4, act_layer=nn.SiLU, drop_layer=lambda: nn.Dropout2d(0.5))
+    ).double()
+    sync = SyncBatchNormAct(4).double()
+    sync.drop, sync.act = fused.drop, fused.act
+    sync.load_state_dict(fused.state_dict())
+    frozen = timm.layers.freeze_batch_norm_2d(copy.deepcopy(fused))
+    assert type(frozen) is FrozenBatchNormAct2d
+    x = oracle.values((3, 4, 5, 5))
+    expected = fused(x)
+    for layer in (fused, sync.eval(), frozen.eval()):
+        ours = sn.convert(layer, keep_outputs=True, gate_start=60.0)
+        torch.testing.assert_close(ours(x), expected)
+        assert type(ours.act) is nn.SiLU and type(ours.drop) is nn.Dropout2d
+        assert type(ours.norm) is sn.SwitchNorm2d
+        y = ours.train()(x)  # some channels are dropped, and SiLU(0) is 0
+        assert (y.flatten(2) == 0).all(2).any()
+    bare = sn.convert(BatchNormAct2d(4, apply_act=False))
+    assert type(bare) is sn.SwitchNorm2d
+
+
+@pytest.mark.slow
+def test_every_timm_family():
+    """The smallest of a few models of every timm module that has batch norm."""
+    timm = pytest.importorskip("timm")
+    failures, tried = {}, []
+    for module in timm.list_modules():
+        names = timm.list_models(module=module)
+        names = names[:: max(1, len(names) // 6)]
+        sizes = {}
+        for name in names:
+            with torch.device("meta"):
+                try:
+                    net = timm.create_model(name)
+                except Exception:  # some compute with values while building
+                    continue
+            if left_over(net):
+                sizes[name] = sum(p.numel() for p in net.parameters())
+        if not sizes or min(sizes.values()) > 40e6:
+            continue
+        name = min(sizes, key=sizes.get)
+        tried.append(name)
+        try:
+            check_timm(timm, name)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    print(f"{len(tried)} families, {len(tried) - len(failures)} pass: {tried}")
+    assert not failures
+
+
+def check_timm(timm, name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    size = model.default_cfg.get("input_size", (3, 224, 224))
+    fixed = model.default_cfg.get("fixed_input_size", False)
+    x = torch.randn(2, size[0], *(size[1:] if fixed or size[1] < 96 else (96, 96)))
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    except Exception:
+        x = torch.randn(2, *size)
+    sn.batch_average(model, [x, x.flip(3)], 2)  # running statistics of this network
+    with torch.no_grad():
+        expected = model.eval()(x)
+        kept = sn.convert(copy.deepcopy(model), keep_outputs=True, gate_start=25.0)
+        assert not left_over(kept), left_over(kept)
+        got = kept(x)
+    first = (expected, got)
+    if not isinstance(expected, torch.Tensor):
+        first = (expected[0], got[0])
+    scale = first[0].abs().max().item() + 1e-6
+    assert (first[0] - first[1]).abs().max().item() < 1e-3 * scale
+    trainee = sn.convert(model).train()
+    out = trainee(x)
+    out = out if isinstance(out, torch.Tensor) else sum(o.sum() for o in out)
+    out.square().mean().backward()
+    gates = [p for k, p in trainee.named_parameters() if k.endswith("_weight") and p.dim() == 1]
+    assert gates and all(p.grad is None or p.grad.isfinite().all() for p in trainee.parameters())
+    assert any(p.grad is not None for p in gates)
