@@ -389,7 +389,7 @@ def test_resume_of_two_processes_after_one_was_killed(tmp_path):
     assert_same(record(out), record(tmp_path / "whole"), "two processes")
 
 
-def _train_and_die(rank, world_size, port, overrides):
+def _train_and_die(rank, overrides):
     """`workers._train`, but rank 1 is killed in step 2 of epoch 2."""
     step, calls = train_imagenet.train_step, 0
 
@@ -401,7 +401,7 @@ def _train_and_die(rank, world_size, port, overrides):
         return step(*args)
 
     train_imagenet.train_step = dying_step
-    _train(rank, world_size, port, overrides)
+    _train(rank, overrides)
 
 
 _train = workers._train

@@ -112,10 +112,16 @@ def build_model(
     builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
-    learns = isinstance(getattr(norm(8), "weight", None), nn.Parameter)
-    zero_init_residual = zero_init_residual and learns
+    zero_init_residual = zero_init_residual and _gain_learns(norm)
     model = builders[source](name, num_classes, norm, dropout, zero_init_residual)
     return fuse_activations(model) if fused_activation else model
+
+
+def _gain_learns(norm: Norm) -> bool:
+    try:
+        return isinstance(getattr(norm(8), "weight", None), nn.Parameter)
+    except ValueError:  # groups that do not divide 8: a norm that learns
+        return True
 
 
 class _FusedBasicBlock(BasicBlock):
