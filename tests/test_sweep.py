@@ -111,7 +111,10 @@ def test_dry_run_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--norms", "bn xy"], ["unknown norm 'xy'", "bn brn frozen_bn gn in ln none sn sn_in_ln ssn sync_bn sync_sn"]),
+        (
+            ["--norms", "bn xy"],
+            ["unknown norm 'xy'", "bn brn frozen_bn gn in ln none sn sn_in_ln ssn sync_bn sync_sn"],
+        ),
         (["--settings", "8x32 8-4"], ["'8-4'", "8x32"]),
         (["--settings", "0x4"], ["'0x4'"]),
         (["--settings", "8x"], ["'8x'"]),
