@@ -327,6 +327,16 @@ def announce(run: Run, progress: Progress) -> None:
     if cfg.setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):
         print("note: with one image per GPU bn equals in during training; the paper drops it "
               "there (norm=sn_in_ln)")  # fmt: skip
+    foreign = [
+        name
+        for name, layer in batch_statistics_layers(run.model).items()
+        if type(layer).__module__.startswith(("torch.", "timm."))
+    ]
+    if foreign and cfg.norm.name not in ("bn", "sync_bn"):
+        print(
+            f"note: {len(foreign)} batch norm layers of the model are its own, not "
+            f"{cfg.norm.name}, first {foreign[0]}"
+        )
     if progress.images_seen:
         print(f"resuming after {progress.epoch} epochs and {progress.step} steps", flush=True)
 

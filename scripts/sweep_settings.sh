@@ -81,6 +81,10 @@ run_one() { # name, command...
         "$@" >"$logs/$name.log" 2>&1 || code=$?
         echo "== $name: $(grep -v '^$' "$logs/$name.log" | tail -n 1)"
     fi
+    # torchrun makes every exit code a 1
+    if [ "$code" -eq 1 ] && grep -q 'train_imagenet.py.*loss is not finite' "$logs/$name.log"; then
+        code=3
+    fi
     case $code in
     0) ;;
     3) echo "== $name diverged" ;;

