@@ -157,6 +157,7 @@ def train(cfg: DictConfig) -> dict:
     if progress.images_seen == 0:
         recorder.importance(0, run.model)
     start = time.perf_counter() - progress.wall_s
+    validation = None
     try:
         while progress.epoch < cfg.schedule.epochs:
             metrics = train_one_epoch(run, progress, start)
@@ -180,7 +181,7 @@ def train(cfg: DictConfig) -> dict:
         results = {"status": "diverged", "top1": None, "top5": None, "top1_batch_average": None}
         recorder.finish(summarise(run, progress, results | {"error": str(error)}))
         raise
-    results = {"status": "finished"} | final_evaluation(run, progress)
+    results = {"status": "finished"} | final_evaluation(run, progress, validation)
     progress.wall_s = time.perf_counter() - start
     summary = summarise(run, progress, results)
     recorder.finish(summary)
@@ -381,10 +382,10 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
             refresh=False,
         )
         bar.update()
-        if cfg.checkpoint_steps and progress.step % cfg.checkpoint_steps == 0 < steps:
-            if progress.step < steps:
-                progress.wall_s = time.perf_counter() - start
-                save(run, progress)
+        due = cfg.checkpoint_steps and progress.step % cfg.checkpoint_steps == 0
+        if due and progress.step < steps:  # the epoch's end has a checkpoint of its own
+            progress.wall_s = time.perf_counter() - start
+            save(run, progress)
     bar.close()
     distributed.average_running_statistics(run.model)
     return {
@@ -479,12 +480,13 @@ def validate(run: Run) -> dict[str, float]:
         return evaluate(run.model, loader, run.to_device)
 
 
-def final_evaluation(run: Run, progress: Progress) -> dict:
+def final_evaluation(run: Run, progress: Progress, moving: dict | None) -> dict:
     """Evaluate with the moving average, then with the batch average of training images.
 
+    `moving` is what the last epoch's validation gave, None if this process did not run it.
     The checkpoint keeps the moving average, and the averaged buffers beside it.
     """
-    moving = validate(run)
+    moving = moving or validate(run)
     results = {"top1": moving["top1"], "top5": moving["top5"], "val_loss": moving["loss"]}
     if not batch_statistics_layers(run.model):  # nothing to average: the same model
         return results | {"top1_batch_average": moving["top1"], "batch_average_images": 0}

@@ -40,7 +40,7 @@ class _Moments:
         count = args[0].numel() // args[0].shape[1]
         freedom = count
         if isinstance(layer, nn.SyncBatchNorm):  # holds the moments of all processes' batches
-            total = _sum_over_processes(layer.running_mean.new_tensor(count, dtype=torch.float64))
+            total = sum_over_processes(layer.running_mean.new_tensor(count, dtype=torch.float64))
             freedom = count * (1 - 1 / total.item())
         elif self.unbiased:
             freedom = count - 1
@@ -56,11 +56,11 @@ class _Moments:
 
     def merge_over_processes(self) -> None:
         sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])])
-        _sum_over_processes(sums)
+        sum_over_processes(sums)
         total = int(sums[-1].item())
         mean = sums[:-1] / max(total, 1)
         self.deviation += self.count * (self.mean - mean).square()
-        _sum_over_processes(self.deviation)
+        sum_over_processes(self.deviation)
         self.count, self.mean = total, mean
 
     def store(self, layer: nn.Module, batches: int) -> None:
@@ -70,7 +70,8 @@ class _Moments:
         layer.num_batches_tracked.fill_(batches)
 
 
-def _sum_over_processes(values: Tensor) -> Tensor:
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add `values` over all processes of the default group, if there is one, in place."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
     return values
@@ -116,7 +117,7 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             inputs = item[0] if isinstance(item, (tuple, list)) else item
             model(inputs.to(device))
             batches += 1
-        batches = _sum_over_processes(torch.tensor(float(batches), device=device))
+        batches = sum_over_processes(torch.tensor(float(batches), device=device))
         for layer, collected in moments.items():
             collected.merge_over_processes()
             if collected.count:

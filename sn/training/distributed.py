@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..batch_average import batch_statistics_layers
+from ..batch_average import batch_statistics_layers, sum_over_processes
 from ..batch_renorm import BatchRenormBase
 from ..modules import set_virtual_gpus
 from ..sync import SyncSwitchNormBase
@@ -83,13 +83,6 @@ def in_group() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Add `values` over all processes, in place."""
-    if in_group():
-        dist.all_reduce(values)
-    return values
-
-
 @torch.no_grad()
 def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None:
     """Give every process the mean over processes of the running means and variances.
@@ -111,7 +104,7 @@ def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None
     if not buffers:
         return
     flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-    dist.all_reduce(flat)
+    sum_over_processes(flat)
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
         buffer.copy_(mean.view_as(buffer))
