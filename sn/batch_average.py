@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_renorm import BatchRenormBase
 from .modules import SwitchNormBase
+from .running import RunningNorm
 
 
 def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,7 +22,7 @@ def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, (_BatchNorm, SwitchNormBase, BatchRenormBase))
+        if isinstance(layer, (_BatchNorm, SwitchNormBase, RunningNorm))
         and getattr(layer, "running_mean", None) is not None
     }
 

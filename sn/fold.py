@@ -7,6 +7,7 @@ import torch
 from torch import fx, nn
 
 from .norms import FrozenBatchNorm, NoNorm, _VirtualGPUs
+from .running import RunningNorm
 from .sparse import SparseSwitchNormBase
 
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -61,6 +62,8 @@ def foldable(layer: nn.Module) -> bool:
         gates = layer.importance()
         return all(g.max() == 1 and layer.statistics[int(g.argmax())] == "bn" for g in gates)
     batch_norm = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, _VirtualGPUs.forward)
+    if isinstance(layer, RunningNorm):
+        return True
     return type(layer).forward in (*batch_norm, FrozenBatchNorm.forward)
 
 
