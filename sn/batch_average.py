@@ -38,6 +38,8 @@ class _Moments:
 
     def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
+        if not layer.training:  # bkn looking at its network
+            return
         count = args[0].numel() // args[0].shape[1]
         freedom = count
         if isinstance(layer, nn.SyncBatchNorm):  # holds the moments of all processes' batches

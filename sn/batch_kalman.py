@@ -161,13 +161,11 @@ def _linear(layer: nn.Module, moments: Moments) -> Moments:
     """Mean and variance after a convolution or linear layer of independent values."""
     mean, var = moments
     groups = getattr(layer, "groups", 1)
-    weight = layer.weight.to(mean.dtype).unflatten(0, (groups, -1)).flatten(3)  # (g, o, i[, k])
-    square = weight.square()
-    if weight.dim() == 4:
-        weight, square = weight.sum(3), square.sum(3)
+    weight = layer.weight.to(mean.dtype)
+    weight = weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel())  # (g, o, i, taps)
     mean, var = (
-        torch.einsum("bgi,goi->bgo", value.unflatten(1, (groups, -1)), matrix).flatten(1)
-        for value, matrix in ((mean, weight), (var, square))
+        torch.einsum("bgi,goi->bgo", value.unflatten(1, (groups, -1)), taps.sum(3)).flatten(1)
+        for value, taps in ((mean, weight), (var, weight.square()))
     )
     return mean if layer.bias is None else mean + layer.bias, var
 
@@ -236,16 +234,21 @@ class _Flow:
         """
         tracer = _Tracer(model)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        modes = {layer: layer.training for layer in self.layers.values()}
+        norms = [m for m in model.modules() if getattr(m, "running_mean", None) is not None]
+        modes = {layer: layer.training for layer in norms}
         hooks = []
-        for name, layer in self.layers.items():
+        for layer in norms:  # no statistics change, nothing is synchronised
             layer.training = False
+        for name, layer in self.layers.items():
             hooks.append(layer.register_forward_pre_hook(partial(tracer.enter, name)))
             hooks.append(layer.register_forward_hook(tracer.leave))
         devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
         try:
             with torch.random.fork_rng(list(devices)), tracer:
-                model.forward(*args, **kwargs)
+                if "" in self.layers:  # the model is a layer, with nothing before it
+                    tracer.enter("", model, args)
+                else:
+                    model.forward(*args, **kwargs)  # without hooks of the model itself
         finally:
             for hook in hooks:
                 hook.remove()

@@ -9,8 +9,8 @@ from torch import nn
 
 import sn
 
-NORMS = ["sn", "sn_in_ln", "sync_sn", "bn", "brn", "frozen_bn", "sync_bn", "gn", "in", "ln", "none"]
-KEEPING = ["sn", "sync_sn", "bn", "brn", "frozen_bn", "sync_bn"]
+KEEPING = ["sn", "sync_sn", "bn", "brn", "bkn", "frozen_bn", "sync_bn"]
+NORMS = [*KEEPING, "sn_in_ln", "gn", "in", "ln", "none"]
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SHAPES = {1: (3, 4, 5), 2: (3, 4, 5, 2), 3: (2, 4, 3, 1, 2)}
 SHARE = {5: 1.33e-2, 8: 6.71e-4, 13: 4.53e-6}  # of in and ln together: 2 / (2 + e^start)
@@ -99,7 +99,8 @@ def test_other_norms_cannot_keep_outputs(norm):
 def test_without_keeping_it_starts_the_papers_way(norm):
     theirs = trained(nn.BatchNorm2d(4)).train()
     theirs.weight.requires_grad_(False)
-    ours = sn.convert(nn.Sequential(theirs), norm)[0]
+    model = sn.convert(nn.Sequential(theirs), norm)
+    ours = model[0]
     assert type(ours) is type(sn.make_norm(norm)(4)) and ours.training
     if norm != "none":
         assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
@@ -108,7 +109,7 @@ def test_without_keeping_it_starts_the_papers_way(norm):
         assert (ours.running_mean == 0).all() and (ours.running_var == 1).all()
     if isinstance(ours, sn.SwitchNorm2d):
         assert (ours.mean_weight == 1).all() and (ours.var_weight == 1).all()
-    ours(torch.randn(2, 4, 3, 3))
+    model(torch.randn(2, 4, 3, 3))
 
 
 def test_options_and_callables():
