@@ -59,7 +59,7 @@ class BatchKalmanNormBase(RunningNorm):
     ):
         if not track_running_stats:
             raise ValueError("bkn needs its running statistics; use norm 'bn'")
-        if not 0 <= gain <= 1:
+        if not isinstance(gain, (int, float)) or not 0 <= gain <= 1:
             raise ValueError(f"gain={gain}; expected the share of the prediction, 0 to 1")
         super().__init__(num_features, eps, momentum, affine, device, dtype, virtual_gpus)
         self.gain = gain
