@@ -201,14 +201,14 @@ class _Flow:
 
     def __init__(self, layers: dict[str, BatchKalmanNormBase]):
         self.layers = layers
-        self.traced = False
+        self.mode: bool | None = None  # of the network (training or not) when it was traced
         self.steps: list[tuple[Callable, tuple[int, ...]]] = []
         self.values: list[Moments | None] = []
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the network."""
         if any(layer.training for layer in self.layers.values()):
-            if not self.traced:
+            if self.mode != model.training:  # dropout and auxiliary heads depend on it
                 self.trace(model, args, kwargs)
             self.values = [None] * len(self.steps)
 
@@ -264,7 +264,7 @@ class _Flow:
             )
         for name, layer in self.layers.items():
             layer.place = tracer.places.get(name)
-        self.steps, self.traced = tracer.steps, True
+        self.steps, self.mode = tracer.steps, model.training
 
 
 class _Tracer(TorchFunctionMode):
@@ -282,7 +282,7 @@ class _Tracer(TorchFunctionMode):
         self.owners = {
             id(layer.weight): layer
             for layer in model.modules()
-            if isinstance(getattr(layer, "weight", None), nn.Parameter)
+            if torch.is_tensor(getattr(layer, "weight", None))
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -315,15 +315,15 @@ class _Tracer(TorchFunctionMode):
 
     def _follow(self, name: str, output: Tensor, args: tuple, kwargs: dict) -> int | str:
         """The step of `output` = name(*args, **kwargs), else a name."""
-        x = args[0]
+        x, *rest = (*args, *kwargs.values())
         if name in ("cat", "concat", "concatenate"):
             steps = [self.known.get(part, "an input without bkn") for part in x]
-            if kwargs.get("dim", args[1] if len(args) > 1 else 0) != 1:
+            if rest[:1] != [1]:
                 return name
             lost = [step for step in steps if isinstance(step, str)]
             return lost[0] if lost else self._step(_concatenate, *steps)
         if name in _SUMS:
-            other = args[1]
+            other = rest[0]
             if not torch.is_tensor(other) or other.shape != x.shape or kwargs.get("alpha", 1) != 1:
                 return name
             steps = [self.known.get(term, "a sum with an input without bkn") for term in (x, other)]
@@ -333,8 +333,7 @@ class _Tracer(TorchFunctionMode):
         if isinstance(step, str):
             return step
         if name in _LINEAR and (name != "linear" or x.dim() == 2):
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            owner = self.owners.get(id(weight))
+            owner = self.owners.get(id(rest[0]))
             return name if owner is None else self._step(partial(_linear, owner), step)
         if name in ("relu", "relu_"):
             return self._step(_relu, step)
@@ -342,7 +341,7 @@ class _Tracer(TorchFunctionMode):
             low, high = kwargs.get("min_val", 0), kwargs.get("max_val", 6)
             return self._step(partial(_clip, high), step) if low == 0 else name
         if name == "pad":
-            sizes = args[1]
+            sizes = rest[0]
             channels = sizes[2 * (x.dim() - 2) :] or (0, 0)
             if len(channels) > 2 or kwargs.get("value") or min(sizes) < 0:
                 return name
@@ -350,7 +349,7 @@ class _Tracer(TorchFunctionMode):
         same = output.dim() == x.dim() and output.shape[:2] == x.shape[:2]
         whole = (slice(None), slice(None))
         idle = name == "dropout" and (kwargs.get("p") == 0 or not kwargs.get("training", True))
-        idle |= name == "__getitem__" and isinstance(args[1], tuple) and args[1][:2] == whole
+        idle |= name == "__getitem__" and isinstance(rest[0], tuple) and rest[0][:2] == whole
         return step if same and (name in _UNCHANGED or idle) else name
 
 

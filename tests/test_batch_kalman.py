@@ -375,6 +375,19 @@ def test_what_has_no_known_moments_is_named(between, name):
     model.eval()(torch.randn(2, 3, 4, 4))  # evaluation needs no predictions
 
 
+def test_the_networks_mode_counts():
+    model = net(nn.Dropout(0.5), nn.ReLU())
+    norms = [m for m in model.modules() if isinstance(m, sn.BatchKalmanNorm2d)]
+    model.eval()
+    for layer in norms:  # as batch_average does
+        layer.train()
+    x = torch.randn(4, 3, 4, 4)
+    model(x)
+    assert norms[1].place[0] is not None
+    with pytest.raises(ValueError, match="comes through dropout"):
+        model.train()(x)
+
+
 def test_a_layer_alone_is_batch_norm():
     layer = sn.convert(nn.BatchNorm2d(4), "bkn")
     x = torch.randn(6, 4, 3, 3)
