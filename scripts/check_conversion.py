@@ -93,7 +93,7 @@ def image_sizes(name: str, model: nn.Module) -> list[tuple[int, ...]]:
     """(C, [T,] H, W) to try, small ones first."""
     family = name.partition("/")[0]
     if family == "video":
-        return [(3, 8, 64, 64), (3, 16, 112, 112)]
+        return [(3, 8, 64, 64), (3, 16, 112, 112), (3, 16, 224, 224)]
     if family != "timm":
         return [(3, size, size) for size in (64, 128, 224, 299)]
     channels, *full = model.default_cfg.get("input_size", (3, 224, 224))
@@ -293,8 +293,9 @@ def summary(path: Path) -> str:
     versions = runs[-1]["versions"]
     wanted = ("python", "torch", "torchvision", "timm")
     lines += [
-        "Made by `scripts/check_conversion.py` from `conversion.jsonl`; random weights, two images "
-        "a model.",
+        "Made by `scripts/check_conversion.py --summary` from `conversion.jsonl`. Random weights, two "
+        "images a model; the script's head says what equal and finite mean. Not checked: too large, too "
+        "slow, or not reached yet.",
         f"{', '.join(f'{key} {versions[key]}' for key in wanted)}; {runs[-1]['device']}; "
         f"commits {', '.join(commits)}; {runs[0]['date']} to {runs[-1]['date']}.",
         "",
