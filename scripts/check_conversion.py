@@ -293,9 +293,9 @@ def summary(path: Path) -> str:
     versions = runs[-1]["versions"]
     wanted = ("python", "torch", "torchvision", "timm")
     lines += [
-        "Made by `scripts/check_conversion.py --summary` from `conversion.jsonl`. Random weights, two "
-        "images a model; the script's head says what equal and finite mean. Not checked: too large, too "
-        "slow, or not reached yet.",
+        "Made by `scripts/check_conversion.py --summary` from `conversion.jsonl`. Random weights, "
+        "two images a model; the script's head says what equal and finite mean. Not checked: too "
+        "large, too slow, or not reached yet.",
         f"{', '.join(f'{key} {versions[key]}' for key in wanted)}; {runs[-1]['device']}; "
         f"commits {', '.join(commits)}; {runs[0]['date']} to {runs[-1]['date']}.",
         "",
