@@ -277,7 +277,7 @@ def test_best_is_kept(links, path, monkeypatch):
 
 
 def test_full_disk(path):
-    """A file that cannot grow, as on a full disk: an error, the old one whole, no rest of the new."""
+    """A file that cannot grow, as on a full disk: the old one whole, no rest of the new."""
     save_checkpoint(path, state(1))
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
