@@ -10,8 +10,8 @@ of results/conversion.jsonl: models that have one are not repeated (--retry repe
 For each model, with random weights (batch norm's too), one batch's running statistics and two small
 images: the largest error of its evaluation outputs after `convert(model, keep_outputs=True)`
 relative to the largest output, with gates that are bn alone (gate_start=25; equal if below 1e-3, in
-float32 or, where that fails at every size, in float64) and at the default start; then, after `convert(model)`, whether a step of SGD is finite: its loss,
-gradients and weights.
+float32 or, where that fails at every size, in float64) and at the default start; then, after
+`convert(model)`, whether a step of SGD is finite: its loss, gradients and weights.
 """
 
 import argparse
@@ -114,7 +114,8 @@ def outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
             head = getattr(model.roi_heads, f"{part}_head", None)
             if head is not None:
                 channels = model.backbone.out_channels
-                found.append(head(torch.randn(4, channels, size, size, generator=generator)))
+                maps = torch.randn(4, channels, size, size, generator=generator)
+                found.append(head(maps.to(x.dtype)))
     else:
         found += tree_leaves(model.head(found))
     return [leaf for leaf in found if torch.is_tensor(leaf) and leaf.is_floating_point()]
