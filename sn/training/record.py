@@ -31,6 +31,11 @@ MACHINE_KEYS = (
     "data.download",
     "data.workers",
     "setting.emulation",
+    "photos.root",
+    "photos.workers",
+    "style.image",
+    "vgg.weights",
+    "schedule.steps",  # style transfer's lr is constant: a longer run continues a shorter one
 )
 
 # keys added later, with the value that says what runs did before; such a record leaves them out
@@ -47,7 +52,8 @@ class Recorder:
     Raises ValueError if the folder holds a run of another config.
     """
 
-    def __init__(self, folder: str | Path, config: dict, is_main: bool = True):
+    def __init__(self, folder: str | Path, config: dict, is_main: bool = True, unit: str = "epoch"):
+        self.unit, self.scale = unit, 1000 if unit == "epoch" else 1
         self.folder = Path(folder)
         self.is_main = is_main
         self.config = experiment_part(config)
@@ -86,10 +92,10 @@ class Recorder:
         for name in ("metrics.jsonl", "importance.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_jsonl(path) if line["epoch"] <= epoch]
+                kept = [line for line in read_jsonl(path) if line[self.unit] <= epoch]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=max(0, epoch * 1000 + 1)
+            str(self.folder / "tensorboard"), purge_step=max(0, epoch * self.scale + 1)
         )
 
     def close(self) -> None:
@@ -100,29 +106,31 @@ class Recorder:
         """Record the metrics of `epoch` (1 is the first)."""
         if not self.is_main:
             return
-        self._append("metrics.jsonl", {"epoch": epoch, **values})
+        self._append("metrics.jsonl", {self.unit: epoch, **values})
         for key, value in values.items():
             if value is not None:
-                self.writer.add_scalar(key, value, epoch * 1000)
+                self.writer.add_scalar(key, value, epoch * self.scale)
         self.writer.flush()
 
-    def importance(self, epoch: int, model: nn.Module, figure: bool = False) -> None:
+    def importance(
+        self, epoch: int, model: nn.Module, figure: bool = False, blocks: dict | None = None
+    ) -> None:
         """Record the importance weights after `epoch` epochs (0: before training)."""
         weights = importance_weights(model)
         if not self.is_main or not weights:
             return
-        blocks = block_names(model)
+        blocks = blocks or block_names(model)
         layers = {name: {"block": blocks[name], **weight} for name, weight in weights.items()}
-        self._append("importance.jsonl", {"epoch": epoch, "layers": layers})
+        self._append("importance.jsonl", {self.unit: epoch, "layers": layers})
         averages = block_averages(layers)
         for group, rows in (("importance", layers), ("importance_block", averages)):
             for name, row in rows.items():
                 for moment in ("mean", "var"):
                     for statistic, value in row[moment].items():
                         tag = f"{group}/{moment}/{name}/{statistic}"
-                        self.writer.add_scalar(tag, value, epoch * 1000)
+                        self.writer.add_scalar(tag, value, epoch * self.scale)
         if figure:
-            self.writer.add_figure("importance", importance_figure(averages), epoch * 1000)
+            self.writer.add_figure("importance", importance_figure(averages), epoch * self.scale)
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: the run has ended."""

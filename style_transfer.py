@@ -1,0 +1,416 @@
+"""Fast style transfer with any norm: train the network of a style, or stylize images with it.
+
+    python style_transfer.py norm=sn vgg.weights=random        # bundled photos, just to see it run
+    python style_transfer.py experiment=style_transfer/starry_night norm=sn \\
+        photos.root=/data/coco/train2014 style.image=starry_night.jpg
+    python style_transfer.py mode=stylize stylize.checkpoint=.../checkpoint.pt stylize.images=photos
+
+Section 4.3; Fig 5(a) expects the training loss of SN below IN's below BN's. The same command
+resumes a run that was interrupted. See configs/style_transfer.yaml for every option.
+"""
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import sn
+from sn.training import distributed, entry, style_data
+from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.entry import above, number, one_of, optional, switch, whole
+from sn.training.guard import FiniteGuard
+from sn.training.record import Recorder, environment
+from sn.training.schedule import mix_seed
+from sn.training.stopping import Preempted, StopSignal
+from sn.training.style import (
+    LOSS_WEIGHTS,
+    RELUS,
+    LossNetwork,
+    StyleNet,
+    build_style_net,
+    content_loss,
+    gram,
+    layer_blocks,
+    load_loss_network,
+    style_loss,
+    total_variation,
+)
+
+AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("content", "style", "tv")
+PAPER_STEPS = 40_000  # Fig 5(a)
+OTHER_MODES = ("mode", "stylize", "export")  # not part of what a training run is
+
+CHECKS = [
+    (whole(0, 2**32), "a whole number, 0 to 2^32", ["seed"]),
+    (whole(1), "a whole number, 1 or more",
+     ["schedule.steps", "schedule.batch_size", "model.width", "style.size", "importance_steps",
+      "keep_checkpoints"]),
+    (whole(0), "a whole number, 0 or more",
+     ["model.residual_blocks", "photos.workers", "checkpoint_steps", "max_skipped_steps",
+      "evaluation.images"]),
+    (whole(16), "a whole number, 16 or more", ["photos.image_size", "photos.resize"]),
+    (above(0), "a number above 0", ["schedule.lr"]),
+    (optional(number(0)), "a number, 0 or more, or null",
+     ["loss.content_weight", "loss.style_weight", "loss.tv_weight"]),
+    (switch, "true or false",
+     ["channels_last", "compile", "deterministic", "model.fused_activation"]),
+    (one_of(*AUTOCAST), f"one of {list(AUTOCAST)}", ["precision"]),
+    (one_of(*RELUS), f"one of {list(RELUS)}", ["loss.content_layer"]),
+]  # fmt: skip
+
+
+@dataclass
+class Run:
+    """Everything that is built once from the config."""
+
+    cfg: DictConfig
+    device: torch.device
+    photos: style_data.Photos
+    vgg: LossNetwork
+    style_sha256: str
+    style_grams: list[Tensor]  # (1, C, C) of each style layer
+    weights: dict[str, float]  # of the parts of the loss
+    model: StyleNet
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: FiniteGuard
+
+    def to_device(self, images: Tensor) -> Tensor:
+        dtype = torch.float64 if self.cfg.precision == "fp64" else None
+        layout = torch.channels_last if self.cfg.channels_last else torch.preserve_format
+        return images.to(self.device, dtype, non_blocking=True, memory_format=layout)
+
+    def autocast(self):
+        dtype = AUTOCAST[self.cfg.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+    def identity(self) -> dict:
+        """What the run learns from, beyond its config."""
+        return {
+            "photos": self.photos.describe(),
+            "style": {"name": self.cfg.style.name, "sha256": self.style_sha256},
+            "vgg": self.vgg.describe(),
+        }
+
+
+@dataclass
+class Progress:
+    """Where the run is; what a checkpoint holds beside weights and optimizer."""
+
+    step: int = 0  # steps done
+    skipped: int = 0  # of them without an update
+    wall_s: float = 0.0
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="style_transfer")
+def main(cfg: DictConfig) -> None:
+    entry.run(dispatch, cfg)
+
+
+def dispatch(cfg: DictConfig) -> None:
+    modes = {"train": train}
+    if cfg.mode not in modes:
+        raise ValueError(f"unknown mode={cfg.mode!r}; choose one of {[*modes]}")
+    modes[cfg.mode](cfg)
+
+
+def train(cfg: DictConfig) -> dict:
+    """Run the config to its end, from its checkpoint if there is one; return the summary."""
+    keys = [key for key in cfg if key not in OTHER_MODES]
+    cfg = OmegaConf.masked_copy(cfg, keys)
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_config(cfg)
+    entry.prepare(cfg)
+    processes = distributed.start(cfg.device)
+    if processes.world_size > 1:
+        raise ValueError(
+            f"style_transfer.py runs in one process, not {processes.world_size}: the paper's batch "
+            "is 4 images; start it without torchrun"
+        )
+    recorder = Recorder(cfg.output_dir, config, unit="step")
+    summary = recorder.summary()
+    if summary is not None and summary["steps"] >= cfg.schedule.steps:
+        print(f"{cfg.output_dir} has ended already: loss {summary['loss']}")
+        return summary
+
+    run = build(cfg, processes.device)
+    progress = resume(run)
+    recorder.open(progress.step if progress.step else -1)
+    announce(run, progress)
+    if progress.step == 0:
+        recorder.importance(0, run.model, blocks=layer_blocks(run.model))
+    start = time.perf_counter() - progress.wall_s
+    try:
+        with StopSignal() as stop:
+            train_steps(run, progress, recorder, start, stop)
+    except FloatingPointError as error:
+        progress.wall_s = time.perf_counter() - start
+        results = {"status": "diverged", "loss": None, "error": str(error)}
+        recorder.finish(summarise(run, progress, results))
+        raise
+    results = {"status": "finished"} | evaluate(run)
+    progress.wall_s = time.perf_counter() - start
+    summary = summarise(run, progress, results)
+    recorder.finish(summary)
+    print(f"loss {summary['loss']:.4g} on centre crops; records in {cfg.output_dir}")
+    return summary
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Raise ValueError for values that no run can have."""
+    entry.check_values(cfg, CHECKS)
+    entry.check_names(cfg, ["run_name", "photos.name", "style.name"])
+    layers = cfg.loss.style_layers
+    if not OmegaConf.is_list(layers) or not layers or any(name not in RELUS for name in layers):
+        raise ValueError(
+            f"loss.style_layers={layers}; expected a list of {list(RELUS)}, at least one"
+        )
+    if cfg.photos.resize < cfg.photos.image_size:
+        raise ValueError(
+            f"photos.resize={cfg.photos.resize} is below photos.image_size={cfg.photos.image_size}"
+        )
+    if cfg.photos.image_size % 4:
+        raise ValueError(f"photos.image_size={cfg.photos.image_size}; expected a multiple of 4")
+
+
+def build(cfg: DictConfig, device: torch.device) -> Run:
+    """Photos, style, losses, network and optimizer of the config, on the device."""
+    photos = style_data.load_photos(cfg.photos.name, cfg.photos.root)
+    style, style_sha256 = style_data.load_style(cfg.style.image, cfg.style.size)
+    vgg = load_loss_network(cfg.vgg.weights, cfg.vgg.input)
+    torch.manual_seed(cfg.seed)  # after the loss network, whose construction draws numbers too
+    model = build_style_net(sn.make_norm(**cfg.norm), **cfg.model).to(device)
+    vgg.features.to(device)
+    if cfg.precision == "fp64":
+        model.double()
+        vgg.features.double()
+    if cfg.channels_last:
+        model.to(memory_format=torch.channels_last)
+        vgg.features.to(memory_format=torch.channels_last)
+    if cfg.compile:
+        model.compile()
+        vgg.features.compile()
+    defaults = dict(zip(PARTS, LOSS_WEIGHTS[vgg.input]))
+    given = {part: cfg.loss[f"{part}_weight"] for part in PARTS}
+    weights = {part: defaults[part] if given[part] is None else given[part] for part in PARTS}
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.schedule.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
+    guard = FiniteGuard(cfg.max_skipped_steps)
+    run = Run(
+        *(cfg, device, photos, vgg, style_sha256, [], weights, model, optimizer, scaler, guard)
+    )
+    with torch.no_grad():  # in full precision, whatever the run's
+        features = vgg(run.to_device(style), cfg.loss.style_layers)
+    run.style_grams = [gram(features[layer]) for layer in cfg.loss.style_layers]
+    return run
+
+
+def announce(run: Run, progress: Progress) -> None:
+    cfg = run.cfg
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(
+        f"{cfg.run_name}: {cfg.norm.name}, {parameters:,} parameters; style {cfg.style.name}, "
+        f"{len(run.photos.images):,} photos ({cfg.photos.name}), {cfg.schedule.steps} steps of "
+        f"{cfg.schedule.batch_size} crops of {cfg.photos.image_size} px on {run.device.type}\n"
+        f"VGG16 {run.vgg.weights} ({run.vgg.input} input); weights of the loss: "
+        + ", ".join(f"{part} {weight:g}" for part, weight in run.weights.items()),
+        flush=True,
+    )
+    if run.vgg.weights == "random":
+        print("note: the loss network is random, so this is no style transfer; the record says so")
+    if cfg.norm.name in ("bn", "sn") and cfg.schedule.batch_size == 1:
+        print("note: with one image a step bn is in during training, but not when stylizing")
+    if progress.step:
+        print(f"resuming after {progress.step} steps", flush=True)
+
+
+def train_steps(
+    run: Run, progress: Progress, recorder: Recorder, start: float, stop: StopSignal
+) -> None:
+    """Train from `progress.step` to the last step, recording every one."""
+    cfg, steps = run.cfg, run.cfg.schedule.steps
+    crops = style_data.Crops(run.photos, cfg.photos.image_size, cfg.photos.resize, cfg.seed)
+    loader = DataLoader(
+        crops,
+        batch_sampler=list(style_data.batches(cfg.schedule.batch_size, progress.step, steps)),
+        num_workers=cfg.photos.workers,
+        pin_memory=run.device.type == "cuda",
+    )
+    blocks = layer_blocks(run.model)
+    began, first_step = time.perf_counter(), progress.step
+    bar = tqdm(
+        total=steps,
+        initial=progress.step,
+        unit="step",
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+    run.model.train()
+    for images in loader:
+        sn.set_radius(run.model, progress.step / steps)
+        torch.manual_seed(mix_seed(cfg.seed, progress.step))
+        losses = train_step(run, progress, run.to_device(images))
+        progress.step += 1
+        progress.wall_s = time.perf_counter() - start
+        recorder.metrics(progress.step, {f"train/{name}": loss for name, loss in losses.items()})
+        last = progress.step == steps
+        if last or progress.step % cfg.importance_steps == 0:
+            recorder.importance(progress.step, run.model, figure=last, blocks=blocks)
+        if last or stop.requested or is_due(progress.step, cfg.checkpoint_steps):
+            save(run, progress)
+        if stop.requested and not last:
+            raise Preempted(f"asked to stop; saved after {progress.step} of {steps} steps")
+        if last or is_due(progress.step, max(1, steps // 20)):
+            seconds = (time.perf_counter() - began) / (progress.step - first_step)
+            print_step(run, progress, losses, seconds)
+        bar.set_postfix_str(f"loss {losses['loss']:.4g}", refresh=False)
+        bar.update()
+    bar.close()
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def train_step(run: Run, progress: Progress, images: Tensor) -> dict[str, float]:
+    """One update; return the weighted parts of the loss and their sum."""
+    run.optimizer.zero_grad(set_to_none=True)
+    parts = losses_of(run, images)
+    run.scaler.scale(sum(parts.values())).backward()
+    values = torch.stack([part.detach() for part in parts.values()])
+    run.scaler.unscale_(run.optimizer)
+    where = f"step {progress.step + 1} of {run.cfg.schedule.steps}"
+    if run.guard.allows(values, run.model, where):
+        run.scaler.step(run.optimizer)
+    else:
+        progress.skipped += 1
+    run.scaler.update()
+    losses = dict(zip(parts, values.tolist()))
+    return {"loss": sum(losses.values())} | losses
+
+
+def losses_of(run: Run, images: Tensor) -> dict[str, Tensor]:
+    """Weighted content, style and total variation losses of what the model makes of `images`."""
+    options = run.cfg.loss
+    with run.autocast():
+        with torch.no_grad():
+            target = run.vgg(images, [options.content_layer])[options.content_layer]
+        stylized = run.model(images)
+        features = run.vgg(stylized, [options.content_layer, *options.style_layers])
+    wide = {name: layer.to(run.style_grams[0].dtype) for name, layer in features.items()}
+    losses = {
+        "content": content_loss(wide[options.content_layer], target.to(run.style_grams[0].dtype)),
+        "style": style_loss([wide[name] for name in options.style_layers], run.style_grams),
+        "tv": total_variation(stylized.to(run.style_grams[0].dtype)),
+    }
+    return {part: run.weights[part] * losses[part] for part in PARTS}
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float | None]:
+    """Mean losses of centre crops, image by image: with the model as in stylizing."""
+    cfg, count = run.cfg, min(run.cfg.evaluation.images, len(run.photos.images))
+    run.model.eval()
+    sums = dict.fromkeys(PARTS, 0.0)
+    for place in range(count):
+        photo = run.photos.images[place * len(run.photos.images) // count]
+        image = style_data.crop(photo, cfg.photos.image_size, cfg.photos.resize, 0.5, 0.5)
+        for part, loss in losses_of(run, run.to_device(image[None])).items():
+            sums[part] += loss.item() / count
+    run.model.train()
+    if count == 0:
+        return {"loss": None, **dict.fromkeys((f"{part}_loss" for part in PARTS), None)}
+    parts = {f"{part}_loss": value for part, value in sums.items()}
+    return {"loss": sum(sums.values()), **parts, "evaluation_images": count}
+
+
+def save(run: Run, progress: Progress) -> None:
+    save_checkpoint(
+        f"{run.cfg.output_dir}/checkpoint.pt",
+        {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "progress": vars(progress).copy(),
+            "identity": run.identity(),
+            # what stylizing builds the network from
+            "style_net": {
+                "norm": OmegaConf.to_container(run.cfg.norm, resolve=True),
+                "model": OmegaConf.to_container(run.cfg.model, resolve=True),
+            },
+        },
+    )
+
+
+def resume(run: Run) -> Progress:
+    """Load the run's checkpoint, if there is one, and return where it was."""
+    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt")
+    if state is None:
+        return Progress()
+    if state["identity"] != run.identity():
+        changed = [key for key, value in run.identity().items() if value != state["identity"][key]]
+        raise ValueError(
+            f"{run.cfg.output_dir} was trained with other {' and '.join(changed)}: "
+            f"{[state['identity'][key] for key in changed]} there, "
+            f"{[run.identity()[key] for key in changed]} now; choose another output_dir="
+        )
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    return Progress(**state["progress"])
+
+
+def summarise(run: Run, progress: Progress, results: dict) -> dict:
+    """The contents of summary.json."""
+    cfg, photos = run.cfg, run.photos.describe()
+    full = cfg.photos.name == "coco" and len(run.photos.images) > 80_000
+    full = full and cfg.schedule.steps >= PAPER_STEPS and cfg.photos.image_size >= 256
+    layers = sn.importance_weights(run.model).values()
+    folder = f"{cfg.photos.name}_{cfg.style.name}_{cfg.photos.image_size}px"
+    return {
+        "task": "style_transfer",
+        "run": f"style_transfer/{folder}/{cfg.run_name}/seed{cfg.seed}",
+        "norm": cfg.norm.name,
+        "statistics": list(next(iter(layers))["mean"]) if layers else None,
+        "data": photos,
+        "style": {"name": cfg.style.name, "sha256": run.style_sha256, "size": cfg.style.size},
+        "vgg": run.vgg.describe(),
+        "loss_weights": run.weights,
+        "image_size": cfg.photos.image_size,
+        "batch_size": cfg.schedule.batch_size,
+        **results,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped,
+        "seed": cfg.seed,
+        "images_seen": progress.step * cfg.schedule.batch_size,
+        "wall_s": round(progress.wall_s, 1),
+        "lr": cfg.schedule.lr,
+        "precision": cfg.precision,
+        "scale": "full" if full and run.vgg.weights != "random" else "proxy",
+        "note": cfg.note,
+        **environment(run.device),
+    }
+
+
+def print_step(run: Run, progress: Progress, losses: dict, seconds: float) -> None:
+    left = int((run.cfg.schedule.steps - progress.step) * seconds)
+    parts = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    print(
+        f"step {progress.step}/{run.cfg.schedule.steps}  {parts}  {seconds:.3g} s/step  "
+        f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
