@@ -193,7 +193,9 @@ def load_loss_network(weights: str, input: str | None = None) -> LossNetwork:
     """
     if input not in (None, *INPUTS):
         raise ValueError(f"unknown vgg.input={input!r}; choose one of {list(INPUTS)}, or null")
-    features = torchvision.models.vgg16(weights=None).features
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are the same for every run
+        features = torchvision.models.vgg16(weights=None).features
     for place, module in enumerate(features):
         if isinstance(module, nn.ReLU):
             features[place] = nn.ReLU()  # in place it would change what a loss still needs
