@@ -13,6 +13,7 @@ import contextlib
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import hydra
 import torch
@@ -42,6 +43,7 @@ from sn.training.style import (
     style_loss,
     total_variation,
 )
+from sn.training.stylize import export_onnx, load_style_net, onnx_difference, stylize
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("content", "style", "tv")
@@ -118,7 +120,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def dispatch(cfg: DictConfig) -> None:
-    modes = {"train": train}
+    modes = {"train": train, "stylize": stylize_images, "export": export}
     if cfg.mode not in modes:
         raise ValueError(f"unknown mode={cfg.mode!r}; choose one of {[*modes]}")
     modes[cfg.mode](cfg)
@@ -139,7 +141,7 @@ def train(cfg: DictConfig) -> dict:
         )
     recorder = Recorder(cfg.output_dir, config, unit="step")
     summary = recorder.summary()
-    if summary is not None and summary["steps"] >= cfg.schedule.steps:
+    if summary is not None and has_ended(summary, cfg.schedule.steps):
         print(f"{cfg.output_dir} has ended already: loss {summary['loss']}")
         return summary
 
@@ -164,6 +166,11 @@ def train(cfg: DictConfig) -> dict:
     recorder.finish(summary)
     print(f"loss {summary['loss']:.4g} on centre crops; records in {cfg.output_dir}")
     return summary
+
+
+def has_ended(summary: dict, steps: int) -> bool:
+    """Whether a run with this summary has nothing left to do; more steps continue a finished one."""
+    return summary["status"] == "diverged" or summary["steps"] >= steps
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -410,6 +417,76 @@ def print_step(run: Run, progress: Progress, losses: dict, seconds: float) -> No
         f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
         flush=True,
     )
+
+
+def stylize_images(cfg: DictConfig) -> list[Path]:
+    """Write what a trained network makes of images as PNG; return the files written.
+
+    An image that cannot be read is named, left out, and ends in an error after all others.
+    """
+    options = cfg.stylize
+    entry.check_values(
+        cfg,
+        [
+            (optional(whole(1)), "a whole number, 1 or more, or null", ["stylize.size"]),
+            (number(1), "a number, 1 or more", ["stylize.strip_pixels"]),
+        ],
+    )
+    device = distributed.start(cfg.device).device
+    model = load_style_net(options.checkpoint).to(device)
+    given = list(options.images) if OmegaConf.is_list(options.images) else [options.images]
+    targets, errors = output_files(given, Path(options.output)), []
+    for path, target in targets.items():
+        start = time.perf_counter()
+        try:
+            image = style_data.read_image(path)
+        except ValueError as error:
+            print(f"warning: {error}; left out", file=sys.stderr, flush=True)
+            errors.append(path)
+            continue
+        if options.size is not None:
+            image = style_data.resize_long_side(image, options.size)
+        y = stylize(model, style_data.to_tensor(image), options.strip_pixels, device)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        style_data.to_pil(y).save(target)
+        seconds = time.perf_counter() - start
+        print(f"{target}  {image.width}x{image.height}  {seconds:.2f} s", flush=True)
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(targets)} images could not be read: {errors[0]}")
+    return list(targets.values())
+
+
+def output_files(given: list[str], output: Path) -> dict[Path, Path]:
+    """Image file -> PNG below `output`, at its place below the folder that was given."""
+    targets = {}
+    for root in map(Path, given):
+        for path in style_data.find_images(root):
+            name = path.relative_to(root) if root.is_dir() else Path(path.name)
+            target = output / name.with_suffix(".png")
+            if target in targets.values():  # a.jpg and a.png
+                target = output / f"{name}.png"
+            if target in targets.values():
+                raise ValueError(f"{path} would overwrite {target}, made from another image")
+            targets[path] = target
+    clash = [target for path, target in targets.items() if target.resolve() in
+             {source.resolve() for source in targets}]  # fmt: skip
+    if clash:
+        raise ValueError(f"stylize.output={output} would overwrite the image {clash[0]}")
+    return targets
+
+
+def export(cfg: DictConfig) -> float | None:
+    """Write a trained network as ONNX and hold it to torch in onnxruntime, at two sizes."""
+    model = load_style_net(cfg.export.checkpoint)
+    export_onnx(model, cfg.export.output)
+    difference = onnx_difference(model, cfg.export.output, [(64, 96), (120, 72)])
+    if difference is None:
+        print(f"{cfg.export.output} written, not checked: onnxruntime is not installed")
+    elif difference > 1e-3:
+        raise ValueError(f"{cfg.export.output} differs from torch by up to {difference:.2g}")
+    else:
+        print(f"{cfg.export.output}: at two sizes within {difference:.2g} of torch (pixels 0 to 1)")
+    return difference
 
 
 if __name__ == "__main__":

@@ -193,21 +193,16 @@ def load_loss_network(weights: str, input: str | None = None) -> LossNetwork:
     """
     if input not in (None, *INPUTS):
         raise ValueError(f"unknown vgg.input={input!r}; choose one of {list(INPUTS)}, or null")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights are the same for every run
-        features = torchvision.models.vgg16(weights=None).features
-    for place, module in enumerate(features):
-        if isinstance(module, nn.ReLU):
-            features[place] = nn.ReLU()  # in place it would change what a loss still needs
+    features = vgg16_features()
     if weights == "random":
         name, known = "random", input or "torchvision"
     elif weights in TORCHVISION_WEIGHTS:
         name, known = weights, TORCHVISION_WEIGHTS[weights]
-        features.load_state_dict(_features_of(_from_torchvision(weights), weights))
+        load_features(features, _from_torchvision(weights), weights)
     else:
         name = Path(weights).name
         state, known = _from_file(Path(weights))
-        features.load_state_dict(_features_of(state, weights))
+        load_features(features, state, weights)
     if input and known and input != known:
         raise ValueError(f"vgg.input={input}, but vgg.weights={weights} is made for {known} input")
     if not (input or known):
@@ -273,23 +268,45 @@ def input_convention(text: str | None) -> str | None:
     return None
 
 
-def _features_of(state: dict, weights: str) -> dict[str, Tensor]:
-    """The 26 tensors of vgg16().features in float32, from a whole VGG16's state dict or its own."""
-    shapes = {
-        key: tuple(value.shape)
-        for key, value in torchvision.models.vgg16(weights=None).features.state_dict().items()
-    }
+def vgg16_features() -> nn.Sequential:
+    """torchvision's vgg16().features with random weights, the same every time."""
+    with torch.device("meta"):
+        layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    layers.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for place, module in enumerate(layers):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(
+                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
+            )
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.ReLU):
+            layers[place] = nn.ReLU()  # in place it would change what a loss still needs
+    return layers
+
+
+def load_features(features: nn.Sequential, state: dict, weights: str) -> None:
+    """Load a whole VGG16's state dict, or that of its features, in any floating dtype.
+
+    Raises ValueError, naming the first tensor that is not there or of another shape.
+    """
     if not isinstance(state, dict):
         raise ValueError(f"vgg.weights={weights} holds a {type(state).__name__}, no state dict")
     found = {str(key).removeprefix("features."): value for key, value in state.items()}
-    for key, shape in shapes.items():
-        if not isinstance(found.get(key), Tensor) or tuple(found[key].shape) != shape:
-            there = f"has shape {tuple(found[key].shape)}" if key in found else "is missing"
+    for key, own in features.state_dict().items():
+        value = found.get(key)
+        if not isinstance(value, Tensor) or value.shape != own.shape:
+            there = "is no tensor" if key in found else "is missing"
+            if isinstance(value, Tensor):
+                there = f"has shape {tuple(value.shape)}"
             raise ValueError(
-                f"vgg.weights={weights} is not VGG16: {key} {there}, expected {shape} "
+                f"vgg.weights={weights} is not VGG16: {key} {there}, expected {tuple(own.shape)} "
                 "(keys of torchvision's vgg16() or vgg16().features)"
             )
-    return {key: found[key].float() for key in shapes}
+        own.copy_(value)
+    for key, own in features.state_dict().items():
+        if not torch.isfinite(own).all():
+            raise ValueError(f"vgg.weights={weights}: {key} is not finite")
 
 
 # --- losses

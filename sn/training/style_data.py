@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from .schedule import mix_seed
 
@@ -188,10 +187,14 @@ def load_style(path: str | None, size: int) -> tuple[Tensor, str]:
     """
     image = draw_waves() if path is None else _read_style(path)
     sha256 = hashlib.sha256(image.tobytes()).hexdigest()
+    return to_tensor(resize_long_side(image, size))[None], sha256
+
+
+def resize_long_side(image: Image.Image, size: int) -> Image.Image:
+    """`image` with its long side at `size` pixels, the aspect kept."""
     scale = size / max(image.size)
-    shape = [max(1, round(side * scale)) for side in (image.height, image.width)]
-    resized = v2.functional.resize(image, shape, antialias=True)
-    return to_tensor(resized)[None], sha256
+    shape = tuple(max(1, round(side * scale)) for side in image.size)
+    return image.resize(shape, Image.Resampling.BILINEAR)
 
 
 def _read_style(path: str) -> Image.Image:
@@ -207,6 +210,6 @@ def draw_waves(size: int = 256) -> Image.Image:
     radius = np.hypot(x - 0.3, y - 0.4) + bend
     bands = np.sin(2 * np.pi * np.stack([9 * radius, 9 * radius + 0.15, 4.5 * radius + 0.4]))
     palette = np.array([[30, 60, 140], [240, 190, 60], [200, 70, 50]], dtype=np.float64)
-    weights = np.exp(2 * bands) / np.exp(2 * bands).sum(0)  # (3, H, W)
+    weights = np.exp(5 * bands) / np.exp(5 * bands).sum(0)  # (3, H, W)
     pixels = np.einsum("khw,kc->hwc", weights, palette)
     return Image.fromarray(pixels.round().astype(np.uint8))
