@@ -25,11 +25,12 @@ from tqdm import tqdm
 import sn
 from sn.training import distributed, entry, style_data
 from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.data import BadImages
 from sn.training.entry import above, number, one_of, optional, switch, whole
-from sn.training.guard import FiniteGuard
+from sn.training.guard import FiniteGuard, check_finite, gradient_norm
 from sn.training.record import Recorder, environment
 from sn.training.schedule import mix_seed
-from sn.training.stopping import Preempted, StopSignal
+from sn.training.stopping import Preempted, StopSignal, Watchdog
 from sn.training.style import (
     LOSS_WEIGHTS,
     RELUS,
@@ -54,18 +55,19 @@ CHECKS = [
     (whole(0, 2**32), "a whole number, 0 to 2^32", ["seed"]),
     (whole(1), "a whole number, 1 or more",
      ["schedule.steps", "schedule.batch_size", "model.width", "style.size", "importance_steps",
-      "keep_checkpoints"]),
+      ]),
+    (whole(2, 1000), "a whole number, 2 to 1000", ["keep_checkpoints"]),
     (whole(0), "a whole number, 0 or more",
      ["model.residual_blocks", "photos.workers", "checkpoint_steps", "max_skipped_steps",
-      "evaluation.images"]),
+      "evaluation.images", "photos.max_bad_images"]),
     (whole(16), "a whole number, 16 or more", ["photos.image_size", "photos.resize"]),
-    (above(0), "a number above 0", ["schedule.lr"]),
+    (above(0), "a number above 0", ["schedule.lr", "timeout_minutes"]),
     (optional(number(0)), "a number, 0 or more, or null",
      ["loss.content_weight", "loss.style_weight", "loss.tv_weight"]),
     (switch, "true or false",
-     ["channels_last", "compile", "deterministic", "model.fused_activation"]),
-    (one_of(*AUTOCAST), f"one of {list(AUTOCAST)}", ["precision"]),
-    (one_of(*RELUS), f"one of {list(RELUS)}", ["loss.content_layer"]),
+     ["channels_last", "compile", "model.fused_activation"]),
+    (one_of(list(AUTOCAST)), f"one of {list(AUTOCAST)}", ["precision"]),
+    (one_of(list(RELUS)), f"one of {list(RELUS)}", ["loss.content_layer"]),
 ]  # fmt: skip
 
 
@@ -84,6 +86,9 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     guard: FiniteGuard
+    bad_images: BadImages
+    stop: StopSignal
+    watchdog: Watchdog
 
     def to_device(self, images: Tensor) -> Tensor:
         dtype = torch.float64 if self.cfg.precision == "fp64" else None
@@ -110,7 +115,7 @@ class Progress:
     """Where the run is; what a checkpoint holds beside weights and optimizer."""
 
     step: int = 0  # steps done
-    skipped: int = 0  # of them without an update
+    skipped_steps: int = 0  # of them without an update: something was not finite
     wall_s: float = 0.0
 
 
@@ -132,7 +137,6 @@ def train(cfg: DictConfig) -> dict:
     cfg = OmegaConf.masked_copy(cfg, keys)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check_config(cfg)
-    entry.prepare(cfg)
     processes = distributed.start(cfg.device)
     if processes.world_size > 1:
         raise ValueError(
@@ -145,7 +149,14 @@ def train(cfg: DictConfig) -> dict:
         print(f"{cfg.output_dir} has ended already: loss {summary['loss']}")
         return summary
 
-    run = build(cfg, processes.device)
+    with StopSignal() as stop, Watchdog(cfg.timeout_minutes) as watchdog:
+        run = build(cfg, processes.device, stop, watchdog)
+        return run_to_the_end(run, recorder)
+
+
+def run_to_the_end(run: Run, recorder: Recorder) -> dict:
+    """Resume, train, evaluate, record."""
+    cfg = run.cfg
     progress = resume(run)
     recorder.open(progress.step if progress.step else -1)
     announce(run, progress)
@@ -153,23 +164,23 @@ def train(cfg: DictConfig) -> dict:
         recorder.importance(0, run.model, blocks=layer_blocks(run.model))
     start = time.perf_counter() - progress.wall_s
     try:
-        with StopSignal() as stop:
-            train_steps(run, progress, recorder, start, stop)
+        train_steps(run, progress, recorder, start)
+        results = {"status": "finished"} | evaluate(run)
     except FloatingPointError as error:
         progress.wall_s = time.perf_counter() - start
         results = {"status": "diverged", "loss": None, "error": str(error)}
         recorder.finish(summarise(run, progress, results))
         raise
-    results = {"status": "finished"} | evaluate(run)
     progress.wall_s = time.perf_counter() - start
     summary = summarise(run, progress, results)
     recorder.finish(summary)
-    print(f"loss {summary['loss']:.4g} on centre crops; records in {cfg.output_dir}")
+    loss = "no" if summary["loss"] is None else f"{summary['loss']:.4g}"
+    print(f"loss {loss} on centre crops, as in stylizing; records in {cfg.output_dir}")
     return summary
 
 
 def has_ended(summary: dict, steps: int) -> bool:
-    """Whether a run with this summary has nothing left to do; more steps continue a finished one."""
+    """Whether nothing is left to do after this summary; a finished run goes on for more steps."""
     return summary["status"] == "diverged" or summary["steps"] >= steps
 
 
@@ -190,7 +201,7 @@ def check_config(cfg: DictConfig) -> None:
         raise ValueError(f"photos.image_size={cfg.photos.image_size}; expected a multiple of 4")
 
 
-def build(cfg: DictConfig, device: torch.device) -> Run:
+def build(cfg: DictConfig, device: torch.device, stop: StopSignal, watchdog: Watchdog) -> Run:
     """Photos, style, losses, network and optimizer of the config, on the device."""
     photos = style_data.load_photos(cfg.photos.name, cfg.photos.root)
     style, style_sha256 = style_data.load_style(cfg.style.image, cfg.style.size)
@@ -212,9 +223,25 @@ def build(cfg: DictConfig, device: torch.device) -> Run:
     weights = {part: defaults[part] if given[part] is None else given[part] for part in PARTS}
     optimizer = torch.optim.Adam(model.parameters(), lr=cfg.schedule.lr)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
-    guard = FiniteGuard(cfg.max_skipped_steps)
     run = Run(
-        *(cfg, device, photos, vgg, style_sha256, [], weights, model, optimizer, scaler, guard)
+        cfg,
+        device,
+        photos,
+        vgg,
+        style_sha256,
+        [],
+        weights,
+        model,
+        optimizer,
+        scaler,
+        FiniteGuard(cfg.max_skipped_steps),
+        BadImages(
+            f"{cfg.output_dir}/bad_images.txt",
+            cfg.photos.max_bad_images,
+            "photos.max_bad_images",
+        ),
+        stop,
+        watchdog,
     )
     with torch.no_grad():  # in full precision, whatever the run's
         features = vgg(run.to_device(style), cfg.loss.style_layers)
@@ -241,12 +268,12 @@ def announce(run: Run, progress: Progress) -> None:
         print(f"resuming after {progress.step} steps", flush=True)
 
 
-def train_steps(
-    run: Run, progress: Progress, recorder: Recorder, start: float, stop: StopSignal
-) -> None:
+def train_steps(run: Run, progress: Progress, recorder: Recorder, start: float) -> None:
     """Train from `progress.step` to the last step, recording every one."""
     cfg, steps = run.cfg, run.cfg.schedule.steps
-    crops = style_data.Crops(run.photos, cfg.photos.image_size, cfg.photos.resize, cfg.seed)
+    crops = style_data.Crops(
+        run.photos, cfg.photos.image_size, cfg.photos.resize, cfg.seed, run.bad_images
+    )
     loader = DataLoader(
         crops,
         batch_sampler=list(style_data.batches(cfg.schedule.batch_size, progress.step, steps)),
@@ -266,21 +293,26 @@ def train_steps(
     for images in loader:
         sn.set_radius(run.model, progress.step / steps)
         torch.manual_seed(mix_seed(cfg.seed, progress.step))
-        losses = train_step(run, progress, run.to_device(images))
+        where = f"step {progress.step + 1} of {steps}"
+        run.watchdog.beat(where)
+        losses = train_step(run, run.to_device(images), where)
         progress.step += 1
+        progress.skipped_steps = run.guard.skipped
         progress.wall_s = time.perf_counter() - start
         recorder.metrics(progress.step, {f"train/{name}": loss for name, loss in losses.items()})
         last = progress.step == steps
         if last or progress.step % cfg.importance_steps == 0:
             recorder.importance(progress.step, run.model, figure=last, blocks=blocks)
-        if last or stop.requested or is_due(progress.step, cfg.checkpoint_steps):
+        if last or run.stop.requested or is_due(progress.step, cfg.checkpoint_steps):
             save(run, progress)
-        if stop.requested and not last:
-            raise Preempted(f"asked to stop; saved after {progress.step} of {steps} steps")
+        if run.stop.requested and not last:
+            raise Preempted(
+                f"stopped by a signal and saved after {where}; the same command goes on"
+            )
         if last or is_due(progress.step, max(1, steps // 20)):
             seconds = (time.perf_counter() - began) / (progress.step - first_step)
             print_step(run, progress, losses, seconds)
-        bar.set_postfix_str(f"loss {losses['loss']:.4g}", refresh=False)
+        bar.set_postfix_str(f"loss {losses['loss'] or 0:.4g}", refresh=False)
         bar.update()
     bar.close()
 
@@ -289,21 +321,23 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def train_step(run: Run, progress: Progress, images: Tensor) -> dict[str, float]:
-    """One update; return the weighted parts of the loss and their sum."""
+def train_step(run: Run, images: Tensor, where: str) -> dict[str, float | None]:
+    """One update; return the weighted parts of the loss and their sum, None if it was skipped."""
     run.optimizer.zero_grad(set_to_none=True)
+    run.guard.begin(run.model)
     parts = losses_of(run, images)
     run.scaler.scale(sum(parts.values())).backward()
-    values = torch.stack([part.detach() for part in parts.values()])
-    run.scaler.unscale_(run.optimizer)
-    where = f"step {progress.step + 1} of {run.cfg.schedule.steps}"
-    if run.guard.allows(values, run.model, where):
-        run.scaler.step(run.optimizer)
-    else:
-        progress.skipped += 1
+    losses = torch.stack([part.detach().double() for part in parts.values()])
+    finite = losses
+    if not run.scaler.is_enabled():  # which sees to infinite gradients itself
+        finite = torch.cat([losses, gradient_norm(run.model).to(losses).view(1)])
+    if not run.guard.allows(finite, run.model, where, lambda: losses_of(run, images)):
+        print(f"warning: not finite at {where}, step skipped", file=sys.stderr, flush=True)
+        return dict.fromkeys(("loss", *parts))
+    run.scaler.step(run.optimizer)
     run.scaler.update()
-    losses = dict(zip(parts, values.tolist()))
-    return {"loss": sum(losses.values())} | losses
+    values = losses.tolist()
+    return {"loss": sum(values)} | dict(zip(parts, values))
 
 
 def losses_of(run: Run, images: Tensor) -> dict[str, Tensor]:
@@ -329,12 +363,17 @@ def evaluate(run: Run) -> dict[str, float | None]:
     cfg, count = run.cfg, min(run.cfg.evaluation.images, len(run.photos.images))
     run.model.eval()
     sums = dict.fromkeys(PARTS, 0.0)
+    photos = style_data.Crops(
+        run.photos, cfg.photos.image_size, cfg.photos.resize, cfg.seed, run.bad_images
+    )
     for place in range(count):
-        photo = run.photos.images[place * len(run.photos.images) // count]
+        run.stop.check("evaluation")
+        photo = photos.photo(place * len(run.photos.images) // count)
         image = style_data.crop(photo, cfg.photos.image_size, cfg.photos.resize, 0.5, 0.5)
         for part, loss in losses_of(run, run.to_device(image[None])).items():
             sums[part] += loss.item() / count
     run.model.train()
+    check_finite(torch.tensor(sum(sums.values())), run.model, "the evaluation")
     if count == 0:
         return {"loss": None, **dict.fromkeys((f"{part}_loss" for part in PARTS), None)}
     parts = {f"{part}_loss": value for part, value in sums.items()}
@@ -356,12 +395,14 @@ def save(run: Run, progress: Progress) -> None:
                 "model": OmegaConf.to_container(run.cfg.model, resolve=True),
             },
         },
+        run.cfg.keep_checkpoints,
     )
 
 
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt")
+    needed = ("model", "optimizer", "scaler", "progress", "identity")
+    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
     if state is None:
         return Progress()
     if state["identity"] != run.identity():
@@ -374,7 +415,9 @@ def resume(run: Run) -> Progress:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    run.guard.skipped = progress.skipped_steps
+    return progress
 
 
 def summarise(run: Run, progress: Progress, results: dict) -> dict:
@@ -397,7 +440,8 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
         "batch_size": cfg.schedule.batch_size,
         **results,
         "steps": progress.step,
-        "skipped_steps": progress.skipped,
+        "skipped_steps": progress.skipped_steps,
+        "bad_images": len(run.bad_images.lines()),
         "seed": cfg.seed,
         "images_seen": progress.step * cfg.schedule.batch_size,
         "wall_s": round(progress.wall_s, 1),
@@ -411,7 +455,7 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
 
 def print_step(run: Run, progress: Progress, losses: dict, seconds: float) -> None:
     left = int((run.cfg.schedule.steps - progress.step) * seconds)
-    parts = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    parts = "  ".join(f"{k} {v:.4g}" for k, v in losses.items() if v is not None)
     print(
         f"step {progress.step}/{run.cfg.schedule.steps}  {parts}  {seconds:.3g} s/step  "
         f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
@@ -461,6 +505,8 @@ def output_files(given: list[str], output: Path) -> dict[Path, Path]:
     targets = {}
     for root in map(Path, given):
         for path in style_data.find_images(root):
+            if path in targets:
+                continue
             name = path.relative_to(root) if root.is_dir() else Path(path.name)
             target = output / name.with_suffix(".png")
             if target in targets.values():  # a.jpg and a.png

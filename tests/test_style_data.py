@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from sn.training import style_data
+from sn.training.data import BadImages
 from sn.training.style_data import (
     Crops,
     batches,
@@ -195,34 +196,33 @@ def test_batches_go_on_where_a_run_stopped():
 
 
 def test_a_broken_photo_gives_way_to_the_next(tmp_path, capsys):
-    folder_of(tmp_path)
-    (tmp_path / "3.png").write_bytes(b"gone")
-    crops = Crops(load_photos("x", str(tmp_path)), 16, 24, seed=0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    folder_of(folder)
+    (folder / "3.png").write_bytes(b"gone")
+    bad = BadImages(tmp_path / "bad.txt", 1, "photos.max_bad_images")
+    crops = Crops(load_photos("x", str(folder)), 16, 24, seed=0, bad=bad)
     number = [crops.index(n) for n in range(8)].index(3)
     for _ in range(2):  # named once
         crops[number]
     assert capsys.readouterr().err.count("warning: cannot read image") == 1
-    top, left = torch.rand(
-        2, generator=torch.Generator().manual_seed(style_data.mix_seed(0, 1, number))
-    ).tolist()
-    expected = crop(read_image(tmp_path / "4.png"), 16, 24, top, left)
+    generator = torch.Generator().manual_seed(style_data.mix_seed(0, 1, number))
+    top, left = torch.rand(2, generator=generator).tolist()
+    expected = crop(read_image(folder / "4.png"), 16, 24, top, left)
     assert torch.equal(crops[number], expected)
-
-
-def test_too_many_broken_photos_are_an_error(tmp_path):
-    folder_of(tmp_path)
-    for name in ("2.png", "5.png"):
-        (tmp_path / name).write_bytes(b"gone")
-    crops = Crops(load_photos("x", str(tmp_path)), 16, 16, seed=0)
-    with pytest.raises(ValueError, match=r"cannot read image .*; 2 of 8 photos cannot be read"):
+    (folder / "6.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match="more than photos.max_bad_images=1; the last: .*6.png"):
         for number in range(8):
             crops[number]
 
 
-def test_a_single_broken_photo_is_no_endless_search(tmp_path):
+def test_broken_photos_are_errors_by_default(tmp_path):
     (tmp_path / "only.png").write_bytes(b"gone")
-    with pytest.raises(ValueError, match="only.png: .*; 1 of 1 photos"):
-        Crops(load_photos("x", str(tmp_path)), 16, 16, seed=0)[0]
+    photos = load_photos("x", str(tmp_path))
+    with pytest.raises(ValueError, match="cannot read image .*only.png"):
+        Crops(photos, 16, 16, seed=0)[0]
+    with pytest.raises(ValueError, match="none of 1 photos can be read"):  # no endless search
+        Crops(photos, 16, 16, seed=0, bad=BadImages(tmp_path / "bad.txt", 5))[0]
 
 
 # --- style images

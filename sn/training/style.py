@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from sn import SwitchNorm2d, SwitchNormAct2d
 
+from .checkpoint import load_weights
+
 Norm = Callable[[int], nn.Module]
 
 # place of each ReLU in torchvision's vgg16().features
@@ -239,20 +241,12 @@ def _from_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
             f"vgg.weights={path}: no such file; expected a file, one of "
             f"{list(TORCHVISION_WEIGHTS)}, or random"
         )
+    state = load_weights(path)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            with safe_open(path, "pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}
-                return state, input_convention((file.metadata() or {}).get("input"))
-        except SafetensorError as error:
-            raise ValueError(f"cannot read vgg.weights={path}: {error}") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read vgg.weights={path}: {reason}") from None
+        with safe_open(path, "pt") as file:
+            return state, input_convention((file.metadata() or {}).get("input"))
     return state, "torchvision" if path.name.startswith("vgg16-397923af") else None
 
 
@@ -290,8 +284,6 @@ def load_features(features: nn.Sequential, state: dict, weights: str) -> None:
 
     Raises ValueError, naming the first tensor that is not there or of another shape.
     """
-    if not isinstance(state, dict):
-        raise ValueError(f"vgg.weights={weights} holds a {type(state).__name__}, no state dict")
     found = {str(key).removeprefix("features."): value for key, value in state.items()}
     for key, own in features.state_dict().items():
         value = found.get(key)

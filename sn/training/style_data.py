@@ -1,7 +1,6 @@
 """Photographs and style images: any folder, any image file, crops drawn from (seed, number)."""
 
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .data import BadImages
 from .schedule import mix_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -120,17 +120,19 @@ class Crops(Dataset):
     """Random square crops by running number: a pure function of (seed, number).
 
     Every epoch is a permutation of the photos; the short side is resized to `resize`, the crop is
-    anywhere. A photo that cannot be read gives way to the next one, up to 1 % of them (at least
-    one); ValueError names the one that is too many.
+    anywhere. A photo that cannot be read is noted in `bad`; while that lets it pass, the next one
+    stands in for it.
     """
 
-    def __init__(self, photos: Photos, image_size: int, resize: int, seed: int):
+    def __init__(
+        self, photos: Photos, image_size: int, resize: int, seed: int, bad: BadImages | None = None
+    ):
         self.photos, self.image_size, self.resize, self.seed = photos, image_size, resize, seed
-        self.unreadable: set[int] = set()
+        self.bad = bad or BadImages()
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __getitem__(self, number: int) -> Tensor:
-        image = self._photo(self.index(number))
+        image = self.photo(self.index(number))
         generator = torch.Generator().manual_seed(mix_seed(self.seed, 1, number))
         top, left = torch.rand(2, generator=generator).tolist()
         return crop(image, self.image_size, self.resize, top, left)
@@ -144,20 +146,15 @@ class Crops(Dataset):
             self._order = epoch, order.tolist()
         return self._order[1][place]
 
-    def _photo(self, index: int) -> Image.Image:
+    def photo(self, index: int) -> Image.Image:
+        """Photo `index`, or the next one that can be read."""
         count = len(self.photos.images)
-        while True:
+        for position in range(index, index + count):
             try:
-                return self.photos.images[index]
+                return self.photos.images[position % count]
             except ValueError as error:
-                if index not in self.unreadable:
-                    self.unreadable.add(index)
-                    print(f"warning: {error}; the next photo is taken", file=sys.stderr, flush=True)
-                if len(self.unreadable) > max(1, count // 100) or len(self.unreadable) == count:
-                    raise ValueError(
-                        f"{error}; {len(self.unreadable)} of {count} photos cannot be read"
-                    ) from None
-            index = (index + 1) % count
+                self.bad.add(error)
+        raise ValueError(f"none of {count} photos can be read")
 
 
 def crop(image: Image.Image, image_size: int, resize: int, top: float, left: float) -> Tensor:

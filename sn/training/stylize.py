@@ -23,7 +23,7 @@ def load_style_net(path: str | Path) -> StyleNet:
     state = load_checkpoint(path)
     if state is None:
         raise FileNotFoundError(f"no checkpoint {path}; expected the checkpoint.pt of a run")
-    if not isinstance(state, dict) or not {"model", "style_net"} <= state.keys():
+    if not {"model", "style_net"} <= state.keys():
         raise ValueError(f"{path} is not a checkpoint of style_transfer.py")
     options = state["style_net"]
     # the same parameters with and without fused activations; strips need them apart
