@@ -159,6 +159,7 @@ def run_to_the_end(run: Run, recorder: Recorder) -> dict:
     cfg = run.cfg
     progress = resume(run)
     recorder.open(progress.step if progress.step else -1)
+    (recorder.folder / "summary.json").unlink(missing_ok=True)  # of fewer steps: not the end now
     announce(run, progress)
     if progress.step == 0:
         recorder.importance(0, run.model, blocks=layer_blocks(run.model))
@@ -187,7 +188,7 @@ def has_ended(summary: dict, steps: int) -> bool:
 def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for values that no run can have."""
     entry.check_values(cfg, CHECKS)
-    entry.check_names(cfg, ["run_name", "photos.name", "style.name"])
+    entry.check_names(cfg, ["run_name", "norm.name", "photos.name", "style.name"])
     layers = cfg.loss.style_layers
     if not OmegaConf.is_list(layers) or not layers or any(name not in RELUS for name in layers):
         raise ValueError(
@@ -217,7 +218,6 @@ def build(cfg: DictConfig, device: torch.device, stop: StopSignal, watchdog: Wat
         vgg.features.to(memory_format=torch.channels_last)
     if cfg.compile:
         model.compile()
-        vgg.features.compile()
     defaults = dict(zip(PARTS, LOSS_WEIGHTS[vgg.input]))
     given = {part: cfg.loss[f"{part}_weight"] for part in PARTS}
     weights = {part: defaults[part] if given[part] is None else given[part] for part in PARTS}

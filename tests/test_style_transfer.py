@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+import sn
 import style_transfer
 from sn.training import record as record_module
 from sn.training import style_data
@@ -274,12 +275,23 @@ def test_resumed_run_equals_unbroken_one(norm, tmp_path, train, monkeypatch):
         assert_same(record(out), expected, f"broken in step {broken}")
 
 
-def test_more_steps_continue_a_finished_run(tmp_path, train):
+def test_more_steps_continue_a_finished_run(tmp_path, train, monkeypatch):
     """3 steps, then 6: the same as 6 at once, evaluation and records included."""
     train(tmp_path / "whole")
     train(tmp_path / "longer", "schedule.steps=3")
-    summary = train(tmp_path / "longer")
-    assert summary["steps"] == 6
+    step = style_transfer.train_step
+
+    def crash(run, images, where):
+        if where == "step 5 of 6":
+            raise Crash
+        return step(run, images, where)
+
+    monkeypatch.setattr(style_transfer, "train_step", crash)
+    with pytest.raises(Crash):
+        train(tmp_path / "longer")
+    assert not (tmp_path / "longer" / "summary.json").exists(), "it is no longer finished"
+    monkeypatch.setattr(style_transfer, "train_step", step)
+    assert train(tmp_path / "longer")["steps"] == 6
     ours, theirs = (record(tmp_path / name) for name in ("longer", "whole"))
     ours["importance"] = [line for line in ours["importance"] if line["step"] != 3]
     assert_same(ours, theirs)
@@ -539,6 +551,23 @@ def test_command_line_errors_are_one_line(override, message, tmp_path, photos, m
     assert shown.err.startswith(f"style_transfer.py: {message}"), shown.err
     assert len(shown.err.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in ("norm", "photos", "style")
+    for path in sorted((ROOT / "configs" / group).glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_says_its_own_name(option):
+    """An inherited name would let two options share a run folder."""
+    group, name = option.split("=")
+    cfg = composed(option)
+    assert cfg[group].name == name
+    style_transfer.check_config(copy.deepcopy(cfg))
+    sn.make_norm(**cfg.norm)
 
 
 EXPERIMENTS = sorted(
