@@ -29,6 +29,7 @@ from .norms import (
     NoNorm,
     make_norm,
 )
+from .recurrent import SwitchNormLSTM, SwitchNormLSTMCell
 from .sparse import (
     SparseSwitchNorm1d,
     SparseSwitchNorm2d,
@@ -64,6 +65,8 @@ __all__ = [
     "SwitchNorm2d",
     "SwitchNorm3d",
     "SwitchNormAct2d",
+    "SwitchNormLSTM",
+    "SwitchNormLSTMCell",
     "SwitchNormRecurrent",
     "SyncSwitchNorm1d",
     "SyncSwitchNorm2d",
