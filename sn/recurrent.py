@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import check_num_groups
+from .kernels.lstm import LSTMStep, Norm, VectorNorm, norm_plain, step_plain
 from .modules import SwitchNormRecurrent
 from .norms import AutoGroupNorm, NoNorm
 
@@ -163,42 +164,44 @@ class GateNorms(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.chunk(4, -1)
-        return torch.cat([_apply(norm, part) for norm, part in zip(self, parts)], -1)
+        return torch.cat([vector_norm(part, norm) for norm, part in zip(self, parts)], -1)
 
 
-def vector_switch_norm(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`switch_norm` over ln and gn of vectors (B, D), in fewer and smaller operations.
-
-    Layer moments come from the groups' by the law of total variance, as there.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    grouped = x.to(dtype).unflatten(-1, (num_groups, -1))  # (B, G, D / G)
-    var_gn, mean_gn = torch.var_mean(grouped, -1, correction=0, keepdim=True)
-    spread, mean_ln = torch.var_mean(mean_gn, -2, correction=0, keepdim=True)
-    var_ln = var_gn.mean(-2, keepdim=True) + spread
-    # the two importance weights sum to 1: mixing is interpolation from gn to ln
-    mean = torch.lerp(mean_gn, mean_ln, mean_weight.to(dtype).softmax(0)[0])
-    var = torch.lerp(var_gn, var_ln, var_weight.to(dtype).softmax(0)[0])
-    y = ((grouped - mean) * torch.rsqrt(var + eps)).flatten(-2)
-    if weight is not None:
-        y = torch.addcmul(bias.to(dtype), y, weight.to(dtype))
-    return y.to(x.dtype)
+def vector_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm` of (B, D) vectors; SN and GN in few operations, and one node of autograd's graph."""
+    spec = norm_spec(norm)
+    if spec is None:
+        return norm(x)
+    if spec[0].kind == "none":
+        return x
+    if _eager(x, *spec[1]):
+        return VectorNorm.apply(spec[0], x, *spec[1])
+    return norm_plain(spec[0], spec[1], x)
 
 
-def _apply(norm: nn.Module, x: Tensor) -> Tensor:
-    """`norm` of (B, D) vectors, by the short formula where it is switchable."""
-    if isinstance(norm, SwitchNormRecurrent):
-        parameters = (norm.mean_weight, norm.var_weight, norm.weight, norm.bias)
-        return vector_switch_norm(x, *parameters, norm.num_groups, norm.eps)
-    return norm(x)
+def norm_spec(norm: nn.Module) -> tuple[Norm, tuple[Tensor, ...]] | None:
+    """What the fused functions have to know of a module; None if they cannot do it."""
+    if isinstance(norm, NoNorm):
+        return Norm("none"), ()
+    if isinstance(norm, AutoGroupNorm):
+        return Norm("group", norm.num_groups, norm.eps), (norm.weight, norm.bias)
+    if isinstance(norm, SwitchNormRecurrent) and norm.statistics == ("ln", "gn") and norm.affine:
+        tensors = (norm.mean_weight, norm.var_weight, norm.weight, norm.bias)
+        return Norm("switch", norm.num_groups, norm.eps), tensors
+    return None
+
+
+def _eager(*tensors: Tensor) -> bool:
+    """Whether the hand-written functions apply: compilers and mixed types get the plain form."""
+    first = tensors[0]
+    return (
+        first.numel() > 0
+        and first.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == first.dtype for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(first.device.type)
+        and torch._C._functorch.maybe_current_level() is None
+    )
 
 
 def _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory) -> nn.ModuleDict:
@@ -248,7 +251,7 @@ def _check_states(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:
 
 def _input_gates(x, norm, weight_ih, bias_ih, bias_hh) -> Tensor:
     """The input's part of the gates with all biases: (..., D) to (..., 4 D)."""
-    gates = _apply(norm, (x @ weight_ih.t()).flatten(0, -2))
+    gates = vector_norm((x @ weight_ih.t()).flatten(0, -2), norm)
     if bias_ih is not None:
         gates = gates + (bias_ih + bias_hh)
     return gates.unflatten(0, x.shape[:-1])
@@ -256,10 +259,15 @@ def _input_gates(x, norm, weight_ih, bias_ih, bias_hh) -> Tensor:
 
 def _step(driven, h, c, weight_hh, hidden_norm, cell_norm) -> tuple[Tensor, Tensor]:
     """One time step; `driven` (B, 4 D) is the input's part of the gates."""
-    gates = driven + _apply(hidden_norm, h @ weight_hh.t())
-    i, f, g, o = gates.chunk(4, -1)
-    c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
-    return o.sigmoid() * _apply(cell_norm, c).tanh(), c
+    hidden, cell = norm_spec(hidden_norm), norm_spec(cell_norm)
+    if hidden is None:  # a norm for each gate
+        i, f, g, o = (driven + vector_norm(h @ weight_hh.t(), hidden_norm)).chunk(4, -1)
+        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+        return o.sigmoid() * vector_norm(c, cell_norm).tanh(), c
+    tensors = (driven, h, c, weight_hh, *hidden[1], *cell[1])
+    if _eager(*tensors):
+        return LSTMStep.apply(hidden[0], cell[0], *tensors)
+    return step_plain(hidden[0], cell[0], *tensors)
 
 
 def _sequence(x, h, c, parameters, norms) -> tuple[Tensor, Tensor, Tensor]:

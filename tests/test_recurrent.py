@@ -1,11 +1,14 @@
 """The LSTM cell and layer against torch's own, a float64 formula, and their limits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import sn
-from sn.recurrent import LSTM_NORMS, vector_switch_norm
+from sn.kernels.lstm import LSTMStep, norm_plain
+from sn.recurrent import LSTM_NORMS, norm_spec, vector_norm
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 GATES = ("mean_weight", "var_weight")
@@ -158,30 +161,65 @@ def test_one_dominant_gate_is_that_norm(dominant, norm, per_gate):
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
 def test_vectors_against_switch_norm(num_groups):
+    """The hand-written derivatives and the short plain form, both against the shelf's formula."""
+    norm = randomise(sn.SwitchNormRecurrent(12, num_groups)).double()
     x = (randn(4, 12) * 3 + 5).requires_grad_()
-    parameters = [randn(n, seed=n).requires_grad_() for n in (2, 2, 12, 12)]
-    arguments = {"statistics": ("ln", "gn"), "num_groups": num_groups}
+    spec, tensors = norm_spec(norm)
     results = []
-    for y in (
-        vector_switch_norm(x, *parameters, num_groups),
-        sn.switch_norm(x, *parameters, **arguments),
-    ):
+    with sn.backend("reference"):
+        outputs = [norm(x), vector_norm(x, norm), norm_plain(spec, tensors, x)]
+    for y in outputs:
         loss = (y * randn(4, 12, seed=1)).sum()
-        results.append([y, *torch.autograd.grad(loss, [x, *parameters])])
-    for mine, wanted in zip(*results):
-        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11)
+        results.append([y, *torch.autograd.grad(loss, [x, *norm.parameters()])])
+    for wanted, *ours in zip(*results):
+        for mine in ours:
+            torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("hidden", ["none", "ln", "gn", "sn_ln_gn"])
+@pytest.mark.parametrize("cell", ["none", "ln", "gn", "sn_ln_gn"])
+def test_derivatives_of_a_step(hidden, cell):
+    """Finite differences of every input in float64, first and second derivatives."""
+    norms = {
+        "none": sn.NoNorm,
+        "ln": lambda size: sn.AutoGroupNorm(size, 1),
+        "gn": lambda size: sn.AutoGroupNorm(size, 2),
+        "sn_ln_gn": lambda size: sn.SwitchNormRecurrent(size, 2),
+    }
+    specs, tensors = zip(
+        *(norm_spec(randomise(norms[n](size)).double()) for n, size in ((hidden, 16), (cell, 4)))
+    )
+    inputs = [randn(2, 16), randn(2, 4, seed=1), randn(2, 4, seed=2), randn(16, 4, seed=3)]
+    inputs += [t.detach() for part in tensors for t in part]
+    inputs = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(lambda *t: LSTMStep.apply(*specs, *t), inputs)
+    if (hidden, cell) in (("sn_ln_gn", "sn_ln_gn"), ("gn", "none")):
+        assert torch.autograd.gradgradcheck(lambda *t: LSTMStep.apply(*specs, *t), inputs)
+
+
+def test_compilers_and_mixed_types_get_the_plain_form():
+    cell = randomise(sn.SwitchNormLSTMCell(5, 8))
+    x = torch.randn(3, 5)
+    exported = torch.export.export(cell, (x,)).module()
+    for mine, wanted in zip(exported(x), cell(x)):
+        torch.testing.assert_close(mine, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        h, c = cell(x)
+    assert (h - cell(x)[0]).abs().max() < 0.1
+    batched = torch.func.vmap(lambda row: cell(row[None])[0][0])(x)
+    torch.testing.assert_close(batched, cell(x)[0])
 
 
 def test_vectors_keep_their_digits_and_their_dtype():
     """Mean 1000, deviation 1 in float32 against float64; half precision by float32 statistics."""
+    norm = sn.SwitchNormRecurrent(64, 8)
     x = 1000 + randn(8, 64)
-    gates = torch.zeros(2)
-    exact = vector_switch_norm(x.float().double(), gates.double(), gates.double(), None, None, 8)
-    ours = vector_switch_norm(x.float(), gates, gates, None, None, 8)
-    assert (ours - exact).abs().max() < 5e-4  # one unit in the last place of 1000 is 6e-5
-    half = vector_switch_norm((x / 1000).bfloat16(), gates, gates, None, None, 8)
-    exact = vector_switch_norm((x / 1000).bfloat16().double(), *[gates.double()] * 2, None, None, 8)
-    assert half.dtype == torch.bfloat16 and (half - exact).abs().max() < 0.02
+    exact = vector_norm(x.float().double(), copy.deepcopy(norm).double())
+    assert (vector_norm(x.float(), norm) - exact).abs().max() < 5e-4  # 1 ulp of 1000 is 6e-5
+    half = (x / 1000).bfloat16()
+    exact = vector_norm(half.double(), copy.deepcopy(norm).double())
+    y = vector_norm(half, norm.bfloat16())
+    assert y.dtype == torch.bfloat16 and (y - exact).abs().max() < 0.02
 
 
 # --- limits and errors
@@ -213,7 +251,7 @@ def test_importance_by_place():
     assert len(sn.gates(layer)) == 4
     cell = sn.SwitchNormLSTMCell(5, 8, per_gate=True)
     assert len(sn.importance_weights(cell)) == 9
-    y, _ = cell(torch.randn(3, 5))
+    y, _ = cell(torch.randn(3, 5), (torch.randn(3, 8), torch.randn(3, 8)))
     y.square().sum().backward()
     assert all(gate.grad.abs().sum() > 0 for gate in sn.gates(cell))
 
