@@ -181,7 +181,7 @@ def search(cfg: DictConfig) -> dict:
     """Run the config to its end, from its checkpoint if there is one; return the summary."""
     check_config(cfg)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    processes = distributed.start(cfg.device)
+    processes = distributed.start(cfg.device, cfg.timeout_minutes + 5)
     if processes.world_size > 1:
         raise ValueError("the search runs in one process; start it without torchrun")
     recorder = Recorder(cfg.output_dir, config)
@@ -225,6 +225,7 @@ def search_epochs(run: Run, recorder: Recorder, progress: Progress, start: float
         with progress_bar(run, progress) as bar:
             train_child(run, progress, start, bar)
             train_controller(run, progress, start, bar)
+        save(run, progress)  # validation may be cut short
         speed = (progress.images_seen - seen) / (time.perf_counter() - began)
         metrics = epoch_metrics(run, progress) | validate(run, progress.epoch)
         metrics["images_per_s"] = speed
