@@ -301,7 +301,7 @@ def test_weights_of_another_network():
 
 
 def test_unreadable_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="init.path=.*no such file"):
+    with pytest.raises(FileNotFoundError, match="none.pt"):
         detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "none.pt"))
     with pytest.raises(ValueError, match="needs init.path"):
         detectors.pretrained_weights("checkpoint", "resnet18", None)
@@ -310,7 +310,7 @@ def test_unreadable_weights(tmp_path):
     with pytest.raises(ValueError, match="imagenet1k"):
         detectors.pretrained_weights("imagenet1k", "resnet18", None)
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(ValueError, match="no checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match="text.pt"):
         detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "text.pt"))
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no state dict"):

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -25,6 +24,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from sn import NoNorm, gates
 
+from .checkpoint import load_weights
 from .models import build_model
 
 Norm = Callable[[int], nn.Module]
@@ -270,18 +270,15 @@ def pretrained_weights(name: str, backbone: str, path: str | None) -> dict[str, 
 
 
 def load_classifier(path: str | Path) -> dict[str, Tensor]:
-    """State dict in a file of plain tensors: ours, torchvision's, timm's."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"init.path={path}: no such file") from None
-    except Exception as error:  # pickle, zip and torch raise many kinds
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"init.path={path} is no checkpoint of plain tensors: {reason}") from None
+    """State dict in a file of plain tensors: ours, torchvision's, timm's.
+
+    Raises FileNotFoundError, or ValueError for a file that holds none.
+    """
+    state = load_weights(path)
     for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+        if isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"init.path={path} holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
