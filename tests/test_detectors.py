@@ -71,6 +71,8 @@ def test_equals_torchvisions_builder(builder):
         trainable_backbone_layers=5,
         min_size=64,
         max_size=96,
+        rpn_pre_nms_top_n_train=30,
+        rpn_pre_nms_top_n_test=6,
         rpn_post_nms_top_n_train=30,
         rpn_post_nms_top_n_test=6,
         box_batch_size_per_image=4,

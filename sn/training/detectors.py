@@ -130,6 +130,8 @@ def build_detector(
     options = {
         "min_size": min_size,
         "max_size": max_size,
+        "rpn_pre_nms_top_n_train": proposals_train,  # of each level
+        "rpn_pre_nms_top_n_test": proposals_test,
         "rpn_post_nms_top_n_train": proposals_train,
         "rpn_post_nms_top_n_test": proposals_test,
         "box_batch_size_per_image": rois_per_image,
@@ -140,12 +142,12 @@ def build_detector(
         body = IntermediateLayerGetter(resnet, {"layer3": "0"})
         body.out_channels = 4 * width
         anchors = AnchorGenerator((sizes,), ((0.5, 1.0, 2.0),))
+        for mode in ("train", "test"):  # 12,000 and 6,000 of the one map, as in Detectron
+            options[f"rpn_pre_nms_top_n_{mode}"] *= 6
         model = PartsFasterRCNN(
             body,
             rpn_anchor_generator=anchors,
             rpn_head=RPNHead(4 * width, anchors.num_anchors_per_location()[0], rpn_convs),
-            rpn_pre_nms_top_n_train=12000,  # Detectron's, of one map
-            rpn_pre_nms_top_n_test=6000,
             box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
             box_head=Conv5Head(conv5),
             box_predictor=FastRCNNPredictor(8 * width, num_classes + 1),
