@@ -9,25 +9,25 @@ resumes a run that was interrupted. See configs/imagenet.yaml for every option.
 """
 
 import contextlib
-import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sn
 from sn.batch_average import batch_statistics_layers
-from sn.training import bilevel, distributed
-from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training import bilevel, distributed, entry
+from sn.training.checkpoint import keep_best, load_checkpoint, save_checkpoint
 from sn.training.data import (
+    BadImages,
     ImageData,
     SettingSampler,
     TransformedImages,
@@ -36,39 +36,73 @@ from sn.training.data import (
     evaluation_batches,
     make_loader,
 )
-from sn.training.evaluation import check_finite, evaluate
+from sn.training.entry import above, is_number, number, one_of, optional, switch, whole
+from sn.training.evaluation import evaluate
+from sn.training.guard import FiniteGuard, check_finite, gradient_norm
 from sn.training.models import build_model
 from sn.training.record import Recorder, environment
 from sn.training.schedule import base_lr, lr_factor, mix_seed
+from sn.training.stopping import Preempted, StopSignal, Watchdog
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_SIZE = (1_281_167, 50_000)
 
-# what check_config expects of the config's values
-COUNTS = [
-    "setting.gpus",
-    "setting.images_per_gpu",
-    "schedule.epochs",
-    "evaluation.batch_size",
-    "evaluation.batch_average.batch_size",
-    "evaluation.batch_average.batches",
-    "data.image_size",
-    "data.resize",
+CHECKS = [
+    (
+        whole(1),
+        "a whole number, 1 or more",
+        [
+            "setting.gpus",
+            "setting.images_per_gpu",
+            "schedule.epochs",
+            "evaluation.batch_size",
+            "evaluation.batch_average.batch_size",
+            "evaluation.batch_average.batches",
+            "data.image_size",
+            "data.resize",
+        ],
+    ),
+    (optional(whole(1)), "a whole number, 1 or more, or null", ["data.train_images"]),
+    (
+        whole(0, 2**32),
+        "a whole number, 0 to 2^32",
+        ["seed", "data.workers", "checkpoint_steps", "max_skipped_steps", "data.max_bad_images"],
+    ),
+    (whole(2, 1000), "a whole number, 2 to 1000", ["keep_checkpoints"]),
+    (
+        number(),
+        "a number, 0 or more",
+        [
+            "schedule.lr_per_256",
+            "schedule.gamma",
+            "optimizer.momentum",
+            "optimizer.weight_decay",
+            "optimizer.gate_lr_factor",
+            "data.lighting",
+            "data.color_jitter",
+        ],
+    ),
+    (above(0), "a number above 0", ["timeout_minutes"]),
+    (optional(above(0)), "null or a number above 0", ["optimizer.gate_clip"]),
+    (optional(number()), "a number, 0 or more, or null", ["optimizer.gate_weight_decay"]),
+    (
+        number(0, 1),
+        "a number, 0 to 1",
+        ["schedule.warmup", "schedule.last_fraction", "model.dropout"],
+    ),
+    (optional(number(0, 1)), "a number, 0 to 1, or null", ["norm.momentum"]),
+    (
+        switch,
+        "true or false",
+        ["channels_last", "compile", "model.zero_init_residual", "data.download"],
+    ),
+    (
+        lambda v: OmegaConf.is_list(v) and all(is_number(m) and 0 <= m <= 1 for m in v),
+        "a list of fractions of the run, such as [0.3,0.6,0.9]",
+        ["schedule.milestones"],
+    ),
+    (one_of(list(AUTOCAST)), f"one of {list(AUTOCAST)}", ["precision"]),
 ]
-OPTIONAL_COUNTS = ["data.train_images"]
-WHOLE_NUMBERS = ["seed", "data.workers", "checkpoint_steps"]
-NUMBERS = [
-    "schedule.lr_per_256",
-    "schedule.gamma",
-    "optimizer.momentum",
-    "optimizer.weight_decay",
-    "optimizer.gate_lr_factor",
-    "data.lighting",
-    "data.color_jitter",
-]
-OPTIONAL_NUMBERS = ["optimizer.gate_weight_decay"]
-FRACTIONS = ["schedule.warmup", "schedule.last_fraction", "model.dropout"]
-SWITCHES = ["channels_last", "compile", "model.zero_init_residual", "data.download"]
 
 
 @dataclass
@@ -89,6 +123,16 @@ class Run:
     micro_batches: int
     gate_loader: DataLoader | None  # bilevel gates: the images they learn from
     gate_sampler: SettingSampler | None
+    bad_images: BadImages
+    guard: FiniteGuard
+    stop: StopSignal
+    watchdog: Watchdog
+
+    def evaluating(self, loader: Iterable) -> Iterator:
+        """The batches of a loader outside training, where the run may stop at any time."""
+        for batch in self.watchdog.over(loader, "evaluation"):
+            self.stop.check("evaluation")
+            yield batch
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Images in the run's precision and layout, labels as they are."""
@@ -115,33 +159,33 @@ class Progress:
     correct: float = 0.0
     images: int = 0
     images_seen: int = 0  # in all
+    skipped_steps: int = 0  # in all, their loss was not finite
+    best_top1: float = -1.0
     wall_s: float = 0.0
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="imagenet")
 def main(cfg: DictConfig) -> None:
-    try:
-        train(cfg)
-    except (ValueError, TypeError, OSError, FloatingPointError, OmegaConfBaseException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        message = str(error)
-        if "Original Traceback" in message:  # from a data worker: its last line says it all
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        if isinstance(error, MissingMandatoryValue):
-            message = f"{error.full_key} is not set; add {error.full_key}=... to the command"
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"train_imagenet.py{rank}: {message}", file=sys.stderr, flush=True)
-        sys.exit(3 if isinstance(error, FloatingPointError) else 2)
-    finally:
-        distributed.stop()
+    entry.run(train, cfg)
 
 
 def train(cfg: DictConfig) -> dict:
     """Run the config to its end, from its checkpoint if there is one; return the summary."""
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check_config(cfg)
-    processes = distributed.start(cfg.device)
+    processes = distributed.start(cfg.device, cfg.timeout_minutes + 5)
+    with StopSignal() as stop, Watchdog(cfg.timeout_minutes, processes.rank) as watchdog:
+        return train_until_end(cfg, config, processes, stop, watchdog)
+
+
+def train_until_end(
+    cfg: DictConfig,
+    config: dict,
+    processes: distributed.Processes,
+    stop: StopSignal,
+    watchdog: Watchdog,
+) -> dict:
+    """The run itself, under the eyes of `stop` and `watchdog`."""
     recorder = Recorder(cfg.output_dir, config, processes.is_main)
     summary = recorder.summary()
     if summary is not None:
@@ -149,7 +193,7 @@ def train(cfg: DictConfig) -> dict:
             print(f"{cfg.output_dir} has ended already: top-1 {summary['top1']}")
         return summary
 
-    run = build(cfg, processes)
+    run = build(cfg, processes, stop, watchdog)
     progress = resume(run)
     recorder.open(progress.epoch if progress.images_seen else -1)
     if processes.is_main:
@@ -161,6 +205,7 @@ def train(cfg: DictConfig) -> dict:
     try:
         while progress.epoch < cfg.schedule.epochs:
             metrics = train_one_epoch(run, progress, start)
+            save(run, progress)  # validation may be cut short
             validation = validate(run)
             where = f"the end of epoch {progress.epoch + 1}"
             check_finite(torch.tensor(validation["loss"]), run.model, where)
@@ -168,12 +213,14 @@ def train(cfg: DictConfig) -> dict:
             progress = Progress(
                 epoch=progress.epoch + 1,
                 images_seen=progress.images_seen,
+                skipped_steps=progress.skipped_steps,
+                best_top1=max(progress.best_top1, validation["top1"]),
                 wall_s=time.perf_counter() - start,
             )
             recorder.metrics(progress.epoch, metrics)
             figure = progress.epoch % max(1, cfg.schedule.epochs // 10) == 0
             recorder.importance(progress.epoch, run.model, figure)
-            save(run, progress)
+            save(run, progress, best=validation["top1"] == progress.best_top1)
             if processes.is_main:
                 print_epoch(run, progress, metrics)
     except FloatingPointError as error:
@@ -195,57 +242,24 @@ def train(cfg: DictConfig) -> dict:
 
 def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for values that no run can have."""
-    checks = [
-        (lambda v: _whole(v, 1), "a whole number, 1 or more", COUNTS),
-        (
-            lambda v: v is None or _whole(v, 1),
-            "a whole number, 1 or more, or null",
-            OPTIONAL_COUNTS,
-        ),
-        (lambda v: _whole(v, 0, 2**32), "a whole number, 0 to 2^32", WHOLE_NUMBERS),
-        (_number, "a number, 0 or more", NUMBERS),
-        (lambda v: v is None or _number(v), "a number, 0 or more, or null", OPTIONAL_NUMBERS),
-        (lambda v: _number(v, 1), "a number, 0 to 1", FRACTIONS),
-        (lambda v: v is None or _number(v, 1), "a number, 0 to 1, or null", ["norm.momentum"]),
-        (lambda v: isinstance(v, bool), "true or false", SWITCHES),
-        (
-            lambda v: OmegaConf.is_list(v) and all(_number(m, 1) for m in v),
-            "a list of fractions of the run, such as [0.3,0.6,0.9]",
-            ["schedule.milestones"],
-        ),
-        (lambda v: v in AUTOCAST, f"one of {list(AUTOCAST)}", ["precision"]),
-    ]
-    for valid, expected, keys in checks:
-        for key in keys:
-            parent, _, name = key.rpartition(".")
-            group = OmegaConf.select(cfg, parent) if parent else cfg
-            if name in group and not valid(group[name]):
-                raise ValueError(f"{key}={group[name]}; expected {expected}")
-    clip = cfg.optimizer.gate_clip
-    if clip is not None and (not _number(clip) or clip == 0):
-        raise ValueError(f"optimizer.gate_clip={clip}; expected null or a number above 0")
+    entry.check_values(cfg, CHECKS)
+    entry.check_names(cfg, ["data.name", "model.name", "norm.name", "run_name"])
     if cfg.gates not in ("joint", *bilevel.ORDERS):
         raise ValueError(f"unknown gates={cfg.gates!r}; choose joint or one of {[*bilevel.ORDERS]}")
     if cfg.gates != "joint" and cfg.precision == "fp16":
         raise ValueError(f"gates={cfg.gates} does not scale its losses; use precision=bf16 or fp32")
 
 
-def _whole(value, low: int, high: float = float("inf")) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(value, high: float = sys.float_info.max) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value <= high
-
-
-def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
+def build(
+    cfg: DictConfig, processes: distributed.Processes, stop: StopSignal, watchdog: Watchdog
+) -> Run:
     """Norm, model, data and optimizer of the config, on this process's device."""
     setting, device = cfg.setting, processes.device
     torch.manual_seed(cfg.seed)
-    data_options = {k: v for k, v in cfg.data.items() if k != "workers"}
+    data_options = {k: v for k, v in cfg.data.items() if k not in ("workers", "max_bad_images")}
+    bad_images = BadImages(f"{cfg.output_dir}/bad_images.txt", cfg.data.get("max_bad_images", 0))
     if "last_crop" in cfg.data:
-        data_options["last_fraction"] = cfg.schedule.last_fraction
+        data_options |= {"last_fraction": cfg.schedule.last_fraction, "bad": bad_images}
     norm = sn.make_norm(**cfg.norm)
     data = build_data(**data_options)
     model = build_model(**cfg.model, num_classes=data.num_classes, norm=norm).to(device)
@@ -308,6 +322,10 @@ def build(cfg: DictConfig, processes: distributed.Processes) -> Run:
         micro_batches,
         gate_loader,
         gate_sampler,
+        bad_images,
+        FiniteGuard(cfg.max_skipped_steps),
+        stop,
+        watchdog,
     )
 
 
@@ -340,14 +358,18 @@ def announce(run: Run, progress: Progress) -> None:
         )
     if progress.images_seen:
         print(f"resuming after {progress.epoch} epochs and {progress.step} steps", flush=True)
+        if run.guard.skipped or run.bad_images.lines():
+            bad = len(run.bad_images.lines())
+            print(f"so far {run.guard.skipped} steps and {bad} images were skipped")
 
 
 def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
     """Train from `progress.step` to the end of the epoch; return its metrics."""
     cfg, rank = run.cfg, run.processes.rank
     epochs, steps = cfg.schedule.epochs, run.sampler.steps
-    for sampler in filter(None, (run.sampler, run.gate_sampler)):
-        sampler.epoch, sampler.first_step = progress.epoch, progress.step
+    for sampler in (run.sampler, run.gate_sampler):
+        if sampler is not None:
+            sampler.epoch, sampler.first_step = progress.epoch, progress.step
     run.parallel.train()
     began, first_image = time.perf_counter(), progress.images
     bar = tqdm(
@@ -359,34 +381,43 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
         disable=not (run.processes.is_main and sys.stderr.isatty()),
     )
     gate_batches = iter(run.gate_loader or ())
+    speed = progress.images_seen / max(progress.wall_s, 1e-9)  # if every step was done before
     for images, labels in run.loader:
         done = (progress.epoch * steps + progress.step) / (epochs * steps)
         set_lr(run, done)
         sn.set_radius(run.model, done)
         torch.manual_seed(mix_seed(cfg.seed, rank, progress.epoch, progress.step))  # dropout
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1} of {steps}"
+        run.watchdog.beat(where)
         images, labels = run.to_device(images), run.to_device(labels)
         if run.gate_loader is not None:
             gate_step(run, images, labels, *map(run.to_device, next(gate_batches)))
-        loss, correct, count = train_step(run, images, labels, where)
+        loss, correct, count, stopping = train_step(run, images, labels, where)
         progress.loss += loss * count
         progress.correct += correct
         progress.images += count
-        progress.images_seen += count
+        progress.images_seen += len(labels) * run.processes.world_size
+        progress.skipped_steps = run.guard.skipped
         progress.step += 1
         speed = (progress.images - first_image) / (time.perf_counter() - began)
         bar.set_postfix_str(
-            f"loss {progress.loss / progress.images:.3f}, "
-            f"top-1 {100 * progress.correct / progress.images:.1f}, {speed:.0f} images/s, "
+            f"loss {progress.loss / max(1, progress.images):.3f}, "
+            f"top-1 {100 * progress.correct / max(1, progress.images):.1f}, {speed:.0f} images/s, "
             f"run {time_left(run, progress, speed)} left",
             refresh=False,
         )
         bar.update()
         due = cfg.checkpoint_steps and progress.step % cfg.checkpoint_steps == 0
-        if due and progress.step < steps:  # the epoch's end has a checkpoint of its own
+        if stopping or due and progress.step < steps:  # the epoch's end saves by itself
             progress.wall_s = time.perf_counter() - start
             save(run, progress)
+        if stopping:
+            raise Preempted(
+                f"stopped by a signal and saved after {where}; the same command goes on"
+            )
     bar.close()
+    if not progress.images:
+        raise FloatingPointError(f"every step of epoch {progress.epoch + 1} was skipped")
     distributed.average_running_statistics(run.model)
     return {
         "step": (progress.epoch + 1) * steps,
@@ -425,11 +456,17 @@ def gate_step(run: Run, images: Tensor, labels: Tensor, held: Tensor, held_label
     run.optimizer.step()
 
 
-def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[float, float, int]:
-    """One update; return (mean loss, number correct, number of images) over all processes."""
+def train_step(
+    run: Run, images: Tensor, labels: Tensor, where: str
+) -> tuple[float, float, int, bool]:
+    """One update; return (mean loss, number correct, images, stop?) over all processes.
+
+    A skipped update has no images.
+    """
     run.optimizer.zero_grad(set_to_none=True)
     micro_batches = run.micro_batches
-    totals = torch.zeros(2, dtype=torch.float64, device=images.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=images.device)
+    run.guard.begin(run.model)
     with distributed.one_running_update(run.model, micro_batches) as begin_micro_batch:
         for index, (x, target) in enumerate(
             zip(images.chunk(micro_batches), labels.chunk(micro_batches))
@@ -445,8 +482,17 @@ def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[fl
             totals[0] += loss.detach() / micro_batches
             totals[1] += (logits.argmax(1) == target).sum()
     totals[0] /= run.processes.world_size
+    totals[2] = run.stop.requested
     distributed.sum_over_processes(totals)
-    check_finite(totals, run.model, where)
+    finite = totals[:1]
+    if not run.scaler.is_enabled():  # which sees to infinite gradients itself
+        finite = torch.stack([totals[0], gradient_norm(run.model).to(totals)])
+    allowed = run.guard.allows(finite, run.model, where, lambda: forward_again(run, images))
+    loss, correct, stop = totals.tolist()
+    if not allowed:
+        if run.processes.is_main:
+            print(f"warning: not finite at {where}, step skipped", file=sys.stderr, flush=True)
+        return 0.0, 0.0, 0, stop > 0
     if run.gate_loader is not None:
         for gate in sn.gates(run.model):  # they have had their step
             gate.grad = None
@@ -455,8 +501,14 @@ def train_step(run: Run, images: Tensor, labels: Tensor, where: str) -> tuple[fl
         nn.utils.clip_grad_norm_(sn.gates(run.model), run.cfg.optimizer.gate_clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    loss, correct = totals.tolist()
-    return loss, correct, len(labels) * run.processes.world_size
+    return loss, correct, len(labels) * run.processes.world_size, stop > 0
+
+
+def forward_again(run: Run, images: Tensor) -> None:
+    """The step's forward pass without gradients, to find what went bad in it."""
+    with run.autocast():
+        for x in images.chunk(run.micro_batches):
+            run.model(x)
 
 
 def set_lr(run: Run, progress: float) -> None:
@@ -477,7 +529,7 @@ def validate(run: Run) -> dict[str, float]:
     images = TransformedImages(data.val, data.evaluation, epochs=1)
     loader = make_loader(images, batches, run.cfg.data.workers, processes.device)
     with run.autocast():
-        return evaluate(run.model, loader, run.to_device)
+        return evaluate(run.model, run.evaluating(loader), run.to_device)
 
 
 def final_evaluation(run: Run, progress: Progress, moving: dict | None) -> dict:
@@ -499,7 +551,8 @@ def final_evaluation(run: Run, progress: Progress, moving: dict | None) -> dict:
     images = TransformedImages(data.train, data.evaluation, epochs=1)
     loader = make_loader(images, batches, run.cfg.data.workers, processes.device)
     with run.autocast():
-        sn.batch_average(run.model, (run.to_device(x) for x, _ in loader), len(batches))
+        images = (run.to_device(x) for x, _ in run.evaluating(loader))
+        sn.batch_average(run.model, images, len(batches))
     averaged = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     results["top1_batch_average"] = validate(run)["top1"]
     size = min(options.batch_size, len(data.train))
@@ -510,12 +563,15 @@ def final_evaluation(run: Run, progress: Progress, moving: dict | None) -> dict:
     return results
 
 
-def save(run: Run, progress: Progress, batch_average: dict | None = None) -> None:
+def save(
+    run: Run, progress: Progress, batch_average: dict | None = None, best: bool = False
+) -> None:
     """Write the checkpoint; all processes take part, the main one writes."""
     distributed.average_running_statistics(run.model)
     if run.processes.is_main:
+        path = f"{run.cfg.output_dir}/checkpoint.pt"
         save_checkpoint(
-            f"{run.cfg.output_dir}/checkpoint.pt",
+            path,
             {
                 "model": run.model.state_dict(),
                 "optimizer": run.optimizer.state_dict(),
@@ -524,12 +580,16 @@ def save(run: Run, progress: Progress, batch_average: dict | None = None) -> Non
                 "data": run.data.describe(),
                 "batch_average": batch_average,
             },
+            run.cfg.keep_checkpoints,
         )
+        if best:
+            keep_best(path)
 
 
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt")
+    needed = ("model", "optimizer", "scaler", "progress", "data")
+    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
     if state is None:
         return Progress()
     if state["data"] != run.data.describe():
@@ -540,7 +600,9 @@ def resume(run: Run) -> Progress:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    run.guard.skipped = progress.skipped_steps
+    return progress
 
 
 def summarise(run: Run, progress: Progress, results: dict) -> dict:
@@ -570,6 +632,9 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
         "epochs": progress.epoch,
         "seed": cfg.seed,
         "images_seen": progress.images_seen,
+        "best_top1": progress.best_top1 if progress.epoch else None,
+        "skipped_steps": run.guard.skipped,
+        "bad_images": len(run.bad_images.lines()),
         "wall_s": round(progress.wall_s, 1),
         "lr": run.lr,
         "precision": cfg.precision,

@@ -841,7 +841,8 @@ def test_corrupt_image_is_one_line(tmp_path):
     options += ["data.resize=8", "setting.gpus=1", "setting.images_per_gpu=4", "output_dir=out"]
     options += ["model=resnet20", "schedule.epochs=1"]
     for count in (0, 1):
-        code, _, err = command_line(tmp_path, *options, f"data.workers={count}")
+        workers = (f"data.workers={count}", "data.max_bad_images=0")
+        code, _, err = command_line(tmp_path, *options, *workers)
         assert code == 2 and str(bad) in err
         assert "Traceback" not in err, f"data.workers={count}: {err}"
 

@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,50 +25,123 @@ BROKEN = (
 )
 
 
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Write `state` so that `path` is at every moment a whole file; keep the one before it.
+def save_checkpoint(path: str | Path, state: dict, keep: int = 2) -> None:
+    """Write `state` so that `path` is at every moment a whole file; keep the `keep` newest.
 
-    The earlier checkpoint, unless it is broken, stays beside it as <stem>_previous<suffix>.
+    The earlier ones, unless broken, stay beside it as <stem>_previous<suffix>, <stem>_previous2...
+    Raises OSError if it cannot be written; what was there before is then left as it was.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink()  # it may be what fills the disk
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            f"cannot write checkpoint {path} ({free:.0f} MiB free): {error}; "
+            "the one before is untouched"
+        ) from error
     with suppress(*BROKEN):
         _check_sums(path)
+        for number in range(keep - 1, 1, -1):
+            with suppress(FileNotFoundError):
+                os.replace(_previous(path, number - 1), _previous(path, number))
         os.replace(path, _previous(path))
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+    for surplus in path.parent.glob(f"{path.stem}_previous*{path.suffix}"):
+        number = surplus.name[len(f"{path.stem}_previous") : -len(path.suffix)]
+        if number.isdigit() and int(number) >= keep:
+            with suppress(OSError):
+                surplus.unlink()
+
+
+def keep_best(path: str | Path) -> None:
+    """Let <stem>_best<suffix> be the checkpoint that `path` is now."""
+    path = Path(path)
+    best = path.with_name(f"{path.stem}_best{path.suffix}")
+    temporary = best.with_name(best.name + ".tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, best)
+    sync_folder(path.parent)
 
 
-def load_checkpoint(path: str | Path) -> dict | None:
+def load_checkpoint(path: str | Path, needed: Sequence[str] = ()) -> dict | None:
     """Load the newest readable checkpoint at `path` onto the CPU; None if there is none.
 
-    A broken file is reported on stderr and the previous one taken. Raises ValueError if there are
-    only broken ones.
+    A broken file, or one without the keys `needed`, is reported on stderr and the one before
+    taken. Raises ValueError if there are only broken ones.
     """
     path = Path(path)
+    number = 1
+    candidates = [path, _previous(path)]
+    while _previous(path, number + 1).exists():
+        number += 1
+        candidates.append(_previous(path, number))
     broken = []
-    for candidate in (path, _previous(path)):
+    for candidate in candidates:
         if not candidate.exists():
             continue
         try:
             _check_sums(candidate)
-            return torch.load(candidate, map_location="cpu", weights_only=True)
-        except BROKEN as error:
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            missing = [key for key in needed if key not in state]
+            if missing:
+                raise ValueError(f"it has no {missing[0]!r}; not a checkpoint of this kind")
+            return state
+        except (*BROKEN, TypeError) as error:
             broken.append(candidate)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"warning: cannot read checkpoint {candidate}: {reason}", file=sys.stderr)
+            print(f"warning: cannot read checkpoint {candidate}: {_reason(error)}", file=sys.stderr)
     if broken:
         names = " and ".join(map(str, broken))
         raise ValueError(f"no readable checkpoint: {names}; delete to start anew")
     return None
+
+
+def load_weights(path: str | Path) -> dict:
+    """What a file of weights holds, on the CPU: safetensors, or plain tensors saved by torch.
+
+    Raises FileNotFoundError, or ValueError for a damaged file and one with other objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            _check_sums(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file can raise anything
+        raise ValueError(f"cannot read weights from {path}: {_reason(error)}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _check_sums(path: Path) -> None:
@@ -76,5 +151,5 @@ def _check_sums(path: Path) -> None:
         raise ValueError(f"checksum of {damaged} is wrong")
 
 
-def _previous(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_previous{path.suffix}")
+def _previous(path: Path, number: int = 1) -> Path:
+    return path.with_name(f"{path.stem}_previous{'' if number == 1 else number}{path.suffix}")

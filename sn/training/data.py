@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,25 +93,79 @@ class ArrayImages:
         return self.images[index], self.labels[index]
 
 
-class FileImages:
-    """RGB images read from (path, label) samples; ValueError names a file that cannot be read."""
+def read_image(path: str | Path) -> Image.Image:
+    """The image at `path` in RGB. Raises ValueError, naming the file, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                levels = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
 
-    def __init__(self, samples: list[tuple[str, int]]):
-        self.samples = samples
+
+class BadImages:
+    """Counts unreadable images over all processes, data workers and resumptions of a run.
+
+    They share the text file `path`, one bad image a line, each once. Past `limit` of them `add`
+    raises its error. Without a path nothing is counted and every bad image is past the limit.
+    """
+
+    def __init__(self, path: str | Path | None = None, limit: int = 0):
+        self.path, self.limit = path and Path(path), limit
+
+    def lines(self) -> list[str]:
+        """What the file holds."""
+        if self.path is None or not self.path.exists():
+            return []
+        return self.path.read_text(encoding="utf-8").splitlines()
+
+    def add(self, error: ValueError) -> None:
+        """Note a bad image, described by `error`; raise ValueError if that is one too many."""
+        if not self.limit or self.path is None:
+            raise error
+        line = str(error).replace("\n", " ")
+        known = self.lines()
+        if line not in known:
+            print(f"warning: {line}; skipped", file=sys.stderr, flush=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")  # one short write: whole, whoever else appends
+            known = list(dict.fromkeys(self.lines()))
+        if len(known) > self.limit:
+            raise ValueError(
+                f"{len(known)} unreadable images, more than data.max_bad_images={self.limit}; "
+                f"the last: {line}; all of them in {self.path}"
+            )
+
+
+class FileImages:
+    """RGB images read from (path, label) samples.
+
+    One that cannot be read is noted in `bad`. While that lets it pass, the next readable image
+    stands in for it, or in an evaluation (`substitute=False`) a black one with label -1, which
+    does not count.
+    """
+
+    def __init__(
+        self, samples: list[tuple[str, int]], substitute: bool = True, bad: BadImages | None = None
+    ):
+        self.samples, self.substitute = samples, substitute
+        self.bad = bad or BadImages()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                    levels = np.asarray(image, dtype=np.float64) / 257
-                    image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-                return image.convert("RGB"), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read image {path}: {error}") from None
+        for position in range(index, index + len(self.samples)):
+            path, label = self.samples[position % len(self.samples)]
+            try:
+                return read_image(path), label
+            except ValueError as error:
+                self.bad.add(error)
+            if not self.substitute:
+                return Image.new("RGB", (1, 1)), -1
+        raise ValueError(f"none of {len(self.samples)} images can be read, from {path} on")
 
 
 class TransformedImages(Dataset):
@@ -332,6 +387,7 @@ def load_image_folder(
     color_jitter: float = 0.0,
     last_crop: str = "center",
     last_fraction: float = 0.0,
+    bad: BadImages | None = None,
 ) -> ImageData:
     """ImageNet, or any `root`/{train,val}/<class>/<image>.
 
@@ -369,8 +425,8 @@ def load_image_folder(
     shrink = v2.Resize(resize, antialias=True)
     return ImageData(
         name,
-        FileImages(train_samples),
-        FileImages(val.samples),
+        FileImages(train_samples, bad=bad),
+        FileImages(val.samples, substitute=False, bad=bad),
         len(train.classes),
         Augmentation(usual, v2.Compose([shrink, crop(image_size), *noise]), last_fraction),
         Augmentation(v2.Compose([shrink, v2.CenterCrop(image_size), *to_float, normalise])),

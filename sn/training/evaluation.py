@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .distributed import sum_over_processes, untrained_statistics
 
@@ -14,8 +14,9 @@ from .distributed import sum_over_processes, untrained_statistics
 def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[str, float]:
     """Return {"loss", "top1", "top5"}, the last two in percent; the model's mode is restored.
 
-    `batches` holds this process's share of the images, `to_device` moves images or labels. Warns
-    about layers whose running statistics no training step has updated (mean 0, variance 1).
+    `batches` holds this process's share of the images, `to_device` moves images or labels; an image
+    with a negative label does not count. Raises ValueError if none counts. Warns about layers whose
+    running statistics no training step has updated (mean 0, variance 1).
     """
     untrained = untrained_statistics(model)
     if untrained:
@@ -30,6 +31,7 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
     for images, labels in batches:
         labels = to_device(labels)
         logits = model(to_device(images)).double()
+        logits, labels = logits[labels >= 0], labels[labels >= 0]
         ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         batch = torch.stack(
             [
@@ -44,15 +46,6 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
     if totals is None:  # more processes than images
         totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     loss, top1, top5, count = sum_over_processes(totals).tolist()
+    if count == 0:
+        raise ValueError("there is no image to evaluate on")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
-
-
-def check_finite(loss: Tensor, model: nn.Module, where: str) -> None:
-    """Raise FloatingPointError, naming the first layer gone bad, unless `loss` is finite."""
-    if torch.isfinite(loss).all():
-        return
-    for tensors in (model.named_buffers(), model.named_parameters()):
-        for name, tensor in tensors:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"loss is not finite at {where}; first bad: {name}")
-    raise FloatingPointError(f"loss is not finite at {where}, though all weights are")

@@ -25,6 +25,11 @@ MACHINE_KEYS = (
     "output_root",
     "device",
     "checkpoint_steps",
+    "keep_checkpoints",
+    "timeout_minutes",
+    "deterministic",
+    "max_skipped_steps",
+    "data.max_bad_images",
     "note",
     "compile",
     "data.root",
@@ -41,24 +46,42 @@ class Recorder:
     """Writes a run's folder; on other processes than the main one it does nothing.
 
     config.yaml: the resolved config without the keys of this machine. metrics.jsonl,
-    importance.jsonl: a line per epoch. summary.json: written once, at the end. tensorboard/: the
-    same for reading by eye; its x-axis is epoch * 1000, so that settings lie over one another.
+    importance.jsonl: lines numbered by `unit`, "epoch" or "step". summary.json: written once, at
+    the end. tensorboard/: the same for reading by eye; its x-axis is the step, or epoch * 1000, so
+    that settings lie over one another.
 
-    Raises ValueError if the folder holds a run of another config.
+    Raises ValueError if the folder holds a run of another config, or something else under its name.
     """
 
-    def __init__(self, folder: str | Path, config: dict, is_main: bool = True):
+    def __init__(self, folder: str | Path, config: dict, is_main: bool = True, unit: str = "epoch"):
         self.folder = Path(folder)
         self.is_main = is_main
+        self.unit = unit
+        self.scale = 1000 if unit == "epoch" else 1
         self.config = experiment_part(config)
         self.writer = None
         self._check_config()
 
     def _check_config(self) -> None:
         path = self.folder / "config.yaml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir={self.folder} is a file; choose another output_dir=")
         if not path.exists():
+            own = ("checkpoint.pt", "metrics.jsonl", "importance.jsonl", "summary.json")
+            for name in own:
+                if (self.folder / name).exists():
+                    raise ValueError(
+                        f"{self.folder} holds {name} but no config.yaml, so it is no run that "
+                        "could go on; choose another output_dir="
+                    )
             return
-        old = _flat(yaml.safe_load(path.read_text()) or {})
+        try:
+            old = _flat(yaml.safe_load(path.read_text()) or {})
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a run's config ({str(error).splitlines()[0]}); "
+                "choose another output_dir=, or delete that folder"
+            ) from None
         new = _flat(self.config)
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if changed:
@@ -72,10 +95,15 @@ class Recorder:
     def summary(self) -> dict | None:
         """The summary of a run that has ended, else None."""
         path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it to end the run anew"
+            ) from None
 
-    def open(self, epoch: int) -> None:
-        """Begin to write, with `epoch` epochs done (-1: nothing, not even the start).
+    def open(self, count: int) -> None:
+        """Begin to write, with `count` epochs or steps done (-1: nothing, not even the start).
 
         What a broken run had written beyond that is dropped.
         """
@@ -86,43 +114,48 @@ class Recorder:
         for name in ("metrics.jsonl", "importance.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_jsonl(path) if line["epoch"] <= epoch]
+                kept = [line for line in read_jsonl(path) if line[self.unit] <= count]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=max(0, epoch * 1000 + 1)
+            str(self.folder / "tensorboard"), purge_step=max(0, count * self.scale + 1)
         )
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
 
-    def metrics(self, epoch: int, values: dict) -> None:
-        """Record the metrics of `epoch` (1 is the first)."""
+    def metrics(self, count: int, values: dict) -> None:
+        """Record the metrics of epoch or step `count` (1 is the first)."""
         if not self.is_main:
             return
-        self._append("metrics.jsonl", {"epoch": epoch, **values})
+        self._append("metrics.jsonl", {self.unit: count, **values})
         for key, value in values.items():
             if value is not None:
-                self.writer.add_scalar(key, value, epoch * 1000)
+                self.writer.add_scalar(key, value, count * self.scale)
         self.writer.flush()
 
-    def importance(self, epoch: int, model: nn.Module, figure: bool = False) -> None:
-        """Record the importance weights after `epoch` epochs (0: before training)."""
+    def importance(
+        self, count: int, model: nn.Module, figure: bool = False, blocks: dict | None = None
+    ) -> None:
+        """Record the importance weights after `count` epochs or steps (0: before training).
+
+        `blocks` is the block of each layer; by default `block_names(model)`.
+        """
         weights = importance_weights(model)
         if not self.is_main or not weights:
             return
-        blocks = block_names(model)
+        blocks = blocks or block_names(model)
         layers = {name: {"block": blocks[name], **weight} for name, weight in weights.items()}
-        self._append("importance.jsonl", {"epoch": epoch, "layers": layers})
+        self._append("importance.jsonl", {self.unit: count, "layers": layers})
         averages = block_averages(layers)
         for group, rows in (("importance", layers), ("importance_block", averages)):
             for name, row in rows.items():
                 for moment in ("mean", "var"):
                     for statistic, value in row[moment].items():
                         tag = f"{group}/{moment}/{name}/{statistic}"
-                        self.writer.add_scalar(tag, value, epoch * 1000)
+                        self.writer.add_scalar(tag, value, count * self.scale)
         if figure:
-            self.writer.add_figure("importance", importance_figure(averages), epoch * 1000)
+            self.writer.add_figure("importance", importance_figure(averages), count * self.scale)
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: the run has ended."""

@@ -1,0 +1,92 @@
+"""Ending in time: preemption signals, and a watchdog for runs that hang."""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+HANG_EXIT_CODE = 4
+
+
+class Preempted(RuntimeError):
+    """The run was told to stop and has saved; the same command goes on."""
+
+
+class StopSignal:
+    """Notices SIGTERM (a scheduler takes the machine back) and SIGUSR1 (it will, soon).
+
+    A context manager. Of several processes each sees its own signals: add `requested` to numbers
+    that are summed over all of them anyway, so that they agree on the step to stop at.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.requested = False
+        self._handlers = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {s: signal.signal(s, self._note) for s in self.signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.requested = True
+
+    def check(self, where: str) -> None:
+        """Raise Preempted if a signal has come; for places where nothing is lost by it."""
+        if self.requested:
+            raise Preempted(f"stopped by a signal at {where}; the same command goes on")
+
+
+class Watchdog:
+    """Ends the process, naming rank and place, when it makes no progress for `minutes`.
+
+    A context manager. Collectives whose peers are gone, dead file systems and stuck data workers
+    all end here; stderr gets every thread's stack. Exit code 4. Give the process group a longer
+    timeout than this, so that this message comes first.
+    """
+
+    def __init__(self, minutes: float, rank: int = 0):
+        self.seconds, self.rank = 60 * minutes, rank
+        self.beat("the start")
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        self.beat(self._where)
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._ended.set()
+
+    def beat(self, where: str) -> None:
+        """The run is alive, at `where`."""
+        self._where, self._time = where, time.monotonic()
+
+    def over(self, items: Iterable, where: str) -> Iterator:
+        """The items, each of them a sign of life."""
+        for item in items:
+            self.beat(where)
+            yield item
+        self.beat(where)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.seconds / 10)):
+            if time.monotonic() - self._time > self.seconds:
+                print(
+                    f"rank {self.rank}: no progress for {self.seconds / 60:g} minutes "
+                    f"(timeout_minutes) at {self._where}; stacks follow",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(HANG_EXIT_CODE)
