@@ -36,6 +36,11 @@ MACHINE_KEYS = (
     "data.download",
     "data.workers",
     "setting.emulation",
+    "init.path",  # its hash stands in the summary
+    "mode",
+    "checkpoint.path",
+    "predict.images",
+    "predict.out",
 )
 
 # keys added later, with the value that says what runs did before; such a record leaves them out
