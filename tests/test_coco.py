@@ -308,6 +308,9 @@ def test_digits_are_a_function_of_the_arguments(tmp_path):
     assert digest(tmp_path / "a") == before
     with pytest.raises(ValueError, match="written with .*'size': 64.*asked for are .*'size': 96"):
         write_digits_coco(tmp_path / "a", 6, 3, size=96)
+    for wrong in ({"val_images": 0}, {"size": 16}):
+        with pytest.raises(ValueError, match="data.generate"):
+            write_digits_coco(tmp_path / "d", **{"train_images": 1, "val_images": 1} | wrong)
 
 
 def test_digits_are_real_coco_files(tmp_path):

@@ -173,6 +173,7 @@ def test_second_call_is_a_no_op(digits, tmp_path, capsys):
         ["parts=gn", "norm@parts.fpn=none", "optimizer.clip=1.0", "precision=fp64"],
         ["parts=none", "model.box_head=mlp", "data.aspect_grouping=false"],
         ["norm@parts.backbone=sn_in_ln", "channels_last=true", "evaluation.batch_size=2"],
+        ["precision=bf16", "optimizer.gate_lr_factor=0.1"],
         ["parts=sn", "data.workers=1", "data.categories=['3','4']"],
     ],
     ids=" ".join,

@@ -191,6 +191,15 @@ def test_each_part_has_its_own_norm():
     assert without.backbone.fpn.inner_blocks[0][0].bias is not None  # as torchvision without norm
 
 
+@pytest.mark.parametrize("name", [name for name in sn.norms.NORMS if name != "none"])
+def test_every_norm_is_known_as_one(name):
+    """Its gain has no weight decay, and the table names it."""
+    assert detectors.is_norm(sn.make_norm(name)(8))
+    assert not detectors.is_norm(sn.make_norm("none")(8)) and not detectors.is_norm(
+        nn.Conv2d(1, 1, 1)
+    )
+
+
 def test_frozen_stages_stay_frozen_recursively():
     """Training mode never reaches the norms inside, and their statistics do not move."""
     torch.manual_seed(0)

@@ -445,8 +445,13 @@ def write_digits_coco(
     training and validation are other ones, split as in data.load_digits. A function of its
     arguments alone.
 
-    Raises ValueError if `root` holds digits written with other arguments.
+    Raises ValueError if `root` holds digits written with other arguments, or for impossible ones.
     """
+    if min(train_images, val_images) < 1 or size < 48:
+        raise ValueError(
+            f"data.generate: {train_images} and {val_images} images of {size} pixels; expected 1 "
+            "or more, and 48 pixels or more"
+        )
     info = {
         "description": "digits of scikit-learn (UCI Optical Recognition of Handwritten Digits)",
         "arguments": {

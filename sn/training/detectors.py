@@ -379,8 +379,9 @@ def parts_table(model: FasterRCNN) -> str:
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether a layer normalises: its class says Norm, and it is no block with a norm inside."""
-    return "Norm" in type(layer).__name__ and not isinstance(layer, (NoNorm, nn.Sequential))
+    """Whether a layer normalises: its class says norm, and it is no block with a norm inside."""
+    named = "norm" in type(layer).__name__.lower()
+    return named and not isinstance(layer, (NoNorm, nn.Sequential))
 
 
 def _count(layers: list[nn.Module]) -> str:
