@@ -35,6 +35,7 @@ from .norms import (
     NoNorm,
     make_norm,
 )
+from .recurrent import SwitchNormLSTM, SwitchNormLSTMCell
 from .sparse import (
     SparseSwitchNorm1d,
     SparseSwitchNorm2d,
@@ -73,6 +74,8 @@ __all__ = [
     "SwitchNorm2d",
     "SwitchNorm3d",
     "SwitchNormAct2d",
+    "SwitchNormLSTM",
+    "SwitchNormLSTMCell",
     "SwitchNormRecurrent",
     "SyncSwitchNorm1d",
     "SyncSwitchNorm2d",
