@@ -336,6 +336,17 @@ def load_cifar10(root: str, download: bool = False, train_images: int | None = N
     )
 
 
+def load_cifar10_test(root: str) -> ArrayImages:
+    """CIFAR-10's test images, from `root`/cifar-10-batches-py/test_batch, for a last evaluation.
+
+    Raises FileNotFoundError if they are not there.
+    """
+    path = Path(root) / "cifar-10-batches-py" / "test_batch"
+    if not path.is_file():
+        raise FileNotFoundError(f"no CIFAR-10 test images in data.root={root}: {path} is missing")
+    return ArrayImages(*_load_cifar_batch(path))
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Unpickler for files of dicts, lists, strings and numpy arrays; refuses everything else."""
 

@@ -42,6 +42,11 @@ MACHINE_KEYS = (
     "style.image",
     "vgg.weights",
     "schedule.steps",  # style transfer's lr is constant: a longer run continues a shorter one
+    "init.path",  # its hash stands in the summary
+    "mode",
+    "checkpoint.path",
+    "predict.images",
+    "predict.out",
 )
 
 # keys added later, with the value that says what runs did before; such a record leaves them out
