@@ -1,11 +1,11 @@
-"""Write the results tables: Table 4.1 as paper | ours | run, and proxy runs in tables of their own.
+"""Write the results tables: Tables 4.1-4.4 as paper | ours | run, and proxy runs apart.
 
     python scripts/make_tables.py                          # results/ -> results/README.md
     python scripts/make_tables.py --runs outputs/demo --print
 
 What stands between `<!-- notes -->` and `<!-- /notes -->` in the output file is kept.
 
-Source: Table 4.1 and Sec. 4.1, from results/paper.yaml.
+Source: Tables 4.1-4.4 and Sec. 4.1, from results/paper.yaml.
 """
 
 import argparse
@@ -40,6 +40,10 @@ OURS = (
     "Ours: mean ± sample deviation over seeds, with BN's statistics by moving average and by batch "
     "average (the paper does not say which it reports). A blank is a run not made."
 )
+AP_NAMES = ("ap", "ap50", "ap75", "ap_l", "ap_m", "ap_s")
+METRICS_OF = dict.fromkeys(("table_4_2", "table_4_3"), [f"box_{name}" for name in AP_NAMES])
+METRICS_OF["table_4_4"] = [f"{kind}_{name}" for kind in ("box", "mask") for name in AP_NAMES[:3]]
+PAPER_NORMS = {"frozen_bn": "frozenBN", "bn": "BN", "gn": "GN", "sn": "SN", "sn_in_ln": "SN"}
 PROXY = (
     "A proxy run trains a small data set, a small network or few epochs. It can show whether a "
     "trend of the paper appears, not whether its accuracy is reached; no published figure stands "
@@ -49,7 +53,7 @@ PROXY = (
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Write Table 4.1 (paper | ours | run) and the tables of proxy runs.",
+        description="Write Tables 4.1-4.4 (paper | ours | run) and the tables of proxy runs.",
         epilog="What stands between the notes markers of the output file is kept.",
     )
     parser.add_argument(
@@ -64,20 +68,22 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--print writes no file; leave out --out")
 
     try:
-        runs = load_runs(args.runs)
+        runs, detectors = load_runs(args.runs), load_runs(args.runs, "detection")
     except FileNotFoundError as error:
         fail(str(error))
     if args.print:
-        if not runs:
+        if not runs and not detectors:
             fail(f"no runs below {args.runs}")
-        print(console(runs, load_paper()))
+        parts = [console(runs, load_paper())] if runs else []
+        print("\n\n".join(parts + detection_console(detectors)))
         return
     out = None if args.out == "-" else Path(args.out or args.runs / "README.md")
     try:
         notes = read_notes(out) if out else ""
     except ValueError as error:
         fail(str(error))
-    text = markdown(runs, load_paper(), notes, out.parent if out else args.runs)
+    folder = out.parent if out else args.runs
+    text = markdown(runs, load_paper(), notes, folder, detectors)
     if out is None:
         print(text, end="")
         return
@@ -86,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     part = out.with_name(out.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, out)
-    print(f"{out}: {len(runs)} runs")
+    print(f"{out}: {len(runs) + len(detectors)} runs")
 
 
 def read_notes(path: Path) -> str:
@@ -102,7 +108,9 @@ def read_notes(path: Path) -> str:
     return ""
 
 
-def markdown(runs: list[Run], paper: dict, notes: str, folder: Path) -> str:
+def markdown(
+    runs: list[Run], paper: dict, notes: str, folder: Path, detectors: list[Run] = ()
+) -> str:
     """The whole results page; `folder` is where it will lie, for its links."""
     start, end = NOTES
     parts = [GENERATED, "# Results", f"{start}\n{notes}\n{end}" if notes else f"{start}\n{end}"]
@@ -123,6 +131,7 @@ def markdown(runs: list[Run], paper: dict, notes: str, folder: Path) -> str:
         parts += compared(found)
         parts += ["### Runs", md_table(run_table(found, folder))]
     parts += [] if published else table_4_1
+    parts += detection_markdown(detectors, paper, folder)
     return "\n\n".join(parts) + "\n"
 
 
@@ -277,6 +286,135 @@ def run_table(runs: list[Run], folder: Path) -> list[list[str]]:
             ]
         )
     return [["" if value is None else str(value) for value in row] for row in table]
+
+
+# --- detection
+
+
+def detection_markdown(runs: list[Run], paper: dict, folder: Path) -> list[str]:
+    """Proxy runs of detectors, then Tables 4.2-4.4."""
+    parts = []
+    for group, found in by_group(runs).items():
+        data, model, scale = group
+        parts += [f"## {data}, {model} ({'proxy runs' if scale == 'proxy' else scale})"]
+        parts += [PROXY.replace("accuracy", "AP")] if scale == "proxy" else []
+        parts += [md_table(ap_table(found)), *compared(found)]
+        parts += ["### Runs", md_table(detection_run_table(found, folder))]
+    for name in ("table_4_2", "table_4_3", "table_4_4"):
+        parts += published_detection(name, runs, paper, folder)
+    return parts
+
+
+def detection_console(runs: list[Run]) -> list[str]:
+    """The AP of detectors as plain aligned text."""
+    parts = []
+    for (data, model, scale), found in by_group(runs).items():
+        parts += [f"{data}, {model}: {scale} runs", plain_table(ap_table(found)), *compared(found)]
+    return parts
+
+
+def cells_of_detection(runs: list[Run]) -> dict[tuple[str, str, str], list[Run]]:
+    """Runs by (parts, start, setting), by seed in each."""
+    cells = {}
+    order = [f"{norm}-" for norm in ("frozen_bn", "bn", "gn", "sn")]
+
+    def key(run: Run) -> tuple:
+        place = next((i for i, n in enumerate(order) if f"{run.parts}-".startswith(n)), 9)
+        return place, run.parts, run.summary["init"]["name"], run.setting, run.seed
+
+    for run in sorted(runs, key=key):
+        cell = run.parts, run.summary["init"]["name"], run.setting
+        cells.setdefault(cell, []).append(run)
+    return cells
+
+
+def ap_table(runs: list[Run]) -> list[list[str]]:
+    """A line per choice of norms, with box AP and, of Mask R-CNN, mask AP."""
+    metrics = [f"box_{name}" for name in AP_NAMES]
+    if any(run.metric("mask_ap") is not None for run in runs):
+        metrics += [f"mask_{name}" for name in AP_NAMES]
+    header = [m.replace("_ap", " AP").replace("_", "") for m in metrics]
+    table = [["norms (backbone-FPN-heads)", "start", "setting", *header]]
+    for (parts, init, setting), found in cells_of_detection(runs).items():
+        row = [parts, init, setting_label(setting)]
+        table.append([*row, *(ap_cell(found, metric) for metric in metrics)])
+    return table
+
+
+def ap_cell(runs: list[Run], metric: str) -> str:
+    """The mean over seeds; each value where runs are unlike; "" where there is none."""
+    values = [value for run in runs if (value := run.metric(metric)) is not None]
+    diverged = sum(run.diverged for run in runs)
+    if not values:
+        return "diverged" if diverged else ""
+    if differences(runs):
+        return ", ".join(f"{value:.1f}" for value in values) + " (runs unlike)"
+    mean, sd = mean_and_sd(values)
+    text = f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f} (n={len(values)})"
+    return text + (f", {diverged} of {len(runs)} diverged" if diverged else "")
+
+
+def published_detection(name: str, runs: list[Run], paper: dict, folder: Path) -> list[str]:
+    """One of Tables 4.2-4.4: paper | ours | run, a line per row of the paper."""
+    table = paper[name]
+    group = (table["data"], table["model"], "full")
+    full = [run for run in runs if run.group == group and run.setting == table["setting"]]
+    columns = " / ".join(table["columns"])
+    lines = [["start", "backbone", "head", f"paper: {columns}", f"ours: {columns}", "run"]]
+    for start in ("finetune", "scratch", "rows"):
+        for row in table.get(start, []):
+            scratch = start == "scratch"
+            found = [run for run in full if is_row(run, row, scratch)]
+            ours = " / ".join(ap_cell(found, metric) for metric in METRICS_OF[name])
+            lines.append(
+                [
+                    "scratch" if scratch else "pretrained",
+                    row["backbone"],
+                    row["head"] + (" (suspect)" if row.get("suspect") else ""),
+                    " / ".join(f"{value:.1f}" for value in row["values"]),
+                    ours if found else "",
+                    ", ".join(link(run, folder) for run in found),
+                ]
+            )
+    notes = [*table.get("notes", []), *table.get("suspect", [])]
+    listed = "About the paper's figures:\n\n" + "\n".join(f"- {note}" for note in notes)
+    return [f"## {table['caption']}", md_table(lines), *([listed] if notes else [])]
+
+
+def is_row(run: Run, row: dict, scratch: bool) -> bool:
+    """Whether a run's norms and start are those of a row of Tables 4.2-4.4."""
+    backbone, *heads = [PAPER_NORMS.get(norm, norm) for norm in run.summary["parts"].values()]
+    same = backbone == row["backbone"] and set(heads) == {row["head"]}
+    return same and (run.summary["init"]["name"] == "scratch") == scratch
+
+
+def detection_run_table(runs: list[Run], folder: Path) -> list[list[str]]:
+    """Every run with what it took: one line per seed."""
+    header = ["run", "seed", "box AP", "mask AP", "steps", "images seen", "train images"]
+    table = [[*header, "minutes", "device", "torch", "commit", "date", "note"]]
+    for run in (run for found in cells_of_detection(runs).values() for run in found):
+        summary, wall = run.summary, run.summary.get("wall_s")
+        ap = [run.metric("box_ap"), run.metric("mask_ap")]
+        table.append(
+            [
+                link(run, folder, run.name.split("/")[-2]),
+                run.seed,
+                *("diverged" if run.diverged else "" if v is None else f"{v:.2f}" for v in ap),
+                summary.get("steps"),
+                summary.get("images_seen"),
+                summary["data"].get("train_images"),
+                None if wall is None else f"{wall / 60:.1f}",
+                summary.get("device"),
+                (summary.get("versions") or {}).get("torch"),
+                (summary.get("commit") or "")[:10],
+                (summary.get("date") or "")[:10],
+                summary.get("note"),
+            ]
+        )
+    return [["" if value is None else str(value) for value in row] for row in table]
+
+
+# --- cells and tables
 
 
 def link(run: Run, folder: Path, text: str | None = None) -> str:

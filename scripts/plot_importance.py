@@ -4,9 +4,10 @@
     python scripts/plot_importance.py --runs outputs/demo --weights var --average blocks
 
 Three figures per data set and model, each with a CSV of what it draws:
-importance_by_setting (Fig 2), importance_by_block (Fig 3) and importance_over_epochs. The paper's
-bars stand beside ours in a panel of their own. The paper does not say which weights Fig 2 draws nor
-how layers are averaged, so each title says what ours does.
+importance_by_setting (Fig 2), importance_by_block (Fig 3) and importance_over_epochs; of detectors
+importance_by_part: the stages of the backbone, FPN and heads. The paper's bars stand beside ours in
+a panel of their own. The paper does not say which weights Fig 2 draws nor how layers are averaged,
+so each title says what ours does.
 
 Source: Fig 2 and Fig 3, from results/paper.yaml.
 """
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
 
     paper = load_paper()
     out = args.out or args.runs / "figures"
+    if draw_detectors(args, out) and not has_classifiers(args.runs):
+        return
     for name, cells in choose(args).items():
         out.mkdir(parents=True, exist_ok=True)
         settings = chosen_settings(args.settings, cells)
@@ -297,6 +300,59 @@ def draw_over_epochs(cells, settings: list[str], path: Path) -> None:
         [f"{title(runs)}; each block: the average over its SN layers."] + captions(runs),
     )
     write_csv(path, ["setting", "seed", "epoch", "block", "weights", "statistic", "value"], rows)
+
+
+def has_classifiers(root: Path) -> bool:
+    return any(run.importance for run in load_runs(root))
+
+
+def draw_detectors(args: argparse.Namespace, out: Path) -> bool:
+    """Draw a figure for each data set and detector; whether there was any."""
+    try:
+        runs = [run for run in load_runs(args.runs, "detection") if run.importance]
+    except FileNotFoundError as error:
+        fail(str(error))
+    groups = by_group(run for run in runs if not run.diverged)
+    groups = {g: found for g, found in groups.items() if args.data in (None, group_name(g))}
+    for group, found in groups.items():
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"importance_by_part_{group_name(group)}.png"
+        draw_by_part(found, path)
+        print(path)
+    return bool(groups)
+
+
+def draw_by_part(runs: list[Run], path: Path) -> None:
+    """Mean (plain) and variance (hatched) weights of a detector's stages, FPN and heads."""
+    cells = defaultdict(list)
+    for run in runs:
+        cells[run.parts, run.summary["init"]["name"], run.setting].append(run)
+    figure, panels = plt.subplots(
+        len(cells), 1, figsize=(11, 0.8 + 3.4 * len(cells)), layout="constrained", squeeze=False
+    )
+    rows, statistics = [], []
+    for panel, ((norms, start, setting), found) in zip(panels[:, 0], cells.items()):
+        bars = defaultdict(list)
+        for run in found:
+            parts = {part: block_importance(run.importance[-1], part) for part in PARTS}
+            for block in parts["mean"]:
+                bars[block].append({part: parts[part][block] for part in PARTS})
+                rows += [
+                    [norms, start, *row]
+                    for row in block_rows("ours", setting, run.seed, block, bars[block][-1])
+                ]
+        drawn = present([bar["mean"] for found_bars in bars.values() for bar in found_bars])
+        statistics += drawn
+        bar_groups(panel, bars, drawn, split=True)
+        panel.set_xticks(range(len(bars)), [block.replace("backbone.", "") for block in bars])
+        steps = "/".join(sorted({str(run.importance[-1]["step"]) for run in found}))
+        panel.set_title(f"{norms}, {start}, {setting_label(setting)}, {steps} steps", fontsize=11)
+        finish(panel)
+    legend(figure, [s for s in STATISTICS if s in statistics], split=True)
+    data, model, scale = runs[0].group
+    save(figure, path, [f"{model} on {data}, {scale}. Each block: the average over its SN layers."])
+    header = ["norms", "start", "source", "setting", "seed", "block", "weights", "statistic"]
+    write_csv(path, [*header, "value"], rows)
 
 
 def bar_groups(panel, groups: dict[str, list], statistics: list[str], split: bool = False) -> None:

@@ -32,6 +32,9 @@ NOT_RECIPE = {"seed", "output_dir", "run_name", "hydra", "root", "workers", "num
 NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "backend"}
 NOT_RECIPE |= {"experiment", "scale", "emulation", "world_size"}
 
+# What a task's tables need of a summary, beside model, scale, setting and data.
+NEEDED = {"imagenet": {"norm": str}, "detection": {"parts": dict, "init": dict}}
+
 
 def fail(message: str) -> NoReturn:
     """End a script with one line on stderr and exit code 2, as argparse does."""
@@ -46,7 +49,7 @@ def load_paper() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run; `importance` and `metrics` hold one dictionary per epoch."""
+    """The records of one run; `importance` and `metrics` hold a dictionary per epoch or step."""
 
     path: Path  # the run folder
     summary: dict[str, Any]
@@ -96,6 +99,11 @@ class Run:
         statistics = self.summary.get("statistics")
         return bool(statistics) and "bn" not in statistics
 
+    @property
+    def parts(self) -> str:
+        """The norms of a detector's parts: `<backbone>-<fpn>-<box head>-<mask head>`."""
+        return "-".join(self.summary["parts"].values())
+
     def metric(self, name: str) -> float | None:
         """A finite number of the summary, or None (diverged, missing)."""
         value = self.summary.get(name)
@@ -123,8 +131,8 @@ def load_runs(root: Path | str, task: str | None = "imagenet") -> list[Run]:
         if task is not None and summary["task"] != task:
             continue
         folder = path.parent
-        importance = _read_lines(folder / "importance.jsonl", ("epoch", "layers"))
-        metrics = _read_lines(folder / "metrics.jsonl", ("epoch",))
+        importance = _read_lines(folder / "importance.jsonl", ("layers",))
+        metrics = _read_lines(folder / "metrics.jsonl")
         runs.append(Run(folder, summary, _read_config(folder), importance, metrics))
     return runs
 
@@ -134,12 +142,13 @@ def _check_summary(summary: Any) -> None:
     if not isinstance(summary, dict):
         raise ValueError("not a JSON object")
     needed = {"task": str, "run": str, "status": str, "seed": int}
-    if summary.get("task") == "imagenet":
-        needed |= {"norm": str, "model": str, "scale": str, "setting": dict, "data": dict}
+    if summary.get("task") in NEEDED:
+        needed |= {"model": str, "scale": str, "setting": dict, "data": dict}
+        needed |= NEEDED[summary["task"]]
     for key, kind in needed.items():
         if not isinstance(summary.get(key), kind):
             raise ValueError(f"no {key!r}, or not of type {kind.__name__}")
-    if summary["task"] == "imagenet":
+    if summary["task"] in NEEDED:
         if not isinstance(summary["data"].get("name"), str):
             raise ValueError("no 'data.name'")
         for key in ("gpus", "images_per_gpu"):
@@ -147,8 +156,8 @@ def _check_summary(summary: Any) -> None:
                 raise ValueError(f"no 'setting.{key}', or not a whole number")
 
 
-def _read_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file by epoch; a resumed run's later line replaces the earlier."""
+def _read_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file by epoch or step; of a resumed run the later line counts."""
     if not path.is_file():
         return []
     lines = {}
@@ -158,11 +167,14 @@ def _read_lines(path: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or any(key not in record for key in keys):
-                raise ValueError(f"needs {', '.join(keys)}")
-            lines[record["epoch"]] = record
+                raise ValueError(f"needs {', '.join(keys) or 'an object'}")
+            unit = next((key for key in ("epoch", "step") if key in record), None)
+            if unit is None:
+                raise ValueError("needs epoch or step")
+            lines[record[unit]] = record
         except ValueError as error:
             log.warning("warning: %s line %d left out: %s", path, number, error)
-    return [lines[epoch] for epoch in sorted(lines)]
+    return [lines[count] for count in sorted(lines)]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -246,7 +258,7 @@ def differences(runs: Sequence[Run], one_cell: bool = True) -> dict[str, list[st
 def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
     """What a run computes, as flat keys: the summary's facts and the config."""
     summary, data = run.summary, run.summary["data"]
-    recipe = {key: summary.get(key) for key in ("epochs", "precision", "model", "scale")}
+    recipe = {key: summary.get(key) for key in ("epochs", "steps", "precision", "model", "scale")}
     recipe |= {f"data.{key}": data.get(key) for key in ("train_images", "val_images", "sha256")}
     if one_cell:
         recipe |= {key: summary.get(key) for key in ("norm", "statistics", "lr")}
@@ -255,7 +267,7 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
         for key, value in values.items():
             if key in NOT_RECIPE or (not prefix and key == "setting"):
                 continue
-            if not one_cell and not prefix and key == "norm":
+            if not one_cell and not prefix and key in ("norm", "parts", "init"):
                 continue
             if isinstance(value, dict):
                 flatten(value, f"{prefix}{key}.")

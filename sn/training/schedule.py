@@ -54,3 +54,22 @@ def mix_seed(*parts: int) -> int:
     """Return 32 well-mixed bits of some integers; torch's CPU generator uses no more."""
     text = ",".join(str(int(part)) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+
+
+def lr_factor_by_images(
+    images_seen: float,
+    images: int,
+    milestones: Sequence[float],
+    gamma: float = 0.1,
+    warmup_images: int = 0,
+    warmup_factor: float = 1 / 3,
+) -> float:
+    """Return lr / base lr after `images_seen` of a run's `images`, as detectors are trained.
+
+    Linear from `warmup_factor` to 1 over the first `warmup_images`; times `gamma` at every
+    milestone reached, a fraction of the run. Source: Detectron.
+    """
+    factor = gamma ** sum(images_seen >= milestone * images for milestone in milestones)
+    if images_seen < warmup_images:
+        factor *= warmup_factor + (1 - warmup_factor) * images_seen / warmup_images
+    return factor
