@@ -90,12 +90,11 @@ def test_figures_draw_what_the_records_say(searches, plot):
     plot(["--runs", str(searches)])
     figures = searches / "enas/figures"
     rows = list(csv.DictReader((figures / "search_cifar10_2x8_3nodes.csv").open()))
-    ours = {
-        (r["run"], r["seed"], r["epoch"]): r["shared_top1"] for r in rows if r["source"] == "ours"
-    }
-    assert len(ours) == 3 * 2 * 2 and float(ours["sn_ln_gn", "0", "2"]) == 23.0
-    paper = {(r["run"], r["epoch"]): float(r["shared_top1"]) for r in rows if r["source"] != "ours"}
-    assert len(paper) == 3 * 17 and paper["sn", "150"] == pytest.approx(73)
+    values = {(r["source"], r["run"], r["seed"], r["epoch"]): r["shared_top1"] for r in rows}
+    ours = {key: value for key, value in values.items() if key[0] == "ours"}
+    assert len(ours) == 3 * 2 * 2 and float(ours["ours", "sn_ln_gn", "0", "2"]) == 23.0
+    assert len(values) - len(ours) == 3 * 17
+    assert float(values["paper, Fig 5(b)", "sn", "", "150"]) == pytest.approx(73)
     rows = list(csv.DictReader((figures / "importance_cifar10_2x8_3nodes.csv").open()))
     assert {r["place"] for r in rows} == {"input", "hidden", "cell"} and len(rows) == 2 * 3 * 3 * 4
     values = {(r["weights"], r["statistic"]): float(r["value"]) for r in rows}
