@@ -102,6 +102,7 @@ CHECKS = [
         ["schedule.milestones"],
     ),
     (one_of(list(AUTOCAST)), f"one of {list(AUTOCAST)}", ["precision"]),
+    (one_of(["step", "cosine"]), "step or cosine", ["schedule.decay"]),
 ]
 
 
@@ -243,7 +244,7 @@ def train_until_end(
 def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for values that no run can have."""
     entry.check_values(cfg, CHECKS)
-    entry.check_names(cfg, ["data.name", "model.name", "norm.name", "run_name"])
+    entry.check_names(cfg, ["data.name", "model.name", "norm.name", "schedule.name", "run_name"])
     if cfg.gates not in ("joint", *bilevel.ORDERS):
         raise ValueError(f"unknown gates={cfg.gates!r}; choose joint or one of {[*bilevel.ORDERS]}")
     if cfg.gates != "joint" and cfg.precision == "fp16":
@@ -371,7 +372,7 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
         if sampler is not None:
             sampler.epoch, sampler.first_step = progress.epoch, progress.step
     run.parallel.train()
-    began, first_image = time.perf_counter(), progress.images
+    began, first_image = time.perf_counter(), progress.images_seen
     bar = tqdm(
         total=steps,
         initial=progress.step,
@@ -399,7 +400,7 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
         progress.images_seen += len(labels) * run.processes.world_size
         progress.skipped_steps = run.guard.skipped
         progress.step += 1
-        speed = (progress.images - first_image) / (time.perf_counter() - began)
+        speed = (progress.images_seen - first_image) / (time.perf_counter() - began)
         bar.set_postfix_str(
             f"loss {progress.loss / max(1, progress.images):.3f}, "
             f"top-1 {100 * progress.correct / max(1, progress.images):.1f}, {speed:.0f} images/s, "
@@ -584,6 +585,7 @@ def save(
         )
         if best:
             keep_best(path)
+    distributed.barrier()  # a process that ends now may take those with it that still write
 
 
 def resume(run: Run) -> Progress:

@@ -1,10 +1,10 @@
 """Run every norm through what a deployed layer meets, and write the table norm x capability.
 
     python scripts/check_capabilities.py              # prints the table
-    python scripts/check_capabilities.py --write      # also to results/capabilities.md
+    python scripts/check_capabilities.py --readme     # also puts it into README.md
 
-A cell is "yes" if the outputs agree with plain evaluation or training, else the kind of error; a
-column whose package is missing says "-". ONNX needs onnx, onnxscript and onnxruntime.
+A cell is "yes" if the outputs agree with plain evaluation or training, else what is wrong; a
+column whose package is missing says "-". ONNX needs `pip install -c constraints.txt -e '.[onnx]'`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from torch import nn
 import sn
 from sn.norms import NORMS
 
-TABLE = Path(__file__).resolve().parents[1] / "results" / "capabilities.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- capabilities: begin -->", "<!-- capabilities: end -->"
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -32,7 +34,7 @@ def network(norm: str) -> nn.Module:
     torch.manual_seed(0)
     build = sn.make_norm(norm)
     layers = (nn.Conv2d(3, 8, 3), build(8), nn.ReLU(), nn.Conv2d(8, 4, 3), build(4))
-    model = nn.Sequential(*layers)
+    model = sn.connect_bkn(nn.Sequential(*layers))
     for _ in range(2):
         model(images(4))
     return model.eval()
@@ -101,7 +103,7 @@ def check_channels_last(model: nn.Module) -> None:
     for mode in (False, True):
         plain, last = copy.deepcopy(model).train(mode), copy.deepcopy(model).train(mode)
         y = last.to(memory_format=layout)(images(4).to(memory_format=layout))
-        assert y.is_contiguous(memory_format=layout)
+        assert y.is_contiguous(memory_format=layout), "output in another layout"
         same(y, plain(images(4)))
 
 
@@ -173,7 +175,7 @@ CHECKS: dict[str, Callable[[nn.Module], None]] = {
 }
 NOT_MEANT = {  # what a norm has no use for
     "batch average": ("none", "gn", "in", "ln", "sn_in_ln", "frozen_bn"),
-    "fold": ("none", "gn", "in", "ln", "sn_in_ln", "sn", "sync_sn", "brn"),
+    "fold": ("none", "gn", "in", "ln", "sn_in_ln", "sn", "sync_sn"),
 }
 
 
@@ -181,10 +183,12 @@ def cell(norm: str, capability: str) -> str:
     """yes, "no: <error>", "" where it is not meant, "-" where a package is missing."""
     if norm in NOT_MEANT.get(capability, ()):
         return ""
-    if capability.startswith("ONNX") and not all(map(importlib.util.find_spec, ONNX)):
+    if capability.startswith("ONNX") and not all(map(found, ONNX)):
         return "-"
     try:
         CHECKS[capability](network(norm))
+    except AssertionError as error:
+        return f"no: {(str(error) or 'AssertionError').splitlines()[0]}"
     except Exception as error:
         return f"no: {type(error).__name__}"
     return "yes"
@@ -200,15 +204,27 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
     text = table()
     print(text)
-    if args.write:
-        head = (
-            f"Made by scripts/check_capabilities.py with torch {torch.__version__} on the CPU.\n\n"
-        )
-        TABLE.write_text(head + text)
+    if args.readme:
+        README.write_text(replace_table(README.read_text(), text))
+
+
+def replace_table(readme: str, text: str) -> str:
+    """The README with `text` and what it was made with between the markers."""
+    head, _, rest = readme.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", *ONNX) if found(name)
+    )
+    source = f"Made by `scripts/check_capabilities.py --readme` on the CPU with {versions}."
+    return f"{head}{BEGIN}\n{source}\n\n{text}{END}{tail}"
+
+
+def found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 if __name__ == "__main__":

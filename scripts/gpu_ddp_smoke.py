@@ -1,6 +1,9 @@
-"""Three DDP steps over NCCL: each process's fused layers equal the plain formula, weights agree.
+"""Over NCCL: three DDP steps, fused layers against the plain formula; synchronised norms.
 
 torchrun --standalone --nproc_per_node=<GPUs> scripts/gpu_ddp_smoke.py
+
+Synchronised norms on unequal batches are held to one process with the whole batch, which proves
+something from two GPUs on.
 """
 
 import os
@@ -37,6 +40,35 @@ def train(backend: str, device, rank: int) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+def check_synchronised(norm: str, plain: str, device) -> None:
+    """Outputs and gradients of `norm`, unequal batches, are those of `plain` on the whole batch."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    counts = [2 + other for other in range(world)]
+    torch.manual_seed(0)
+    layers = [sn.make_norm(name)(8).to(device, torch.float64) for name in (norm, plain)]
+    with torch.no_grad():
+        for parameters in zip(*(layer.parameters() for layer in layers)):
+            value = torch.randn(parameters[0].shape, dtype=torch.float64)
+            for parameter in parameters:
+                parameter.copy_(value)
+    whole = torch.randn(sum(counts), 8, 6, 5, dtype=torch.float64).to(device)
+    upstream = torch.randn(sum(counts), 8, 6, 5, dtype=torch.float64).to(device)
+    outputs, grads = [], []
+    for layer, part in zip(layers, (lambda value: value.split(counts)[rank], lambda value: value)):
+        x = part(whole).clone().requires_grad_()
+        y = layer(x)
+        (y * part(upstream)).sum().backward()
+        outputs.append([y.detach(), x.grad])
+        grads.append([p.grad for p in layer.parameters()])
+    for ours, theirs in zip(*outputs):
+        torch.testing.assert_close(ours, theirs.split(counts)[rank])
+    for ours, theirs in zip(*grads):
+        dist.all_reduce(ours)
+        torch.testing.assert_close(ours, theirs)
+    for name, buffer in layers[0].named_buffers():
+        torch.testing.assert_close(buffer, layers[1].get_buffer(name), msg=f"{norm} {name}")
+
+
 def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
@@ -49,8 +81,15 @@ def main() -> None:
         first = ours.clone()
         dist.broadcast(first, 0)
         assert torch.equal(first, ours), "the processes' weights differ"
+    check_synchronised("sync_sn", "sn", device)
+    check_synchronised("sync_bn", "bn", device)
     if rank == 0:
-        print(f"{dist.get_world_size()} processes: fused equals plain, weights agree")
+        world = dist.get_world_size()
+        print(f"{world} processes: fused equals plain, weights agree")
+        if world > 1:
+            print("sync_sn and sync_bn equal one process on the whole batch")
+        else:
+            print("one process: synchronised norms over NCCL remain unproven")
     dist.destroy_process_group()
 
 

@@ -4,6 +4,12 @@
 """
 
 from .batch_average import batch_average
+from .batch_kalman import (
+    BatchKalmanNorm1d,
+    BatchKalmanNorm2d,
+    BatchKalmanNorm3d,
+    connect_bkn,
+)
 from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .convert import NormAct, convert
 from .fold import fold
@@ -29,6 +35,7 @@ from .norms import (
     NoNorm,
     make_norm,
 )
+from .recurrent import SwitchNormLSTM, SwitchNormLSTMCell
 from .sparse import (
     SparseSwitchNorm1d,
     SparseSwitchNorm2d,
@@ -48,6 +55,9 @@ from .version import __version__
 __all__ = [
     "STATISTICS",
     "AutoGroupNorm",
+    "BatchKalmanNorm1d",
+    "BatchKalmanNorm2d",
+    "BatchKalmanNorm3d",
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
@@ -64,6 +74,8 @@ __all__ = [
     "SwitchNorm2d",
     "SwitchNorm3d",
     "SwitchNormAct2d",
+    "SwitchNormLSTM",
+    "SwitchNormLSTMCell",
     "SwitchNormRecurrent",
     "SyncSwitchNorm1d",
     "SyncSwitchNorm2d",
@@ -71,6 +83,7 @@ __all__ = [
     "__version__",
     "backend",
     "batch_average",
+    "connect_bkn",
     "convert",
     "convert_sync_switchnorm",
     "fold",

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batch_renorm import BatchRenormBase
 from .modules import SwitchNormBase
+from .running import RunningNorm
 
 
 def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -21,7 +22,7 @@ def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, (_BatchNorm, SwitchNormBase, BatchRenormBase))
+        if isinstance(layer, (_BatchNorm, SwitchNormBase, RunningNorm))
         and getattr(layer, "running_mean", None) is not None
     }
 
@@ -37,6 +38,8 @@ class _Moments:
 
     def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
+        if not layer.training:  # bkn looking at its network
+            return
         count = args[0].numel() // args[0].shape[1]
         freedom = count
         if isinstance(layer, nn.SyncBatchNorm):  # holds the moments of all processes' batches

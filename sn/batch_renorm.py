@@ -6,12 +6,12 @@ Source: Ioffe, Batch Renormalization, arXiv 1702.03275, algorithm 1.
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .functional import check_virtual_gpus
+from .running import RunningNorm
 
 
-class BatchRenormBase(nn.Module):
+class BatchRenormBase(RunningNorm):
     """y = weight ((x - mu_B) / sigma_B r + d) + bias; use BatchRenorm1d, 2d or 3d.
 
     r = clip(sigma_B / sigma, 1 / r_max, r_max) and d = clip((mu_B - mu) / sigma, -d_max, d_max)
@@ -31,7 +31,6 @@ class BatchRenormBase(nn.Module):
     buffers mean the same as those of batch norm (ours biased, torch's unbiased).
     """
 
-    input_dims: tuple[int, ...]
     # Moving mean and variance and images seen to refer to in place of the buffers; "batch": refer
     # to nothing, as plain batch norm.
     reference: tuple[Tensor, Tensor, Tensor] | str | None = None
@@ -52,7 +51,6 @@ class BatchRenormBase(nn.Module):
         d_images: tuple[float, float] = (8e6, 40e6),
         virtual_gpus: int = 1,
     ):
-        super().__init__()
         if not track_running_stats:
             raise ValueError("batch renormalization needs its running statistics; use norm 'bn'")
         if r_max < 1 or d_max < 0:
@@ -62,36 +60,15 @@ class BatchRenormBase(nn.Module):
                 raise ValueError(
                     f"{name}={span}; expected (first, last) images, 0 <= first <= last"
                 )
-        check_virtual_gpus(virtual_gpus)
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.track_running_stats = True
+        super().__init__(num_features, eps, momentum, affine, device, dtype, virtual_gpus)
         self.r_max, self.d_max = float(r_max), float(d_max)
         self.r_images, self.d_images = tuple(r_images), tuple(d_images)
-        self.virtual_gpus = virtual_gpus
-        factory = {"device": device, "dtype": dtype}
-        for name in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(num_features, **factory)) if affine else None
-            self.register_parameter(name, value)
-        self.register_buffer("running_mean", torch.zeros(num_features, **factory))
-        self.register_buffer("running_var", torch.ones(num_features, **factory))
-        for name in ("num_batches_tracked", "images_seen"):
-            self.register_buffer(name, torch.tensor(0, dtype=torch.long, device=device))
+        self.register_buffer("images_seen", torch.tensor(0, dtype=torch.long, device=device))
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
+        super().reset_running_stats()
         self.images_seen.zero_()
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        if self.affine:
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
 
     def limits(self, images_seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """r_max and d_max at `images_seen` (default: the layer's), as float64 scalars."""
@@ -119,7 +96,8 @@ class BatchRenormBase(nn.Module):
         if self.bias is not None:
             d = d + self.bias
         y = F.batch_norm(merged, None, None, r.flatten(), d.flatten(), True, 0.0, self.eps)
-        self._update(mean.mean(0), var.mean(0), x.shape[0])
+        self._count_images(x.shape[0])
+        self._update(mean.mean(0), var.mean(0))
         if groups == 1:
             return y
         y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
@@ -146,25 +124,9 @@ class BatchRenormBase(nn.Module):
         return r.to(kept), d.to(kept), mean, var
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, images: int) -> None:
-        self.num_batches_tracked.add_(1)
+    def _count_images(self, images: int) -> None:
         processes = dist.is_available() and dist.is_initialized()
         self.images_seen.add_(images * (dist.get_world_size() if processes else 1))
-        momentum = self.momentum
-        if momentum is None:  # cumulative average, as torch's BatchNorm
-            momentum = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() not in self.input_dims or x.shape[1] != self.num_features:
-            dims = " or ".join(f"{dim}-D" for dim in self.input_dims)
-            raise ValueError(
-                f"{type(self).__name__}({self.num_features}) expects {dims} input with "
-                f"{self.num_features} channels, got shape {tuple(x.shape)}"
-            )
-        if self.training:
-            check_virtual_gpus(self.virtual_gpus, x.shape[0])
 
     def extra_repr(self) -> str:
         options = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_renorm import BatchRenormBase
+from .batch_kalman import connect_bkn
 from .modules import SwitchNormBase
 from .norms import FrozenBatchNorm, NoNorm, _options, make_norm
+from .running import RunningNorm
 
 _DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, timm's, Detectron2's
-_EXACT = (_BatchNorm, BatchRenormBase, FrozenBatchNorm)  # their evaluation is batch norm's
+_EXACT = (_BatchNorm, RunningNorm, FrozenBatchNorm)  # their evaluation is batch norm's
 
 
 class NormAct(nn.Module):
@@ -69,7 +70,7 @@ def convert(
         for layer in model.modules():  # without a norm before it, it would overwrite its input's
             if getattr(layer, "inplace", False) is True:
                 layer.inplace = False
-    return model
+    return connect_bkn(model)
 
 
 def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> nn.Module:
@@ -131,7 +132,7 @@ def _check_keeps(where: str, layer: nn.Module, twin: nn.Module) -> None:
     if not switchable and not isinstance(twin, _EXACT):
         raise ValueError(
             f"keep_outputs: {type(twin).__name__} has no batch statistics to keep from {where}; "
-            "take sn with bn among its statistics, ssn, sync_sn, bn, brn, frozen_bn or sync_bn"
+            "take sn with bn among its statistics, ssn, sync_sn, bn, brn, bkn, frozen_bn or sync_bn"
         )
     if (layer.running_mean is None) != (twin.running_mean is None) or twin.eps != layer.eps:
         raise ValueError(f"keep_outputs: eps or running statistics of {where} would change")

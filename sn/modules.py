@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
+from .running import count_batch
 
 
 class SwitchNormBase(nn.Module):
@@ -94,11 +95,8 @@ class SwitchNormBase(nn.Module):
 
     def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input(x)
-        momentum = self.momentum
-        if self.training and self.track_running_stats and x.numel() > 0:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # cumulative average, as torch's BatchNorm
-                momentum = 1.0 / float(self.num_batches_tracked)
+        counts = self.training and self.track_running_stats and x.numel() > 0
+        momentum = count_batch(self) if counts else 0.0
         tensors = (
             x,
             *self._logits(),
@@ -111,7 +109,7 @@ class SwitchNormBase(nn.Module):
             self.statistics,
             self.num_groups,
             self.training,
-            0.0 if momentum is None else momentum,
+            momentum,
             self.eps,
             self.virtual_gpus,
         )

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
+from .running import count_batch
 from .sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
 from .sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
 
@@ -55,10 +57,7 @@ class _VirtualGPUs:
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1.0 / float(self.num_batches_tracked)
+        momentum = count_batch(self)
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(var, momentum)
 
@@ -161,6 +160,7 @@ NORMS = {
     "ln": (_GROUP_NORM, {"num_groups": 1}),
     "none": (dict.fromkeys((1, 2, 3), NoNorm), {}),
     "brn": ({1: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}, {}),
+    "bkn": ({1: BatchKalmanNorm1d, 2: BatchKalmanNorm2d, 3: BatchKalmanNorm3d}, {}),
     "frozen_bn": (dict.fromkeys((1, 2, 3), FrozenBatchNorm), {}),
     "ssn": ({1: SparseSwitchNorm1d, 2: SparseSwitchNorm2d, 3: SparseSwitchNorm3d}, {}),
     "sync_sn": ({1: SyncSwitchNorm1d, 2: SyncSwitchNorm2d, 3: SyncSwitchNorm3d}, {}),

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from . import functional
 from .functional import _check_shapes, _instance_moments, _mix_and_apply, _pool
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
+from .running import count_batch
 
 
 class _GroupMoments(torch.autograd.Function):
@@ -130,11 +131,7 @@ class SyncSwitchNormBase(SwitchNormBase):
         if group is None:
             return super()._normalize(x, residual, relu)
         self._check_input(x)
-        momentum = self.momentum
-        if self.track_running_stats:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # cumulative average, as torch's BatchNorm
-                momentum = 1.0 / float(self.num_batches_tracked)
+        momentum = count_batch(self) if self.track_running_stats else 0.0
         y = sync_switch_norm(
             x,
             self.mean_weight,
@@ -146,7 +143,7 @@ class SyncSwitchNormBase(SwitchNormBase):
             process_group=group,
             statistics=self.statistics,
             num_groups=self.num_groups,
-            momentum=0.0 if momentum is None else momentum,
+            momentum=momentum,
             eps=self.eps,
             unbiased=self.unbiased,
         )

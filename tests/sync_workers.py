@@ -1,7 +1,9 @@
 """What test_sync.py runs in the processes of a gloo group."""
 
 import copy
+import importlib.util
 import itertools
+from pathlib import Path
 
 import oracle
 import torch
@@ -119,3 +121,19 @@ def run(rank, folder, counts):
         f"{folder}/{rank}.pt",
     )
     dist.destroy_process_group()
+
+
+def run_gpu_check(rank):
+    """The check that waits for NCCL, over gloo."""
+    path = Path(__file__).parents[1] / "scripts/gpu_ddp_smoke.py"
+    spec = importlib.util.spec_from_file_location("gpu_ddp_smoke", path)
+    smoke = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(smoke)
+    dist.init_process_group("gloo")
+    smoke.check_synchronised("sync_sn", "sn", torch.device("cpu"))
+    try:
+        smoke.check_synchronised("bn", "bn", torch.device("cpu"))  # not synchronised: must not pass
+    except AssertionError:
+        dist.destroy_process_group()
+    else:
+        raise RuntimeError("batch norm of each process passed as synchronised")

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import pickle
+import random
+import resource
 import shutil
 import signal
 import time
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from sn.training import checkpoint
-from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.checkpoint import keep_best, load_checkpoint, load_weights, save_checkpoint
 
 
 def state(number):
@@ -217,3 +219,146 @@ def test_written_before_it_is_renamed(path, monkeypatch):
     )
     save_checkpoint(path, state(1))
     assert order == ["fsync", "replace", "fsync"]
+
+
+@pytest.mark.parametrize("keep", [2, 3, 5])
+def test_keeps_the_last_k(keep, path):
+    for number in range(1, 8):
+        save_checkpoint(path, state(number), keep)
+        found = {number_in(file) for file in path.parent.iterdir()}
+        assert found == set(range(max(1, number - keep + 1), number + 1))
+    save_checkpoint(path, state(8), keep=2)  # fewer from now on
+    assert {number_in(file) for file in path.parent.iterdir()} == {7, 8}
+
+
+def test_falls_back_through_all_that_are_kept(path, capsys):
+    for number in (1, 2, 3, 4):
+        save_checkpoint(path, state(number), keep=4)
+    for name, expected in [("", 3), ("_previous", 2), ("_previous2", 1)]:
+        path.with_name(f"checkpoint{name}.pt").write_bytes(b"broken")
+        assert number_in(path) == expected
+    assert capsys.readouterr().err.count("warning") == 1 + 2 + 3
+
+
+def test_killed_anywhere_in_a_rotation(path, monkeypatch):
+    """After each rename in turn: the newest that can be read is at most one save old."""
+    replace = os.replace
+    for call in range(1, 5):
+        for number in range(1, 6):
+            save_checkpoint(path, state(number), keep=4)
+        calls = []
+
+        def dying(*args, calls=calls, call=call):
+            calls.append(args)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            replace(*args)
+
+        monkeypatch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, state(6), keep=4)
+        monkeypatch.setattr(os, "replace", replace)
+        assert number_in(path) == 5, f"killed at rename {call}"
+        for file in path.parent.iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_is_kept(links, path, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    for number in (1, 2):
+        save_checkpoint(path, state(number))
+        keep_best(path)
+    for number in (3, 4, 5):
+        save_checkpoint(path, state(number))
+    assert number_in(path.with_name("checkpoint_best.pt")) == 2
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_full_disk(path):
+    """A file that cannot grow, as on a full disk: the old one whole, no rest of the new."""
+    save_checkpoint(path, state(1))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write checkpoint .* MiB free.*untouched"):
+            save_checkpoint(path, state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert number_in(path) == 1
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_folder_that_takes_no_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write checkpoint|Not a directory"):
+        save_checkpoint(tmp_path / "file" / "checkpoint.pt", state(1))
+
+
+def test_a_flipped_bit_is_seen_or_harmless(path, capsys):
+    """200 single bits: the content read is never another one."""
+    save_checkpoint(path, state(1))
+    save_checkpoint(path, state(2))
+    content, expected = path.read_bytes(), state(2)["model"]["weight"]
+    rng, refused = random.Random(0), 0
+    for _ in range(200):
+        position, bit = rng.randrange(len(content)), rng.randrange(8)
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << bit
+        path.write_bytes(flipped)
+        loaded = load_checkpoint(path)
+        if loaded["progress"]["epoch"] == 1:
+            refused += 1
+        else:
+            assert torch.equal(loaded["model"]["weight"], expected)
+            assert loaded["progress"] == {"epoch": 2, "loss": 0.5}
+    assert refused > 150
+
+
+def test_checkpoint_of_another_kind(path, capsys):
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path, needed=("model",))
+    assert "no 'model'" in capsys.readouterr().err
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path, needed=("model",))
+
+
+def test_weights_of_every_format(tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    torch.save(weights, tmp_path / "new.pth")
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "w.safetensors")
+    for name in ("new.pth", "old.pth", "w.safetensors"):
+        loaded = load_weights(tmp_path / name)
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_weights_run_no_code(new, tmp_path):
+    marker, path = tmp_path / "code ran", tmp_path / "evil.pth"
+    evil = {"a": Evil(str(marker))}
+    torch.save(evil, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match="cannot read weights"):
+        load_weights(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_damaged_weights_are_named(name, tmp_path):
+    for content in (b"", b"no weights", bytes(100)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read weights from .*{name}"):
+            load_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_weights(tmp_path / "none.pth")
+    torch.save(torch.ones(2), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="holds a Tensor"):
+        load_weights(tmp_path / "tensor.pth")

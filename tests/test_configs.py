@@ -108,7 +108,7 @@ def test_experiments_invent_no_keys():
 def test_every_norm_builds():
     for option in OPTIONS:
         if option.startswith("norm="):
-            layer = sn.make_norm(**complete(option)["norm"])(16)
+            layer = sn.connect_bkn(sn.make_norm(**complete(option)["norm"])(16))
             assert layer(torch.randn(4, 16, 5, 5)).shape == (4, 16, 5, 5)
     assert complete("norm=sn_in_ln")["norm"]["statistics"] == ["in", "ln"]
 

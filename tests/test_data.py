@@ -16,14 +16,19 @@ from sn.training.data import (
     PCA_VALUES,
     PCA_VECTORS,
     Augmentation,
+    BadImages,
+    FileImages,
     Lighting,
     SettingSampler,
     TransformedImages,
     batch_average_batches,
     build_data,
     evaluation_batches,
+    load_image_folder,
     make_loader,
+    read_image,
 )
+from sn.training.evaluation import evaluate
 
 CPU = torch.device("cpu")
 SETTINGS = [(8, 32), (8, 3), (4, 1), (1, 16), (2, 5)]
@@ -736,3 +741,86 @@ def test_color_jitter(tmp_path):
     again = [images[epoch, 1][0] for epoch in range(4)]
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], first[1])
+
+
+def folder_with_bad_images(tmp_path, bad=3):
+    """4 readable grey images a class, two classes, and `bad` unreadable ones of different kinds."""
+    kinds = [b"", b"not an image", None]
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (9, 9), (50 * index,) * 3).save(folder / f"{index}.png")
+    for index in range(bad):
+        content = kinds[index % len(kinds)]
+        if content is None:  # truncated
+            content = (tmp_path / "train" / "a" / "3.png").read_bytes()[:-30]
+        (tmp_path / "train" / "a" / f"2bad{index}.png").write_bytes(content)
+    return tmp_path
+
+
+def test_bad_images_are_skipped_listed_and_counted_once(tmp_path, capsys):
+    root = folder_with_bad_images(tmp_path / "data")
+    bad = BadImages(tmp_path / "bad_images.txt", limit=3)
+    images = load_image_folder("x", str(root), image_size=8, resize=8, bad=bad).train
+    assert len(images) == 11
+    for _ in range(2):
+        found = [images[index] for index in range(11)]
+    assert [image.size for image, _ in found] == [(9, 9)] * 11
+    # the three bad ones lie between the third and the fourth of class a, which stands in for them
+    assert [image.getpixel((0, 0))[0] for image, _ in found[:7]] == [0, 50, 100, 150, 150, 150, 150]
+    assert len(bad.lines()) == 3 and all(f"2bad{i}.png" in bad.lines()[i] for i in range(3))
+    assert capsys.readouterr().err.count("; skipped\n") == 3
+    again = BadImages(tmp_path / "bad_images.txt", limit=3)  # a resumed run
+    assert again.lines() == bad.lines()
+
+
+def test_one_bad_image_too_many(tmp_path, capsys):
+    root = folder_with_bad_images(tmp_path / "data")
+    bad = BadImages(tmp_path / "bad_images.txt", limit=2)
+    images = load_image_folder("x", str(root), image_size=8, resize=8, bad=bad).train
+    images[0]
+    with pytest.raises(ValueError, match="3 unreadable images, more than data.max_bad_images=2"):
+        images[3]  # whose stand-ins are bad too
+    with pytest.raises(ValueError, match="cannot read image .*2bad0.png"):
+        load_image_folder("x", str(root), image_size=8, resize=8).train[3]
+
+
+def test_bad_image_of_an_evaluation_does_not_count(tmp_path, capsys):
+    """Accuracy over the readable images alone; nothing stands in for a bad one."""
+    root = folder_with_bad_images(tmp_path / "data", bad=0)
+    (root / "val" / "b" / "1.png").write_bytes(b"")
+    bad = BadImages(tmp_path / "bad_images.txt", limit=1)
+    data = load_image_folder("x", str(root), image_size=8, resize=8, bad=bad)
+    loader = make_loader(
+        TransformedImages(data.val, data.evaluation, 1),
+        evaluation_batches(len(data.val), 3),
+        0,
+        torch.device("cpu"),
+    )
+    assert sum((labels < 0).sum() for _, labels in loader) == 1
+
+    class SaysZero(torch.nn.Module):
+        def forward(self, x):
+            return torch.eye(2)[:1].expand(len(x), 2)
+
+    result = evaluate(SaysZero(), loader, lambda x: x)
+    assert result["top1"] == pytest.approx(100 * 4 / 7)
+
+
+def test_all_images_bad(tmp_path, capsys):
+    folder = tmp_path / "a.png"
+    folder.write_bytes(b"")
+    bad = BadImages(tmp_path / "bad_images.txt", limit=5)
+    with pytest.raises(ValueError, match="none of 2 images can be read"):
+        FileImages([(str(folder), 0)] * 2, bad=bad)[0]
+
+
+def test_exif_rotation_is_left_as_stored(tmp_path):
+    """As torchvision's and timm's loaders: the pixels as they are in the file."""
+    image = Image.new("RGB", (6, 4), "red")
+    exif = image.getexif()
+    exif[274] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").size == (6, 4)

@@ -519,6 +519,83 @@ def test_divergence_does_not_spoil_the_checkpoint(tmp_path, tiny, monkeypatch):
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
+def poison(monkeypatch, step, what):
+    """Make the loss or one gradient of training step `step` (1 is the first) not finite."""
+    cross_entropy, calls = F.cross_entropy, []
+
+    def poisoned(logits, target, **options):
+        if not logits.requires_grad:
+            return cross_entropy(logits, target, **options)
+        calls.append(step)
+        if len(calls) != step:
+            return cross_entropy(logits, target, **options)
+        if what == "loss":
+            return cross_entropy(logits, target, **options) * math.nan
+        logits.register_hook(lambda grad: grad * math.inf)
+        return cross_entropy(logits, target, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite_stops_before_the_update(what, tmp_path, tiny, monkeypatch):
+    """The last checkpoint is that of the step before, whole and finite."""
+    poison(monkeypatch, 7, what)
+    with pytest.raises(FloatingPointError, match=f"{what} is not finite at epoch 2, step 3 of 4"):
+        train(tmp_path, "checkpoint_steps=1")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (1, 2)
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("emulation", ["grouped", "accumulated"])
+def test_a_skipped_step_changes_nothing_but_the_count(what, emulation, tmp_path, tiny, monkeypatch):
+    options = ["max_skipped_steps=1", f"setting.emulation={emulation}", "schedule.epochs=1"]
+    before, after = [], []
+    step = train_imagenet.train_step
+
+    def watched(run, *args):
+        before.append(copy.deepcopy(run.model.state_dict()))
+        result = step(run, *args)
+        after.append(copy.deepcopy(run.model.state_dict()))
+        return result
+
+    monkeypatch.setattr(train_imagenet, "train_step", watched)
+    poison(monkeypatch, 2, what)  # accumulated: one micro-batch of the first step
+    summary = train(tmp_path, *options)
+    bad = 1 if emulation == "grouped" else 0
+    for name, value in before[bad].items():
+        assert torch.equal(value, after[bad][name]), name
+    moved = [not torch.equal(before[i]["fc.weight"], after[i]["fc.weight"]) for i in range(4)]
+    assert moved == [i != bad for i in range(4)]
+    assert summary["skipped_steps"] == 1 and summary["status"] == "finished"
+    assert summary["images_seen"] == 32
+    assert math.isfinite(lines(tmp_path / "metrics.jsonl")[0]["train/loss"])
+
+
+def test_bad_images_of_a_run_are_counted(tmp_path, capsys):
+    from PIL import Image
+
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (9, 9)).save(tmp_path / part / label / f"{index}.png")
+    for name in ("train/a/1.png", "train/b/2.png", "val/a/0.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    options = ["data=imagenet", f"data.root={tmp_path}", "data.image_size=8", "data.resize=8"]
+    options += ["model=resnet20", "schedule.epochs=2", "data.workers=0", "setting.gpus=2"]
+    options += ["setting.images_per_gpu=2", "device=cpu", "data.max_bad_images=3"]
+    out = tmp_path / "out"
+    summary = train_imagenet.train(config(*options, f"output_dir={out}"))
+    assert summary["bad_images"] == 3 and summary["status"] == "finished"
+    listed = (out / "bad_images.txt").read_text()
+    assert all(name in listed for name in ("train/a/1.png", "train/b/2.png", "val/a/0.png"))
+    with pytest.raises(ValueError, match="3 unreadable images, more than data.max_bad_images=2"):
+        train_imagenet.train(config(*options, "data.max_bad_images=2", f"output_dir={out}2"))
+
+
 # --- settings
 
 
@@ -761,7 +838,7 @@ def test_error_is_one_line(arguments, wanted, tmp_path):
         (["schedule.warmup=abc"], ["schedule.warmup=abc"]),
         (["schedule.warmup=1.5"], ["schedule.warmup=1.5"]),
         (["schedule.gamma=abc"], ["schedule.gamma=abc"]),
-        (["schedule.decay=linear"], ["schedule.decay='linear'", "cosine"]),
+        (["schedule.decay=linear"], ["schedule.decay=linear", "cosine"]),
         (["schedule.last_fraction=abc"], ["schedule.last_fraction=abc"]),
         (["model.dropout=abc"], ["model.dropout=abc"]),
         (["model.dropout=1"], ["model.dropout=1"]),

@@ -40,7 +40,7 @@ def count(model, kind):
     return sum(isinstance(m, kind) for m in model.modules())
 
 
-NETWORKS = [("resnet20", "cifar", n) for n in ("ssn", "bn", "frozen_bn", "sync_bn")]
+NETWORKS = [("resnet20", "cifar", n) for n in ("ssn", "bn", "frozen_bn", "sync_bn", "brn", "bkn")]
 
 
 @pytest.mark.parametrize(

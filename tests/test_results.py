@@ -181,7 +181,8 @@ def test_paper_blocks_are_described(paper):
         assert {"caption", "source", "run"} <= set(block), name
         assert block.get("printed", False) != block.get("read_off_figure", False), name
         assert "error" in block or block.get("printed"), name
-        assert block["run"] in (None, "imagenet/{data}_{model}/{norm}_{setting}"), name
+        tasks = ("imagenet", "detection", "style_transfer", "enas")
+        assert block["run"] is None or block["run"].split("/")[0] in tasks, name
     for curves in (paper["fig_5a"]["loss"], paper["fig_5b"]["accuracy"]):
         assert len(set(map(len, curves.values()))) == 1
 

@@ -32,7 +32,10 @@ RUNS = {  # name -> (processes, emulation)
 BRN = ("norm.r_images=[20,60]", "norm.d_images=[20,60]", "norm.momentum=0.3")
 
 
-@pytest.mark.parametrize("norm", ["bn", "sn", pytest.param("brn", marks=pytest.mark.slow)])
+SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("brn", "bkn")]
+
+
+@pytest.mark.parametrize("norm", ["bn", "sn", *SLOW])
 def test_emulation_equals_processes(norm, tmp_path):
     results = {}
     for index, (name, (processes, emulation)) in enumerate(RUNS.items()):

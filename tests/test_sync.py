@@ -150,3 +150,7 @@ def test_in_the_settings():
     torch.testing.assert_close(model(x), y)
     with pytest.raises(ValueError, match="emulation=grouped"):
         prepare_setting(model, 8, 2, "accumulated", 1)
+
+
+def test_the_check_for_nccl_works_over_gloo():
+    run_in_group(2, sync_workers.run_gpu_check)

@@ -109,11 +109,14 @@ class BadImages:
     """Counts unreadable images over all processes, data workers and resumptions of a run.
 
     They share the text file `path`, one bad image a line, each once. Past `limit` of them `add`
-    raises its error. Without a path nothing is counted and every bad image is past the limit.
+    raises its error, naming the limit by `key`. Without a path nothing is counted and every bad
+    image is past the limit.
     """
 
-    def __init__(self, path: str | Path | None = None, limit: int = 0):
-        self.path, self.limit = path and Path(path), limit
+    def __init__(
+        self, path: str | Path | None = None, limit: int = 0, key: str = "data.max_bad_images"
+    ):
+        self.path, self.limit, self.key = path and Path(path), limit, key
 
     def lines(self) -> list[str]:
         """What the file holds."""
@@ -134,7 +137,7 @@ class BadImages:
             known = list(dict.fromkeys(self.lines()))
         if len(known) > self.limit:
             raise ValueError(
-                f"{len(known)} unreadable images, more than data.max_bad_images={self.limit}; "
+                f"{len(known)} unreadable images, more than {self.key}={self.limit}; "
                 f"the last: {line}; all of them in {self.path}"
             )
 
@@ -331,6 +334,17 @@ def load_cifar10(root: str, download: bool = False, train_images: int | None = N
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),
     )
+
+
+def load_cifar10_test(root: str) -> ArrayImages:
+    """CIFAR-10's test images, from `root`/cifar-10-batches-py/test_batch, for a last evaluation.
+
+    Raises FileNotFoundError if they are not there.
+    """
+    path = Path(root) / "cifar-10-batches-py" / "test_batch"
+    if not path.is_file():
+        raise FileNotFoundError(f"no CIFAR-10 test images in data.root={root}: {path} is missing")
+    return ArrayImages(*_load_cifar_batch(path))
 
 
 class _ArraysOnly(pickle.Unpickler):

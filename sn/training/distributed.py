@@ -63,6 +63,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if in_group():
+        dist.barrier()
+
+
 def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
     """Return `model`, in DistributedDataParallel if there are several processes.
 

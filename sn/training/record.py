@@ -41,6 +41,12 @@ MACHINE_KEYS = (
     "checkpoint.path",
     "predict.images",
     "predict.out",
+    "photos.root",
+    "photos.workers",
+    "photos.max_bad_images",
+    "style.image",
+    "vgg.weights",
+    "schedule.steps",  # style transfer's lr is constant: a longer run continues a shorter one
 )
 
 # keys added later, with the value that says what runs did before; such a record leaves them out

@@ -131,9 +131,8 @@ def load_runs(root: Path | str, task: str | None = "imagenet") -> list[Run]:
         if task is not None and summary["task"] != task:
             continue
         folder = path.parent
-        unit = "epoch" if "epochs" in summary else "step"
-        importance = _read_lines(folder / "importance.jsonl", (unit, "layers"))
-        metrics = _read_lines(folder / "metrics.jsonl", (unit,))
+        importance = _read_lines(folder / "importance.jsonl", ("layers",))
+        metrics = _read_lines(folder / "metrics.jsonl")
         runs.append(Run(folder, summary, _read_config(folder), importance, metrics))
     return runs
 
@@ -157,8 +156,8 @@ def _check_summary(summary: Any) -> None:
                 raise ValueError(f"no 'setting.{key}', or not a whole number")
 
 
-def _read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file by `keys[0]`; a resumed run's later line replaces the earlier."""
+def _read_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file by epoch or step; of a resumed run the later line counts."""
     if not path.is_file():
         return []
     lines = {}
@@ -168,8 +167,11 @@ def _read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             if not isinstance(record, dict) or any(key not in record for key in keys):
-                raise ValueError(f"needs {', '.join(keys)}")
-            lines[record[keys[0]]] = record
+                raise ValueError(f"needs {', '.join(keys) or 'an object'}")
+            unit = next((key for key in ("epoch", "step") if key in record), None)
+            if unit is None:
+                raise ValueError("needs epoch or step")
+            lines[record[unit]] = record
         except ValueError as error:
             log.warning("warning: %s line %d left out: %s", path, number, error)
     return [lines[count] for count in sorted(lines)]

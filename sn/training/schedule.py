@@ -33,6 +33,18 @@ def lr_factor(
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
+def cosine_restarts(epoch: int, first_period: int, period_factor: int) -> float:
+    """Return the share, 1 to 0, of a cosine that begins anew: periods grow by `period_factor`.
+
+    lr = min + share * (max - min). Source: Loshchilov and Hutter 2017; ENAS has 10 and 2.
+    """
+    period = first_period
+    while epoch >= period:
+        epoch -= period
+        period *= period_factor
+    return 0.5 * (1 + math.cos(math.pi * epoch / period))
+
+
 def steps_per_epoch(num_images: int, gpus: int, images_per_gpu: int) -> int:
     """ceil(ceil(images / gpus) / images per gpu), as with a sampler that pads each GPU's share."""
     return math.ceil(math.ceil(num_images / gpus) / images_per_gpu)

@@ -1,0 +1,239 @@
+"""Time style transfer with BN, IN and SN against the PyTorch examples' network, in one run.
+
+    python scripts/bench_style.py                                 # 128 px, 2 images, CPU
+    python scripts/bench_style.py --device cuda --size 256 --batch 4 --rounds 30
+    python scripts/bench_style.py --clock cpu                     # on a machine that is busy
+
+The peer has the architecture of pytorch/examples' fast_neural_style (instance norm, the same
+sizes), written anew: separate padding modules, no scaled tanh. A round times every network once,
+in turn; a ratio is taken within its round and the median over the rounds counts. A training step
+is forward, VGG16's losses, backward and Adam; weights of VGG16 are random, which costs the same.
+Writes <output>.json with the environment and <output>.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import sn  # noqa: E402
+from sn.training.record import environment  # noqa: E402
+from sn.training.style import (  # noqa: E402
+    LossNetwork,
+    build_style_net,
+    content_loss,
+    gram,
+    load_loss_network,
+    style_loss,
+)
+
+CONTENT = "relu2_2"
+STYLE = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
+NETWORKS = ("bn", "in", "sn", "peer")
+
+
+class PeerBlock(nn.Module):
+    """Padding, convolution, instance norm as modules of their own."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, zoom: int = 1):
+        super().__init__()
+        self.zoom = zoom
+        self.pad = nn.ReflectionPad2d(kernel // 2)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride)
+        self.norm = nn.InstanceNorm2d(outputs, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.zoom > 1:
+            x = F.interpolate(x, mode="nearest", scale_factor=self.zoom)
+        return self.norm(self.conv(self.pad(x)))
+
+
+class PeerNet(nn.Module):
+    """The architecture of the PyTorch examples' transformation network."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList(
+            [PeerBlock(3, 32, 9), PeerBlock(32, 64, 3, 2), PeerBlock(64, 128, 3, 2)]
+        )
+        self.residual = nn.ModuleList(
+            nn.ModuleList([PeerBlock(128, 128, 3), PeerBlock(128, 128, 3)]) for _ in range(5)
+        )
+        self.up = nn.ModuleList([PeerBlock(128, 64, 3, zoom=2), PeerBlock(64, 32, 3, zoom=2)])
+        self.last = nn.Sequential(nn.ReflectionPad2d(4), nn.Conv2d(32, 3, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.down:
+            x = torch.relu(block(x))
+        for first, second in self.residual:
+            x = x + second(torch.relu(first(x)))
+        for block in self.up:
+            x = torch.relu(block(x))
+        return self.last(x)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time style transfer against its peer.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=128, help="side of training crops")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--megapixels", type=float, default=0.25, help="of the picture stylized")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--output", type=Path, default=ROOT / "results/bench/style")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    side = 4 * round((args.megapixels * 1e6) ** 0.5 / 4)
+    nets = {name: build(name).to(device) for name in NETWORKS}
+    check_sizes(nets)
+    vgg = load_loss_network("random")
+    vgg.features.to(device)
+    crops = torch.rand(args.batch, 3, args.size, args.size, device=device)
+    picture = torch.rand(1, 3, side, side, device=device)
+    tasks = {}
+    for name, net in nets.items():
+        tasks[name] = {
+            "training step": training_step(net, vgg, crops),
+            "network alone, forward + backward": network_step(net, crops),
+            "stylizing": stylizing(net, picture),
+        }
+    seconds = measure(tasks, args.rounds, args.clock, device)
+    report = {
+        "command": "python scripts/bench_style.py " + " ".join(sys.argv[1:]),
+        "size": args.size,
+        "batch": args.batch,
+        "picture": [side, side],
+        "rounds": args.rounds,
+        "clock": args.clock,
+        "seconds": seconds,
+        "over_peer": {
+            task: {name: ratio(seconds, name, task) for name in NETWORKS}
+            for task in seconds["peer"]
+        },
+        **environment(device),
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    text = table(report)
+    args.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return PeerNet() if name == "peer" else build_style_net(sn.make_norm(name))
+
+
+def check_sizes(nets: dict[str, nn.Module]) -> None:
+    """The networks are comparable: convolutions of the same shapes in the same order."""
+    shapes = [
+        [tuple(m.weight.shape) for m in net.modules() if isinstance(m, nn.Conv2d)]
+        for net in nets.values()
+    ]
+    if any(other != shapes[0] for other in shapes):
+        raise SystemExit(f"bench_style.py: convolutions differ: {shapes}")
+
+
+def training_step(net: nn.Module, vgg: LossNetwork, crops: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    with torch.no_grad():
+        targets = [gram(f) for f in vgg(crops[:1], STYLE).values()]
+
+    def step() -> None:
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            content = vgg(crops, [CONTENT])[CONTENT]
+        features = vgg(net(crops), STYLE)
+        loss = content_loss(features[CONTENT], content)
+        loss = loss + style_loss(list(features.values()), targets)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def network_step(net: nn.Module, crops: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        net.train()
+        net(crops).mean().backward()
+
+    return step
+
+
+def stylizing(net: nn.Module, picture: Tensor) -> Callable[[], None]:
+    @torch.no_grad()
+    def step() -> None:
+        net.eval()
+        net(picture)
+
+    return step
+
+
+def measure(tasks: dict, rounds: int, clock: str, device: torch.device) -> dict:
+    """Seconds of every round: {network: {task: [...]}}; all networks in turn within a round."""
+    now = time.perf_counter if clock == "wall" else time.process_time
+    seconds = {name: {task: [] for task in steps} for name, steps in tasks.items()}
+    for number in range(rounds + 1):  # the first warms up
+        for task in next(iter(tasks.values())):
+            for name, steps in tasks.items():
+                synchronise(device)
+                start = now()
+                steps[task]()
+                synchronise(device)
+                if number:
+                    seconds[name][task].append(round(now() - start, 6))
+        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ratio(seconds: dict, name: str, task: str) -> float:
+    pairs = zip(seconds[name][task], seconds["peer"][task])
+    return round(statistics.median(ours / peer for ours, peer in pairs), 3)
+
+
+def table(report: dict) -> str:
+    """The report as Markdown: speeds (medians) and, in brackets, time over the peer's."""
+    seconds, over = report["seconds"], report["over_peer"]
+    megapixels = report["picture"][0] * report["picture"][1] / 1e6
+    lines = [
+        f"<!-- {report['command']} -->",
+        f"{report['device']}, torch {report['versions']['torch']}, float32, {report['clock']} "
+        f"clock, {report['rounds']} rounds, commit {str(report['commit'])[:10]}; training on "
+        f"{report['batch']} crops of {report['size']} px, stylizing {megapixels:.2f} megapixels. "
+        "In brackets the time over the peer's (median of ratios within a round).",
+        "",
+        "| network | training steps/s | network alone, forward + backward, steps/s | "
+        "stylizing, ms/megapixel |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in seconds:
+        median = {task: statistics.median(values) for task, values in seconds[name].items()}
+        step, alone, stylize = median
+        figures = (
+            f"{1 / median[step]:.2f} ({over[step][name]:.2f})",
+            f"{1 / median[alone]:.2f} ({over[alone][name]:.2f})",
+            f"{1000 * median[stylize] / megapixels:.0f} ({over[stylize][name]:.2f})",
+        )
+        title = "PyTorch examples' network (IN)" if name == "peer" else f"ours, {name.upper()}"
+        lines.append(f"| {title} | " + " | ".join(figures) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

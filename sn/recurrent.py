@@ -1,0 +1,280 @@
+"""LSTM cell and layer with LN, GN or their switchable mixture inside; none is torch's own LSTM.
+
+    gates = norm(W_ih x) + b_ih + norm(W_hh h) + b_hh            i, f, g, o = split(gates)
+    c'    = sigmoid(f) c + sigmoid(i) tanh(g)                    h' = sigmoid(o) tanh(norm(c'))
+
+The three places are called input, hidden and cell. Each norm is over the whole vector, 4 D of the
+gates and D of the cell state, as in Ba et al. 2016; `per_gate` gives each gate a norm of its own.
+There are no batch statistics: a batch of one is fine, training and evaluation are the same
+function. Source: section 4.4 (the ENAS controller). Differs: the paper does not say where the
+norms stand; these are Ba et al.'s places.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .functional import check_num_groups
+from .kernels.lstm import LSTMStep, Norm, VectorNorm, norm_plain, step_plain
+from .modules import SwitchNormRecurrent
+from .norms import AutoGroupNorm, NoNorm
+
+LSTM_NORMS = ("none", "ln", "gn", "sn_ln_gn")
+LSTM_PLACES = ("input", "hidden", "cell")
+
+
+class SwitchNormLSTMCell(nn.LSTMCell):
+    """nn.LSTMCell with a norm of its gates and cell state; the same parameters and arguments.
+
+    `norm` is none, ln, gn or sn_ln_gn; `places` any subset of input, hidden, cell. `num_groups`
+    (of each normalised vector) must divide `hidden_size`; None is the most up to 8 that have a
+    multiple of 4 entries each (a group of one entry is always 0). The norms are `norms.input`,
+    `norms.hidden`, `norms.cell`; with norm none there are no such entries, so that state dicts of
+    nn.LSTMCell load. The cell state that is returned is not normalised.
+
+    Raises ValueError for an unknown norm or place, or groups that do not divide.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        norm: str = "sn_ln_gn",
+        num_groups: int | None = None,
+        places: Sequence[str] = LSTM_PLACES,
+        per_gate: bool = False,
+        eps: float = 1e-5,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(input_size, hidden_size, bias, **factory)
+        self.norm = norm
+        self.norms = _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory)
+
+    def reset_parameters(self) -> None:
+        """As nn.LSTMCell; gains at 1, shifts at 0, control parameters equal."""
+        super().reset_parameters()
+        _reset_norms(self)
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (h', c') for input (B, input_size) or (input_size,) and hx = (h, c), else 0."""
+        if self.norm == "none":
+            return super().forward(input, hx)
+        if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
+            raise ValueError(
+                f"SwitchNormLSTMCell expects input of shape (B, {self.input_size}) or "
+                f"({self.input_size},), got {tuple(input.shape)}"
+            )
+        x = torch.atleast_2d(input)
+        if hx is None:
+            h = c = x.new_zeros(x.shape[0], self.hidden_size)
+        else:
+            h, c = (torch.atleast_2d(state) for state in hx)
+        _check_states(h, c, (x.shape[0], self.hidden_size))
+        driven = _input_gates(x, self.norms["input"], self.weight_ih, self.bias_ih, self.bias_hh)
+        h, c = _step(driven, h, c, self.weight_hh, self.norms["hidden"], self.norms["cell"])
+        return (h, c) if input.dim() == 2 else (h[0], c[0])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm={self.norm}"
+
+
+class SwitchNormLSTM(nn.LSTM):
+    """nn.LSTM of one direction with a norm of its gates and cell states; see SwitchNormLSTMCell.
+
+    Input (L, B, D), (B, L, D) with `batch_first`, or (L, D). The input's part of the gates and its
+    norm are computed for the whole sequence at once. Layer k's norms are `norms.k.input` and so on.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        norm: str = "sn_ln_gn",
+        num_groups: int | None = None,
+        places: Sequence[str] = LSTM_PLACES,
+        per_gate: bool = False,
+        eps: float = 1e-5,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, **factory)
+        self.norm = norm
+        self.norms = nn.ModuleList(
+            _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory)
+            for _ in range(num_layers)
+        )
+
+    def reset_parameters(self) -> None:
+        """As nn.LSTM; gains at 1, shifts at 0, control parameters equal."""
+        super().reset_parameters()
+        _reset_norms(self)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None):
+        """Return the outputs and the last (h, c), each (num_layers, B, D), as nn.LSTM does."""
+        if isinstance(input, PackedSequence):
+            raise TypeError("SwitchNormLSTM takes padded tensors, not a PackedSequence")
+        if self.norm == "none":
+            return super().forward(input, hx)
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            layout = "(B, L, D)" if self.batch_first else "(L, B, D)"
+            raise ValueError(
+                f"SwitchNormLSTM expects input of shape {layout} or (L, D) with "
+                f"D={self.input_size}, got {tuple(input.shape)}"
+            )
+        batched = input.dim() == 3
+        x = input if batched else input[:, None]
+        x = x.transpose(0, 1) if batched and self.batch_first else x
+        if hx is None:
+            states = [x.new_zeros(self.num_layers, x.shape[1], self.hidden_size)] * 2
+        else:
+            states = [state if batched else state[:, None] for state in hx]
+        _check_states(*states, (self.num_layers, x.shape[1], self.hidden_size))
+        last = []
+        for layer, (norms, h, c) in enumerate(zip(self.norms, *states)):
+            x, h, c = _sequence(x, h, c, self._flat_layer(layer), norms)
+            last.append((h, c))
+        h, c = (torch.stack(state) for state in zip(*last))
+        if not batched:
+            return x[:, 0], (h[:, 0], c[:, 0])
+        return x.transpose(0, 1) if self.batch_first else x, (h, c)
+
+    def _flat_layer(self, layer: int) -> tuple:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return tuple(getattr(self, f"{name}_l{layer}", None) for name in names)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, norm={self.norm}"
+
+
+class GateNorms(nn.ModuleList):
+    """A norm for each of the four gates of (B, 4 D) vectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.chunk(4, -1)
+        return torch.cat([vector_norm(part, norm) for norm, part in zip(self, parts)], -1)
+
+
+def vector_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """`norm` of (B, D) vectors; SN and GN in few operations, and one node of autograd's graph."""
+    spec = norm_spec(norm)
+    if spec is None:
+        return norm(x)
+    if spec[0].kind == "none":
+        return x
+    if _eager(x, *spec[1]):
+        return VectorNorm.apply(spec[0], x, *spec[1])
+    return norm_plain(spec[0], spec[1], x)
+
+
+def norm_spec(norm: nn.Module) -> tuple[Norm, tuple[Tensor, ...]] | None:
+    """What the fused functions have to know of a module; None if they cannot do it."""
+    if isinstance(norm, NoNorm):
+        return Norm("none"), ()
+    if isinstance(norm, AutoGroupNorm):
+        return Norm("group", norm.num_groups, norm.eps), (norm.weight, norm.bias)
+    if isinstance(norm, SwitchNormRecurrent) and norm.statistics == ("ln", "gn") and norm.affine:
+        tensors = (norm.mean_weight, norm.var_weight, norm.weight, norm.bias)
+        return Norm("switch", norm.num_groups, norm.eps), tensors
+    return None
+
+
+def _eager(*tensors: Tensor) -> bool:
+    """Whether the hand-written functions apply: compilers and mixed types get the plain form."""
+    first = tensors[0]
+    return (
+        first.numel() > 0
+        and first.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == first.dtype for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(first.device.type)
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+def _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory) -> nn.ModuleDict:
+    """The norms of one layer by place; empty for none, the identity where no norm is wanted."""
+    if norm not in LSTM_NORMS:
+        raise ValueError(f"unknown norm {norm!r} of an LSTM; choose one of {LSTM_NORMS}")
+    unknown = [place for place in places if place not in LSTM_PLACES]
+    if unknown or isinstance(places, str):
+        raise ValueError(f"unknown places={places!r}; choose from {LSTM_PLACES}")
+    if norm == "none":
+        return nn.ModuleDict()
+    if num_groups is None:
+        num_groups = max(g for g in range(1, 9) if hidden_size % (4 * g) == 0 or g == 1)
+    check_num_groups(num_groups, hidden_size)
+
+    def make(size: int) -> nn.Module:
+        if norm == "sn_ln_gn":
+            return SwitchNormRecurrent(size, num_groups, eps, **factory)
+        return AutoGroupNorm(size, 1 if norm == "ln" else num_groups, eps, **factory)
+
+    def gates() -> nn.Module:
+        if per_gate:
+            return GateNorms(make(hidden_size) for _ in range(4))
+        return make(4 * hidden_size)
+
+    makers = {"input": gates, "hidden": gates, "cell": lambda: make(hidden_size)}
+    return nn.ModuleDict(
+        {
+            place: maker() if place in places else NoNorm(hidden_size)
+            for place, maker in makers.items()
+        }
+    )
+
+
+def _reset_norms(module: nn.Module) -> None:
+    """Undo what torch's LSTM does to every parameter it finds."""
+    for norm in module.modules():
+        if isinstance(norm, (SwitchNormRecurrent, AutoGroupNorm)):
+            norm.reset_parameters()
+
+
+def _check_states(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:
+    for name, state in (("h", h), ("c", c)):
+        if tuple(state.shape) != shape:
+            raise ValueError(f"expected {name} of shape {shape}, got {tuple(state.shape)}")
+
+
+def _input_gates(x, norm, weight_ih, bias_ih, bias_hh) -> Tensor:
+    """The input's part of the gates with all biases: (..., D) to (..., 4 D)."""
+    gates = vector_norm((x @ weight_ih.t()).flatten(0, -2), norm)
+    if bias_ih is not None:
+        gates = gates + (bias_ih + bias_hh)
+    return gates.unflatten(0, x.shape[:-1])
+
+
+def _step(driven, h, c, weight_hh, hidden_norm, cell_norm) -> tuple[Tensor, Tensor]:
+    """One time step; `driven` (B, 4 D) is the input's part of the gates."""
+    hidden, cell = norm_spec(hidden_norm), norm_spec(cell_norm)
+    if hidden is None:  # a norm for each gate
+        i, f, g, o = (driven + vector_norm(h @ weight_hh.t(), hidden_norm)).chunk(4, -1)
+        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+        return o.sigmoid() * vector_norm(c, cell_norm).tanh(), c
+    tensors = (driven, h, c, weight_hh, *hidden[1], *cell[1])
+    if _eager(*tensors):
+        return LSTMStep.apply(hidden[0], cell[0], *tensors)
+    return step_plain(hidden[0], cell[0], *tensors)
+
+
+def _sequence(x, h, c, parameters, norms) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer over (L, B, D): its outputs and last states."""
+    weight_ih, weight_hh, bias_ih, bias_hh = parameters
+    outputs = []
+    for driven in _input_gates(x, norms["input"], weight_ih, bias_ih, bias_hh):
+        h, c = _step(driven, h, c, weight_hh, norms["hidden"], norms["cell"])
+        outputs.append(h)
+    return torch.stack(outputs), h, c

@@ -1,0 +1,159 @@
+"""What the tests under fault share: tiny runs of every entrypoint, and killing them."""
+
+import datetime
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sn.training.checkpoint import load_checkpoint
+from sn.training.record import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+# entrypoint -> module and overrides of a run of 20 to 30 steps with a checkpoint after each
+RUNS = {
+    "imagenet": (
+        "train_imagenet",
+        *("norm=sn", "setting.gpus=2", "setting.images_per_gpu=4", "schedule.epochs=4"),
+        *("data.train_images=48", "evaluation.batch_average.batches=2", "checkpoint_steps=1"),
+    ),
+}
+TIMES = {"wall_s", "images_per_s", "steps_per_s", "date", "commit", "device", "seconds"}
+
+
+def start(module: str, *overrides: str) -> multiprocessing.Process:
+    """The entrypoint's command line in a fresh process, without the seconds that imports take."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_imagenet"])
+    process = context.Process(target=_main, args=(module, overrides))
+    process.start()
+    return process
+
+
+def _main(module: str, overrides: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    script = str(ROOT / f"{module.replace('.', '/')}.py")
+    sys.argv = [script, "device=cpu", *overrides]
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        runpy.run_path(script, run_name="__main__")
+
+
+def command(module: str, *overrides: str) -> list[str]:
+    """The same as a user types it."""
+    return [sys.executable, "-m", module, "device=cpu", *overrides]
+
+
+def user_environment(**variables: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables}
+
+
+def run(module: str, *overrides: str) -> None:
+    """A whole run, undisturbed."""
+    process = start(module, *overrides)
+    process.join(300)
+    assert process.exitcode == 0
+
+
+def outcome(folder: Path) -> dict:
+    """Everything a run leaves that must not depend on interruptions."""
+    found = {"checkpoint": load_checkpoint(folder / "checkpoint.pt")}
+    for name in ("metrics.jsonl", "importance.jsonl"):
+        if (folder / name).exists():
+            found[name] = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    found["summary"] = json.loads((folder / "summary.json").read_text())
+    return without_times(found)
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def kill_again_and_again(
+    run_of: tuple[str, ...], folder: Path, kills: int, rng: random.Random
+) -> int:
+    """Start the run and SIGKILL it at random moments, `kills` times at most, until it ends.
+
+    After every kill each file must be readable. Returns the number of kills.
+    """
+    done, longest = 0, 1.0
+    while not (folder / "summary.json").exists():
+        before = newest(folder)
+        process = start(*run_of, f"output_dir={folder}")
+        process.join(rng.uniform(0, longest) if done < kills else 300)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            done += 1
+        assert process.exitcode in (0, -signal.SIGKILL)
+        readable(folder)
+        if newest(folder) == before:
+            longest = min(longest * 1.2, 60)  # a slow machine: let it get to its first step
+    return done
+
+
+def newest(folder: Path) -> float:
+    path = folder / "checkpoint.pt"
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def readable(folder: Path) -> None:
+    load_checkpoint(folder / "checkpoint.pt")
+    for path in folder.glob("*.jsonl"):
+        *lines, last = path.read_text().split("\n")
+        assert all(json.loads(line) for line in lines)
+    if (folder / "summary.json").exists():
+        json.loads((folder / "summary.json").read_text())
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` has started, and theirs."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *children(int(child))]
+    return found
+
+
+def ranks(launcher: subprocess.Popen, count: int) -> dict[int, int]:
+    """Process id of each of the `count` ranks that a launcher has started."""
+    deadline = time.monotonic() + 120
+    found = {}
+    while len(found) < count and time.monotonic() < deadline:
+        found = {}
+        for pid in children(launcher.pid):
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            for variable in variables:
+                if variable.startswith(b"RANK="):
+                    found.setdefault(int(variable[5:]), pid)
+        time.sleep(0.05)
+    return found
+
+
+def wait_for(condition, seconds: float = 180) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def report(**figures) -> None:
+    """Append a line to the file that SN_FAULT_REPORT names, if it does."""
+    if "SN_FAULT_REPORT" in os.environ:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = {**figures, "date": now, **environment(torch.device("cpu"))}
+        with open(os.environ["SN_FAULT_REPORT"], "a") as file:
+            file.write(json.dumps(line) + "\n")
