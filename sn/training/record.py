@@ -36,17 +36,17 @@ MACHINE_KEYS = (
     "data.download",
     "data.workers",
     "setting.emulation",
-    "init.path",  # its hash stands in the summary
-    "mode",
-    "checkpoint.path",
-    "predict.images",
-    "predict.out",
     "photos.root",
     "photos.workers",
     "photos.max_bad_images",
     "style.image",
     "vgg.weights",
     "schedule.steps",  # style transfer's lr is constant: a longer run continues a shorter one
+    "init.path",  # its hash stands in the summary
+    "mode",
+    "checkpoint.path",
+    "predict.images",
+    "predict.out",
 )
 
 # keys added later, with the value that says what runs did before; such a record leaves them out
