@@ -214,7 +214,7 @@ def test_weights_by_part(script, tmp_path):
     write_run(tmp_path, ("sn", "sn", "sn"))
     write_run(tmp_path, ("gn", "gn", "sn"))
     write_run(tmp_path, ("gn",) * 3)
-    script("plot_importance", "--runs", tmp_path)
+    script("plot_importance", "--runs", tmp_path, "--data", "digits_coco_faster_rcnn_r18_fpn")
     path = tmp_path / "figures" / "importance_by_part_digits_coco_faster_rcnn_r18_fpn.png"
     assert path.stat().st_size > 10_000
     rows = list(csv.DictReader(path.with_suffix(".csv").open()))
