@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from sn import SwitchNorm2d, SwitchNormAct2d
+from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
 
 from .checkpoint import load_weights
 
@@ -134,7 +134,7 @@ def build_style_net(
         for block in model.modules():
             if isinstance(block, ConvNorm):
                 _fuse(block)
-    return model
+    return connect_bkn(model)
 
 
 def _fuse(block: ConvNorm) -> None:
