@@ -255,9 +255,10 @@ def build_model(cfg: DictConfig, num_classes: int, weights: dict | None = None) 
     }
     options = {k: v for k, v in cfg.model.items() if k not in ("name", "parts_name")}
     options |= {"min_size": cfg.data.test_size, "max_size": cfg.data.max_size}
-    return detectors.build_detector(
+    model = detectors.build_detector(
         num_classes=num_classes, norms=norms, weights=weights, **options
     )
+    return sn.connect_bkn(model)
 
 
 def build_data(cfg: DictConfig) -> DetectionData:

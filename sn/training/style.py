@@ -134,7 +134,7 @@ def build_style_net(
         for block in model.modules():
             if isinstance(block, ConvNorm):
                 _fuse(block)
-    return model
+    return connect_bkn(model)
 
 
 def _fuse(block: ConvNorm) -> None:
