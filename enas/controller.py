@@ -131,7 +131,8 @@ class _Walk:
         match = torch.tanh(torch.stack(self.keys, 1) + controller.query(self.h)[:, None])
         logits = controller.score_input(match).squeeze(-1)  # (B, entries)
         choice = self.choose(controller.squash(logits), cell, node, place)
-        self.input = torch.stack(self.anchors, 1)[torch.arange(self.count), choice]
+        rows = torch.arange(self.count, device=choice.device)
+        self.input = torch.stack(self.anchors, 1)[rows, choice]
 
     def choose_operation(self, cell: int, node: int, place: int) -> None:
         controller = self.controller

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out or args.arch.with_name("cells.png")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         draw_architecture(read_architecture(args.arch), out, args.title)
     except (OSError, ValueError) as error:
         print(f"draw.py: {error}", file=sys.stderr)

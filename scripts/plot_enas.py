@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
 from results import (
@@ -61,8 +62,8 @@ SHARED = (
     "`shared_top1`: architectures drawn by the sampler after the last epoch, each on one batch of "
     "held-out images, with shared weights and the batch's statistics. `best`: the best of some "
     "candidates drawn at the end, on held-out images, with shared weights: the largest of several "
-    "noisy numbers. Neither is the accuracy of a trained network. The controller's rewards come from the "
-    "same held-out images, as in ENAS."
+    "noisy numbers. Neither is the accuracy of a trained network. The controller's rewards come "
+    "from the same held-out images, as in ENAS."
 )
 PROXY = (
     "Proxy runs: a few images, a small child, a few epochs. They can show whether a trend of the "
@@ -138,9 +139,7 @@ def draw_search(found: dict[str, list[Run]], path: Path) -> None:
         rows += [["paper, Fig 5(b)", name, "", e, v] for e, v in zip(published["epochs"], values)]
     paper.set_title("Paper, Fig 5(b): 150 epochs on CIFAR-10 (read off, ± 1)")
     paper.set_ylabel("validation accuracy (%)")
-    lines = [
-        "Thin: each seed. Thick: their mean. The paper shows LN, GN and SN; it has no random search."
-    ]
+    lines = ["Thin: each seed. Thick: their mean. The paper has no random search."]
     finish(figure, (ours, paper), found, path, lines + unlike(found))
     write_csv(path, ["source", "run", "seed", "epoch", "shared_top1"], rows)
 
@@ -231,6 +230,7 @@ PLACES = {
 def finish(figure, panels, found, path: Path, lines: list[str]) -> None:
     for panel in panels:
         panel.set_xlabel("epoch")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     handles = [

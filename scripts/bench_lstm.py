@@ -1,0 +1,225 @@
+"""Time the normalised LSTM against torch's own, in one run, interleaved.
+
+    python scripts/bench_lstm.py                    # eager
+    python scripts/bench_lstm.py --compile          # everything through torch.compile
+    python scripts/bench_lstm.py --device cuda
+
+Every contestant is first held to float64 in outputs and gradients; one that is wrong is not timed.
+A round times every contestant once, a ratio is taken within its round, and the median over the
+rounds counts. cell: one step, forward + backward, over nn.LSTMCell. layer: a sequence, over nn.LSTM
+(which torch runs as one fused operation) and over nn.LSTMCell in a loop. "sn_ln_gn, modules" is the
+same cell without the fused step: the formula with the shelf's layers, as one would write it.
+Writes <output>.json and a table, <output>.md.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics as stats
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from bench_norm import MALLOC, environment  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import sn  # noqa: E402
+
+NORMS = ("none", "ln", "gn", "sn_ln_gn")
+MODULES = "sn_ln_gn, modules"
+LOOP = "torch's cell in a loop"
+LIMITS = {"cell": 1e-3, "layer": 1e-2}  # of the relative error; float32 through 32 steps
+
+
+class FromModules(nn.Module):
+    """A cell with SN from the shelf's layers, one operation after the other."""
+
+    def __init__(self, cell: sn.SwitchNormLSTMCell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cell, (h, c) = self.cell, state
+        gates = cell.norms["input"](x @ cell.weight_ih.t()) + cell.bias_ih
+        gates = gates + cell.norms["hidden"](h @ cell.weight_hh.t()) + cell.bias_hh
+        i, f, g, o = gates.chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.norms["cell"](c).tanh(), c
+
+
+class Loop(nn.Module):
+    """A cell over a sequence (L, B, D)."""
+
+    def __init__(self, cell: nn.LSTMCell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        outputs = []
+        for step in x:
+            h, c = self.cell(step, (h, c))
+            outputs.append(h)
+        return torch.stack(outputs), c
+
+
+class Layer(nn.Module):
+    """A sequence layer, with states (B, D) as the cell has them."""
+
+    def __init__(self, layer: nn.LSTM):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        y, (_, c) = self.layer(x, tuple(s[None] for s in state))
+        return y, c[0]
+
+
+def contestants(kind: str, size: int, compiled: bool) -> dict[str, nn.Module]:
+    """name -> module(x, (h, c)); the first is the measure of the others."""
+    if kind == "cell":
+        found = {"torch": nn.LSTMCell(size, size)}
+        found |= {norm: sn.SwitchNormLSTMCell(size, size, norm=norm) for norm in NORMS}
+        if not compiled:  # the shelf's layers are the same plain formula there
+            found[MODULES] = FromModules(sn.SwitchNormLSTMCell(size, size))
+        return found
+    found = {"torch": Layer(nn.LSTM(size, size)), LOOP: Loop(nn.LSTMCell(size, size))}
+    return found | {norm: Layer(sn.SwitchNormLSTM(size, size, norm=norm)) for norm in NORMS}
+
+
+def error(module: nn.Module, x: Tensor, state: tuple[Tensor, Tensor]) -> float:
+    """Largest relative error of outputs and gradients against float64 in plain operations."""
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "auto")):
+        own = copy.deepcopy(module).to(dtype)
+        with sn.backend(backend):
+            y, c = own(x.to(dtype), tuple(s.to(dtype) for s in state))
+            (y.sum() + c.square().sum()).backward()
+        results.append([y.detach(), c.detach(), *(p.grad for p in own.parameters())])
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results))
+
+
+def step(module: nn.Module, x: Tensor, state: tuple[Tensor, Tensor]):
+    """One forward and backward pass, as a call without arguments."""
+
+    def call() -> None:
+        y, c = module(x, state)
+        torch.autograd.backward([y, c], [torch.ones_like(y), torch.ones_like(c)])
+
+    return call
+
+
+def timed(function, repeats: int, clock, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    for _ in range(repeats):
+        function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (clock() - start) / repeats
+
+
+def bench(args, kind: str, batch: int) -> list[dict]:
+    """Rows of one kind and batch size."""
+    torch.manual_seed(0)
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    shape = (batch, args.size) if kind == "cell" else (args.length, batch, args.size)
+    x = torch.randn(shape, device=args.device)
+    state = tuple(torch.randn(batch, args.size, device=args.device) for _ in range(2))
+    functions = {}
+    for name, module in contestants(kind, args.size, args.compile).items():
+        module = module.to(args.device)
+        wrong = error(module, x, state)
+        if wrong > LIMITS[kind]:
+            print(f"{kind}, batch {batch}: {name} is wrong by {wrong:.1e}, not timed")
+            continue
+        if args.compile:
+            module.compile()
+        functions[name] = step(module, x, state)
+    for function in functions.values():
+        timed(function, 5, clock, args.device)
+    repeats = args.repeats if kind == "cell" else max(1, args.repeats // args.length)
+    times = {name: [] for name in functions}
+    for number in range(args.rounds):
+        order = list(functions) if number % 2 == 0 else list(reversed(functions))
+        for name in order:
+            times[name].append(timed(functions[name], repeats, clock, args.device))
+    rows = []
+    for name, own in times.items():
+        row = {"kind": kind, "batch": batch, "name": name, "us": 1e6 * stats.median(own)}
+        for measure in ("torch", LOOP):
+            if measure in times:
+                row[f"over {measure}"] = stats.median(a / b for a, b in zip(own, times[measure]))
+        rows.append(row)
+    return rows
+
+
+def table(result: dict) -> str:
+    """The ratios as a Markdown table."""
+    where = result["environment"]
+    lines = [
+        f"# The LSTM's cost ({'torch.compile' if result['compile'] else 'eager'})",
+        "",
+        f"Forward + backward, float32, size {result['size']}, sequences of {result['length']}; "
+        f"{where['device']}, {where['threads']} thread, torch {where['torch']}, commit "
+        f"{where['commit']}, load {where['load'][0]} on {where['cores']} cores, {where['clock']} "
+        "clock. Medians of ratios within a round.",
+        "",
+        "| | batch | microseconds | over torch's | over torch's cell in a loop |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        loop = row.get(f"over {LOOP}")
+        lines.append(
+            f"| {row['kind']}, {row['name']} | {row['batch']} | {row['us']:.0f} | "
+            f"{row['over torch']:.2f} | {'' if loop is None else f'{loop:.2f}'} |"
+        )
+    return "\n".join(lines) + f"\n\n`{where['command']}`\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--compile", action="store_true", help="everything through torch.compile")
+    parser.add_argument("--size", type=int, default=64, help="of input and state (default: 64)")
+    parser.add_argument("--length", type=int, default=32, help="of a sequence (default: 32)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--kinds", nargs="+", default=["cell", "layer"], metavar="KIND")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=100, help="steps per timing")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=("wall", "cpu"),
+        help="cpu: the process's own time, where others use the machine (and its caches)",
+    )
+    parser.add_argument("--output", type=Path, help="default: results/bench/<device>_lstm")
+    args = parser.parse_args()
+    if args.device == "cpu" and any(os.environ.get(k) != v for k, v in MALLOC.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    torch.set_num_threads(args.threads)
+    args.dtype = "float32"
+    name = f"{args.device}_lstm{'_compiled' if args.compile else ''}"
+    output = args.output or ROOT / "results/bench" / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    where = environment(args)
+    where["command"] = " ".join(["python", "scripts/bench_lstm.py", *sys.argv[1:]])
+    rows = [row for kind in args.kinds for batch in args.batch for row in bench(args, kind, batch)]
+    result = {"environment": where, "compile": args.compile, "size": args.size,
+              "length": args.length, "rows": rows}  # fmt: skip
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
