@@ -54,8 +54,7 @@ OTHER_MODES = ("mode", "stylize", "export")  # not part of what a training run i
 CHECKS = [
     (whole(0, 2**32), "a whole number, 0 to 2^32", ["seed"]),
     (whole(1), "a whole number, 1 or more",
-     ["schedule.steps", "schedule.batch_size", "model.width", "style.size", "importance_steps",
-      ]),
+     ["schedule.steps", "schedule.batch_size", "model.width", "style.size", "importance_steps"]),
     (whole(2, 1000), "a whole number, 2 to 1000", ["keep_checkpoints"]),
     (whole(0), "a whole number, 0 or more",
      ["model.residual_blocks", "photos.workers", "checkpoint_steps", "max_skipped_steps",
@@ -64,6 +63,7 @@ CHECKS = [
     (above(0), "a number above 0", ["schedule.lr", "timeout_minutes"]),
     (optional(number(0)), "a number, 0 or more, or null",
      ["loss.content_weight", "loss.style_weight", "loss.tv_weight"]),
+    (optional(number(0, 1)), "a number, 0 to 1, or null", ["norm.momentum"]),
     (switch, "true or false",
      ["channels_last", "compile", "model.fused_activation"]),
     (one_of(list(AUTOCAST)), f"one of {list(AUTOCAST)}", ["precision"]),

@@ -94,6 +94,11 @@ CHECKS = [
         ],
     ),
     (number(0, 1), "a number, 0 to 1", ["schedule.warmup_factor", "evaluation.threshold"]),
+    (
+        optional(number(0, 1)),
+        "a number, 0 to 1, or null",
+        [f"parts.{part}.momentum" for part in detectors.PARTS],
+    ),
     (above(0), "a number above 0", ["timeout_minutes"]),
     (optional(above(0)), "null or a number above 0", ["optimizer.clip"]),
     (
@@ -231,7 +236,9 @@ def check_config(cfg: DictConfig) -> None:
     """Raise ValueError for values that no run can have."""
     entry.check_values(cfg, CHECKS)
     names = [f"parts.{part}.name" for part in detectors.PARTS]
-    entry.check_names(cfg, ["data.name", "model.name", "init.name", "run_name", *names])
+    entry.check_names(
+        cfg, ["data.name", "model.name", "model.parts_name", "init.name", "run_name", *names]
+    )
     if cfg.model.architecture not in detectors.ARCHITECTURES:
         raise ValueError(
             f"unknown model.architecture={cfg.model.architecture!r}; choose one of "
@@ -247,12 +254,10 @@ def check_config(cfg: DictConfig) -> None:
 def build_model(cfg: DictConfig, num_classes: int, weights: dict | None = None) -> nn.Module:
     """The detector of the config, with the norm of each part that it has."""
     own = detectors.ARCHITECTURES[cfg.model.architecture]
-    norms = {
-        part: None
-        if part not in own or cfg.parts[part].name == "none"
-        else sn.make_norm(**cfg.parts[part])
-        for part in detectors.PARTS
-    }
+    norms = {part: sn.make_norm(**cfg.parts[part]) for part in detectors.PARTS}
+    for part in detectors.PARTS:
+        if part not in own or cfg.parts[part].name == "none":
+            norms[part] = None
     options = {k: v for k, v in cfg.model.items() if k not in ("name", "parts_name")}
     options |= {"min_size": cfg.data.test_size, "max_size": cfg.data.max_size}
     model = detectors.build_detector(

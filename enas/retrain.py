@@ -56,7 +56,7 @@ CHECKS = [
     (
         whole(0, 2**32),
         "a whole number, 0 to 2^32",
-        ["seed", "arch_seed", "checkpoint_steps", "max_skipped_steps"],
+        ["seed", "arch_seed", "checkpoint_steps", "max_skipped_steps", "data.workers"],
     ),
     (whole(2, 1000), "a whole number, 2 to 1000", ["keep_checkpoints"]),
     (
