@@ -255,9 +255,10 @@ def build_model(cfg: DictConfig, num_classes: int, weights: dict | None = None) 
     }
     options = {k: v for k, v in cfg.model.items() if k not in ("name", "parts_name")}
     options |= {"min_size": cfg.data.test_size, "max_size": cfg.data.max_size}
-    return detectors.build_detector(
+    model = detectors.build_detector(
         num_classes=num_classes, norms=norms, weights=weights, **options
     )
+    return sn.connect_bkn(model)
 
 
 def build_data(cfg: DictConfig) -> DetectionData:
@@ -495,7 +496,9 @@ def record(run: Run, progress: Progress, recorder: Recorder, speed: float | None
         ap, results = evaluate(run)
         if run.processes.is_main:
             write_predictions(Path(run.cfg.output_dir), results)
-            draw_validation(run, recorder, step)
+            sheet = draw_validation(run.cfg, run.processes, run.data, run.model)
+            if sheet is not None:
+                recorder.writer.add_image("predictions", sheet, step)
     tenth = step % max(1, steps // 10) == 0
     if tenth or run.evaluates_after(step):
         blocks = detectors.layer_blocks(run.model)
@@ -533,26 +536,19 @@ def evaluate_model(cfg, processes, data, model, watched=iter) -> tuple[dict, lis
     return evaluate_detections(data.val, results, has_masks(cfg))
 
 
-def draw_validation(run: Run, recorder: Recorder, step: int) -> None:
-    """The first validation images with their detections: predictions.png and TensorBoard."""
-    count = min(run.cfg.evaluation.pictures, len(run.data.val))
+def draw_validation(cfg, processes, data: DetectionData, model: nn.Module) -> Tensor | None:
+    """predictions.png: the first validation images with their detections; returned as well."""
+    count = min(cfg.evaluation.pictures, len(data.val))
     if count == 0:
-        return
-    pictures = [run.data.val.picture(index) for index in range(count)]
-    drawn = draw(run.cfg, run.processes, run.model, pictures, run.data.names)
-    sheet = grid(drawn)
-    save_picture(sheet, Path(run.cfg.output_dir) / "predictions.png")
-    recorder.writer.add_image("predictions", sheet, step)
-
-
-@torch.no_grad()
-def draw(cfg, processes, model, pictures: list[Tensor], names: list[str]) -> list[Tensor]:
-    """uint8 pictures (3, H, W) with the model's detections on them."""
+        return None
     drawn = []
-    for picture in pictures:
+    for index in range(count):
+        picture = data.val.picture(index)
         found = find(cfg, processes, model, picture)
-        drawn.append(draw_detections(picture, found, names, cfg.evaluation.threshold))
-    return drawn
+        drawn.append(draw_detections(picture, found, data.names, cfg.evaluation.threshold))
+    sheet = grid(drawn)
+    save_picture(sheet, Path(cfg.output_dir) / "predictions.png")
+    return sheet
 
 
 @torch.no_grad()
@@ -589,6 +585,7 @@ def save(run: Run, progress: Progress) -> None:
             },
             run.cfg.keep_checkpoints,
         )
+    distributed.barrier()  # a process that ends now may take those with it that still write
 
 
 def resume(run: Run) -> Progress:
@@ -689,7 +686,7 @@ def trained_model(cfg: DictConfig, processes: distributed.Processes) -> tuple[nn
 
 
 def evaluate_checkpoint(cfg: DictConfig) -> dict:
-    """mode=evaluate: AP of a checkpoint on the validation images, evaluation.json and results."""
+    """mode=evaluate: AP of a checkpoint on the validation images, with results and pictures."""
     check_config(cfg)
     processes = distributed.start(cfg.device, cfg.timeout_minutes + 5)
     model, state = trained_model(cfg, processes)
@@ -703,6 +700,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
     if processes.is_main:
         folder = Path(cfg.output_dir)
         write_predictions(folder, results)
+        draw_validation(cfg, processes, data, model)
         content = metrics | {"data": data.describe(), **environment(processes.device)}
         write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
         print(f"{describe_ap(metrics)}; evaluation.json and predictions.json in {folder}")

@@ -6,13 +6,13 @@
 
 Every part has the norm; the images are random and the same for all. The norms take turns, step by
 step, so that what else the machine does hits them alike: compare ratios. Memory: on CUDA what is
-allocated at the peak of a step, on the CPU the peak of a process of its own.
+allocated at the peak of a step; on the CPU what a step adds at its peak, in a process of its own.
 """
 
 import argparse
 import contextlib
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -134,27 +134,38 @@ def interleaved(args: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def peak_memory(args: argparse.Namespace, norm: str, arguments: list[str]) -> float:
-    """MiB at the peak of two steps: allocated on the GPU, or of a fresh process."""
+    """MiB at the peak of a step: all that is allocated on the GPU, what is added on the CPU."""
     if args.device == "cuda":
         step = step_of(args, norm)
         torch.cuda.reset_peak_memory_stats()
         step()
         step()
         return torch.cuda.max_memory_allocated() / 2**20
+    # glibc gives freed tensors back at once only if it maps each of them
+    others = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment = others | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, *arguments, "--measure", norm]
-    found = subprocess.run(command, capture_output=True, text=True)
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
     if found.returncode:
         raise SystemExit(f"the process that measures {norm} failed: {found.stderr[-500:]}")
     return float(found.stdout)
 
 
 def measure(args: argparse.Namespace) -> float:
-    """MiB that two steps add to this process at their peak."""
+    """MiB that a step adds to this process at its peak, weights and momentum being there. Linux."""
     step = step_of(args, args.measure)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> float:
+    """MiB of this process's memory by the kernel's count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{key}:")]
+    return int(line.split()[1]) / 1024
 
 
 def summarise(args, seconds: dict[str, list[float]], memory: dict[str, float]) -> dict:

@@ -9,9 +9,9 @@ of results/conversion.jsonl: models that have one are not repeated (--retry repe
 
 For each model, with random weights (batch norm's too), one batch's running statistics and two small
 images: the largest error of its evaluation outputs after `convert(model, keep_outputs=True)`
-relative to the largest output, with gates that are bn alone (gate_start=25; equal if below 1e-3)
-and at the default start; then, after `convert(model)`, whether a step of SGD is finite: its loss,
-gradients and weights.
+relative to the largest output, with gates that are bn alone (gate_start=25; equal if below 1e-3, in
+float32 or, where that fails at every size, in float64) and at the default start; then, after
+`convert(model)`, whether a step of SGD is finite: its loss, gradients and weights.
 """
 
 import argparse
@@ -114,7 +114,8 @@ def outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
             head = getattr(model.roi_heads, f"{part}_head", None)
             if head is not None:
                 channels = model.backbone.out_channels
-                found.append(head(torch.randn(4, channels, size, size, generator=generator)))
+                maps = torch.randn(4, channels, size, size, generator=generator)
+                found.append(head(maps.to(x.dtype)))
     else:
         found += tree_leaves(model.head(found))
     return [leaf for leaf in found if torch.is_tensor(leaf) and leaf.is_floating_point()]
@@ -136,7 +137,7 @@ def loss_of(name: str, model: nn.Module, x: Tensor) -> Tensor:
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """Largest over the outputs of max |ours - theirs| / max |theirs|; nan if one is not finite."""
     assert [y.shape for y in ours] == [y.shape for y in theirs], "other shapes"
-    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs)]
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs)]
     errors = [(a - b).abs().max() / b.abs().max().clamp(min=1e-12) for a, b in pairs if b.numel()]
     return torch.stack(errors).max().item()
 
@@ -144,20 +145,21 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def check(name: str) -> dict:
     """What becomes of the model, at the first size that it takes and that tells; see the head."""
     result = {"error": "the model itself takes none of the sizes tried"}
-    for size in image_sizes(name, random_model(name)):
-        found = check_at(name, size)
+    sizes = image_sizes(name, random_model(name))
+    for size, dtype in [*((size, torch.float32) for size in sizes), (sizes[-1], torch.float64)]:
+        found = check_at(name, size, dtype)
         if found is not None:
             result = found
-            if result.get("equal", True):  # where maps have one pixel, rounding may be magnified
+            if result.get("equal", True):  # else maps of one pixel or depth may magnify rounding
                 break
     return result
 
 
-def check_at(name: str, size: tuple[int, ...]) -> dict | None:
+def check_at(name: str, size: tuple[int, ...], dtype: torch.dtype) -> dict | None:
     """The outcome with images of `size`; None if the model does not take them."""
-    model = random_model(name).eval()
+    model = random_model(name).eval().to(dtype)
     trainee = copy.deepcopy(model)
-    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
     try:
         with torch.no_grad():
             sn.batch_average(_Outputs(name, model), [x], 1)
@@ -166,7 +168,7 @@ def check_at(name: str, size: tuple[int, ...]) -> dict | None:
             expected = outputs(name, model, x)
     except Exception:
         return None
-    result = {"size": list(size[1:]), "converted": False}
+    result = {"size": list(size[1:]), "dtype": str(dtype)[6:], "converted": False}
     try:
         kept = sn.convert(model, keep_outputs=True, gate_start=BN_ALONE)
         left = batch_norms(kept)
@@ -297,7 +299,7 @@ def summary(path: Path) -> str:
         "two images a model; the script's head says what equal and finite mean. Not checked: too "
         "large, too slow, or not reached yet.",
         f"{', '.join(f'{key} {versions[key]}' for key in wanted)}; {runs[-1]['device']}; "
-        f"commits {', '.join(commits)}; {runs[0]['date']} to {runs[-1]['date']}.",
+        f"commits {', '.join(commits)}; started {runs[0]['date']}, last {runs[-1]['date']}.",
         "",
         "| | with batch norm | checked | converted | equal outputs | finite step | not checked |",
         "| --- | --- | --- | --- | --- | --- | --- |",

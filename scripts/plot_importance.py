@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
     paper = load_paper()
     out = args.out or args.runs / "figures"
-    if draw_detectors(args, out) and not has_classifiers(args.runs):
+    if draw_detectors(args, out) and (args.data or not has_classifiers(args.runs)):
         return
     for name, cells in choose(args).items():
         out.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         write_readme(groups, args.window, readme)
         print(readme)
     if args.checkpoints:
-        path = out / "style_grid.png"
+        path = out / "style_grid.jpg"
         draw_grid(groups, args, path)
         print(path)
 
@@ -150,6 +150,7 @@ def draw_curves(cells: dict[str, list[Run]], window: int, paper: dict, path: Pat
         "Paper, Fig 5(a): total loss (1e5), read off\nthe figure, ± 0.05", fontsize=11
     )
     panels[3].legend(frameon=False, fontsize=9)
+    panels[3].set_xticks(range(0, paper["steps"][-1] + 1, 10_000))
     for panel in panels:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3, which="both")
@@ -253,7 +254,7 @@ def draw_grid(groups: dict, args: argparse.Namespace, path: Path) -> None:
             panel.set_title(f"{norm.upper()}, {style}, {run.summary['steps']} steps", fontsize=9)
     for panel in panels.flat:
         panel.axis("off")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, pil_kwargs={"quality": 88})
     plt.close(figure)
 
 

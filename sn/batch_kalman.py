@@ -369,7 +369,8 @@ def connect_bkn(model: nn.Module, *inputs) -> nn.Module:
     Gaussian; concatenation; zero padding of channels; and pooling and resizing, which leave the
     moments as they were (the authors' code, for average pooling). So torchvision's and timm's
     ResNets, VGG, DenseNet, Inception and MobileNetV2, but not gates (squeeze and excitation) nor
-    other activations. The structure must not depend on the batch. Run `model` as a whole, in
+    other activations. A tensor filled in place (RoIAlign over several levels) counts as an input.
+    The structure must not depend on the batch. Run `model` as a whole, in
     DistributedDataParallel if you like, not in DataParallel nor with gradient checkpointing.
 
     Raises ValueError for a layer whose input comes through anything else, or that is used twice.

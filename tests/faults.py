@@ -1,14 +1,17 @@
 """What the tests under fault share: tiny runs of every entrypoint, and killing them."""
 
+import atexit
 import datetime
 import json
 import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,12 +21,43 @@ from sn.training.checkpoint import load_checkpoint
 from sn.training.record import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = tempfile.mkdtemp()  # what the runs draw for themselves
+atexit.register(shutil.rmtree, DATA, ignore_errors=True)
 # entrypoint -> module and overrides of a run of 20 to 30 steps with a checkpoint after each
 RUNS = {
     "imagenet": (
         "train_imagenet",
         *("norm=sn", "setting.gpus=2", "setting.images_per_gpu=4", "schedule.epochs=4"),
         *("data.train_images=48", "evaluation.batch_average.batches=2", "checkpoint_steps=1"),
+    ),
+    "detection": (
+        "train_detection",
+        *("parts=sn", "setting.gpus=2", "setting.images_per_gpu=1", "schedule.images=40"),
+        *("schedule.warmup_images=4", "data.sizes=[32,48]", "data.test_size=48"),
+        *("data.max_size=64", "model.fpn_channels=16", "model.box_features=16"),
+        *("model.rois_per_image=8", "model.proposals_train=20", "model.proposals_test=10"),
+        *("data.generate={train_images: 6, val_images: 3, size: 64, seed: 0}", "log_steps=2"),
+        *("evaluation.pictures=0", "checkpoint_steps=1", f"data.root={DATA}/digits_coco"),
+    ),
+    "style_transfer": (
+        "style_transfer",
+        *("norm=sn", "vgg.weights=random", "model.width=4", "model.residual_blocks=1"),
+        *("photos.image_size=16", "photos.workers=0", "style.size=24", "schedule.steps=24"),
+        *("loss.style_layers=[relu1_2,relu2_2]", "schedule.batch_size=2", "evaluation.images=2"),
+        *("importance_steps=5", "checkpoint_steps=1"),
+    ),
+    "enas": (
+        "enas.search",
+        *("data.train_images=24", "epochs=3", "controller.updates=4", "controller.batch_size=8"),
+        *("controller.hidden_size=8", "controller.num_groups=2", "child.layers=1"),
+        *("child.filters=4", "child.nodes=2", "optimizer.batch_size=8"),
+        *("evaluation.batch_size=8", "evaluation.images=20", "evaluation.candidates=2"),
+        "checkpoint_steps=1",
+    ),
+    "enas_retrain": (
+        "enas.retrain",
+        *("data.train_images=48", "epochs=4", "child.layers=1", "child.filters=4", "arch=random"),
+        *("optimizer.batch_size=8", "arch_nodes=2", "checkpoint_steps=1"),
     ),
 }
 TIMES = {"wall_s", "images_per_s", "steps_per_s", "date", "commit", "device", "seconds"}
@@ -32,7 +66,7 @@ TIMES = {"wall_s", "images_per_s", "steps_per_s", "date", "commit", "device", "s
 def start(module: str, *overrides: str) -> multiprocessing.Process:
     """The entrypoint's command line in a fresh process, without the seconds that imports take."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_imagenet"])
+    context.set_forkserver_preload(["train_imagenet"])  # one server for all tests
     process = context.Process(target=_main, args=(module, overrides))
     process.start()
     return process
@@ -40,11 +74,10 @@ def start(module: str, *overrides: str) -> multiprocessing.Process:
 
 def _main(module: str, overrides: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
-    script = str(ROOT / f"{module.replace('.', '/')}.py")
-    sys.argv = [script, "device=cpu", *overrides]
+    sys.argv = [module, "device=cpu", *overrides]
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def command(module: str, *overrides: str) -> list[str]:

@@ -17,8 +17,10 @@ from workers import train_in_group
 
 import sn
 from sn.batch_kalman import _clip, _linear, _relu
+from sn.training import detectors
 from sn.training.distributed import one_running_update
 from sn.training.models import build_model
+from sn.training.style import build_style_net
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -328,6 +330,23 @@ def test_networks_are_connected_and_train_a_step(source, name, layers):
     loss = F.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_style_and_detection_networks():
+    norm = sn.make_norm("bkn", gain=0.5)
+    style = build_style_net(norm, width=4, residual_blocks=1)
+    style(torch.rand(2, 3, 16, 16)).mean().backward()
+    parts = {part: norm if part in ("backbone", "fpn") else None for part in detectors.PARTS}
+    detector = detectors.build_detector(
+        "faster_rcnn_fpn", 3, parts, "resnet18", fpn_channels=8, box_features=16
+    )
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([1])}
+    losses = sn.connect_bkn(detector).train()([torch.rand(3, 64, 64)] * 2, [target] * 2)
+    sum(losses.values()).backward()
+    for network, layers in ((style, 7), (detector, 28)):
+        found = [m for m in network.modules() if isinstance(m, sn.BatchKalmanNorm2d)]
+        assert len(found) == layers and sum(layer.place[0] is None for layer in found) == 1
+        assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
 def test_convert_connects():

@@ -513,7 +513,9 @@ def trained(digits, tmp_path_factory):
 
 def test_evaluate_mode(trained, digits, capsys):
     cfg = tiny_config(digits, trained, "model=mask_rcnn_r18_fpn", "mode=evaluate")
+    (trained / "predictions.png").unlink()
     metrics = train_detection.evaluate_checkpoint(cfg)
+    assert (trained / "predictions.png").stat().st_size > 1000
     summary = json.loads((trained / "summary.json").read_text())
     assert {key: summary[key] for key in metrics} == metrics
     assert json.loads((trained / "evaluation.json").read_text())["box_ap"] == summary["box_ap"]

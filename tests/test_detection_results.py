@@ -214,7 +214,7 @@ def test_weights_by_part(script, tmp_path):
     write_run(tmp_path, ("sn", "sn", "sn"))
     write_run(tmp_path, ("gn", "gn", "sn"))
     write_run(tmp_path, ("gn",) * 3)
-    script("plot_importance", "--runs", tmp_path)
+    script("plot_importance", "--runs", tmp_path, "--data", "digits_coco_faster_rcnn_r18_fpn")
     path = tmp_path / "figures" / "importance_by_part_digits_coco_faster_rcnn_r18_fpn.png"
     assert path.stat().st_size > 10_000
     rows = list(csv.DictReader(path.with_suffix(".csv").open()))
@@ -240,7 +240,7 @@ def test_bench_writes_what_it_measures(script, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert list(result["norms"]) == ["frozen_bn", "sn"]
     assert result["norms"]["frozen_bn"]["time_over_frozen_bn"] == 1
-    assert all(row["steps_per_s"] > 0 and row["peak_mib"] > 0 for row in result["norms"].values())
+    assert all(row["steps_per_s"] > 0 and row["peak_mib"] > 1 for row in result["norms"].values())
     assert result["settings"]["rounds"] == 1 and result["versions"]["torch"]
     assert "time over frozen bn" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -27,7 +27,7 @@ from sn.training.style import (
     vgg16_features,
 )
 
-NORMS = ("bn", "in", "sn", "ln", "gn", "none", "sn_in_ln", "ssn", "brn")
+NORMS = ("bn", "in", "sn", "ln", "gn", "none", "sn_in_ln", "ssn", "brn", "bkn")
 
 
 def images(*shape, seed=0):

@@ -124,7 +124,7 @@ def test_grid(load, runs, tmp_path):
         ["--runs", str(runs), "--checkpoints", str(runs), "--size", "24"]
         + ["--photos", *map(str, photos), "--styles", str(tmp_path)]
     )
-    assert Image.open(runs / "figures" / "style_grid.png").width > 1000
+    assert Image.open(runs / "figures" / "style_grid.jpg").width > 1000
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_training_lowers_the_loss(tmp_path, train):
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("norm", ["bn", "in", "sn", "ln", "gn", "ssn", "brn", "none"])
+@pytest.mark.parametrize("norm", ["bn", "in", "sn", "ln", "gn", "ssn", "brn", "bkn", "none"])
 def test_equal_terms_for_all_norms(norm, tmp_path, train, monkeypatch):
     """The same crops in the same order, and the same weights of convolutions to start from."""
 

@@ -17,7 +17,7 @@ from sn.training.stylize import (
     stylize_in_strips,
 )
 
-NORMS = ("bn", "in", "sn", "ln", "gn", "none", "sn_in_ln", "ssn", "brn", "frozen_bn")
+NORMS = ("bn", "in", "sn", "ln", "gn", "none", "sn_in_ln", "ssn", "brn", "bkn", "frozen_bn")
 CPU = torch.device("cpu")
 
 

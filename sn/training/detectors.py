@@ -21,6 +21,7 @@ from torchvision.models.detection.faster_rcnn import (
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from sn import NoNorm, gates
 
@@ -53,6 +54,22 @@ class _FrozenStages:
         for module in frozen_modules(self):
             module.eval()
         return self
+
+
+class StridedRoIAlign(MultiScaleRoIAlign):
+    """torchvision's, with the stride of each level given.
+
+    Differs: torchvision's infers the strides from the first images it meets, wrongly where these
+    are small and no multiple of 32 pixels; a resumed run would infer them from others.
+    """
+
+    def __init__(self, strides: dict[str, int], output_size: int, sampling_ratio: int):
+        super().__init__(list(strides), output_size, sampling_ratio)
+        self.scales = [1 / stride for stride in strides.values()]
+        levels = [stride.bit_length() - 1 for stride in strides.values()]
+        self.map_levels = initLevelMapper(
+            levels[0], levels[-1], self.canonical_scale, self.canonical_level
+        )
 
 
 class PartsFasterRCNN(_FrozenStages, FasterRCNN):
@@ -148,7 +165,7 @@ def build_detector(
             body,
             rpn_anchor_generator=anchors,
             rpn_head=RPNHead(4 * width, anchors.num_anchors_per_location()[0], rpn_convs),
-            box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0),
+            box_roi_pool=StridedRoIAlign({"0": 16}, output_size=14, sampling_ratio=0),
             box_head=Conv5Head(conv5),
             box_predictor=FastRCNNPredictor(8 * width, num_classes + 1),
             **options,
@@ -167,8 +184,10 @@ def build_detector(
                 (fpn_channels, 7, 7), [fpn_channels] * 4, [box_features], norms["box_head"]
             )
         )
+        strides = {str(i): 4 * 2**i for i in range(4)}
         options |= {
             "rpn_anchor_generator": anchors,
+            "box_roi_pool": StridedRoIAlign(strides, output_size=7, sampling_ratio=2),
             "rpn_head": RPNHead(fpn_channels, 3, rpn_convs),
             "box_head": box,
             "box_predictor": FastRCNNPredictor(box_features, num_classes + 1),
@@ -176,6 +195,7 @@ def build_detector(
         if architecture == "mask_rcnn_fpn":
             model = PartsMaskRCNN(
                 body,
+                mask_roi_pool=StridedRoIAlign(strides, output_size=14, sampling_ratio=2),
                 mask_head=MaskRCNNHeads(fpn_channels, [fpn_channels] * 4, 1, norms["mask_head"]),
                 mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes + 1),
                 **options,

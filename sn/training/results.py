@@ -30,7 +30,7 @@ COLORS |= {"sn_in_ln": "#CC79A7", "sn_with_bn": "#56B4E9", "none": "#999999"}
 # Keys of config.yaml that do not change what a run computes, or that a table's cell fixes.
 NOT_RECIPE = {"seed", "output_dir", "run_name", "hydra", "root", "workers", "num_workers"}
 NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "backend"}
-NOT_RECIPE |= {"experiment", "scale", "emulation", "world_size"}
+NOT_RECIPE |= {"experiment", "scale", "emulation", "world_size", "parts_name"}
 
 # What a task's tables need of a summary, beside model, scale, setting and data.
 NEEDED = {"imagenet": {"norm": str}, "detection": {"parts": dict, "init": dict}}

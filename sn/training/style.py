@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from sn import SwitchNorm2d, SwitchNormAct2d
+from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
 
 from .checkpoint import load_weights
 
@@ -129,12 +129,12 @@ def build_style_net(
     fused_activation: switchable layers do the residual sum and the ReLU too (one kernel on CUDA).
     Raises ValueError if that is asked for with another norm.
     """
-    model = StyleNet(norm, width, residual_blocks)
+    model = connect_bkn(StyleNet(norm, width, residual_blocks))
     if fused_activation:
         for block in model.modules():
             if isinstance(block, ConvNorm):
                 _fuse(block)
-    return model
+    return connect_bkn(model)
 
 
 def _fuse(block: ConvNorm) -> None:

@@ -1,6 +1,7 @@
 """A trained style network applied to images of any size, in strips if large; its export."""
 
 import copy
+import logging
 from pathlib import Path
 
 import torch
@@ -145,15 +146,19 @@ def export_onnx(model: StyleNet, path: str | Path) -> None:
     except ImportError:
         raise ValueError("mode=export needs onnx and onnxscript: pip install '.[onnx]'") from None
     height, width = (torch.export.Dim(name, min=2) for name in ("height_4", "width_4"))
-    program = torch.onnx.export(
-        model.eval().cpu(),
-        (torch.rand(1, 3, 64, 48),),
-        dynamic_shapes=({2: MULTIPLE * height, 3: MULTIPLE * width},),
-        input_names=["image"],
-        output_names=["stylized"],
-        dynamo=True,
-        verbose=False,
-    )
+    logging.disable(logging.INFO)  # the exporter's hundreds of lines, under Hydra's logger
+    try:
+        program = torch.onnx.export(
+            model.eval().cpu(),
+            (torch.rand(1, 3, 64, 48),),
+            dynamic_shapes=({2: MULTIPLE * height, 3: MULTIPLE * width},),
+            input_names=["image"],
+            output_names=["stylized"],
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     program.save(str(path))
 
