@@ -536,4 +536,4 @@ def export(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.start(main)

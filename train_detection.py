@@ -244,6 +244,7 @@ def check_config(cfg: DictConfig) -> None:
             f"unknown model.architecture={cfg.model.architecture!r}; choose one of "
             f"{list(detectors.ARCHITECTURES)}"
         )
+    part_norms(cfg)
     if cfg.setting.emulation == "grouped":
         raise ValueError(
             "setting.emulation=grouped: images and RoIs of a step differ in number and size, so "
@@ -251,17 +252,22 @@ def check_config(cfg: DictConfig) -> None:
         )
 
 
-def build_model(cfg: DictConfig, num_classes: int, weights: dict | None = None) -> nn.Module:
-    """The detector of the config, with the norm of each part that it has."""
-    own = detectors.ARCHITECTURES[cfg.model.architecture]
+def part_norms(cfg: DictConfig) -> dict:
+    """The norm callable of each part, None where the detector has none. Raises as `make_norm`."""
     norms = {part: sn.make_norm(**cfg.parts[part]) for part in detectors.PARTS}
     for part in detectors.PARTS:
-        if part not in own or cfg.parts[part].name == "none":
+        own = part in detectors.ARCHITECTURES[cfg.model.architecture]
+        if not own or cfg.parts[part].name == "none":
             norms[part] = None
+    return norms
+
+
+def build_model(cfg: DictConfig, num_classes: int, weights: dict | None = None) -> nn.Module:
+    """The detector of the config, with the norm of each part that it has."""
     options = {k: v for k, v in cfg.model.items() if k not in ("name", "parts_name")}
     options |= {"min_size": cfg.data.test_size, "max_size": cfg.data.max_size}
     model = detectors.build_detector(
-        num_classes=num_classes, norms=norms, weights=weights, **options
+        num_classes=num_classes, norms=part_norms(cfg), weights=weights, **options
     )
     return sn.connect_bkn(model)
 
@@ -748,4 +754,4 @@ def predict(cfg: DictConfig) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    entry.start(main)

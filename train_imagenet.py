@@ -664,4 +664,4 @@ def time_left(run: Run, progress: Progress, images_per_s: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    entry.start(main)

@@ -397,4 +397,4 @@ def print_epoch(run: Run, progress: Progress, metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.start(main)

@@ -1,6 +1,7 @@
 """What the command line of every entrypoint does alike: exit codes, messages, checks of values."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .stopping import Preempted
 # exit codes: 2 wrong input, 3 diverged, 75 (EX_TEMPFAIL) preempted: run the same command again
 KNOWN = (ValueError, TypeError, OSError, torch.OutOfMemoryError, OmegaConfBaseException)
 LARGEST = sys.float_info.max
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> None:
@@ -35,6 +37,24 @@ def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> None:
         sys.exit(codes.get(type(error), 2))
     finally:
         distributed.stop()
+
+
+def start(main: Callable[[], None]) -> None:
+    """Call an entrypoint's Hydra main, unless the command picks an option by a number.
+
+    Hydra ends there in a traceback: `setting=8_32` reads as 832, no name.
+    """
+    for word in sys.argv[1:]:
+        key, _, value = word.partition("=")
+        group = CONFIGS / key.lstrip("+").partition("@")[0]
+        if re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false", value, re.I) and group.is_dir():
+            options = sorted(path.stem for path in group.glob("*.yaml"))
+            print(
+                f"{Path(sys.argv[0]).name}: {word}: expected one of {options}, not a number",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+    main()
 
 
 def message(error: BaseException) -> str:
