@@ -66,7 +66,8 @@ CHECKS = [
             *("setting.gpus", "setting.images_per_gpu", "schedule.images", "log_steps"),
             *("evaluation.batch_size", "data.test_size", "data.max_size", "model.fpn_channels"),
             *("model.box_features", "model.rpn_convs", "model.rois_per_image"),
-            *("model.proposals_train", "model.proposals_test"),
+            *("model.proposals_train", "model.proposals_test", "data.generate.size"),
+            *("data.generate.train_images", "data.generate.val_images"),
         ],
     ),
     (
@@ -79,7 +80,7 @@ CHECKS = [
         "a whole number, 0 to 2^32",
         [
             *("seed", "data.workers", "checkpoint_steps", "max_skipped_steps", "model.freeze_at"),
-            *("schedule.warmup_images", "evaluation.pictures"),
+            *("schedule.warmup_images", "evaluation.pictures", "data.generate.seed"),
         ],
     ),
     (whole(2, 1000), "a whole number, 2 to 1000", ["keep_checkpoints"]),
