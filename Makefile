@@ -2,9 +2,10 @@
 # make demo      BN, GN and SN over several settings on bundled digits, table and figures
 # make test      lint, format check and the test suite (under 10 minutes on 2 cores)
 # make test-slow the longer checks
-# Another interpreter: make install PYTHON=python3.12
+# Another interpreter: make install PYTHON=python3.12; more processes for the tests: make test JOBS=8
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -26,7 +27,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(JOBS)

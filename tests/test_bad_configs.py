@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from faults import ROOT, RUNS, user_environment
+from faults import ROOT, RUNS, report, user_environment
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -114,6 +114,7 @@ def check_generated(root, data, folder, monkeypatch):
     text = message(error)
     assert text and len(text) < 2000, text
     assert not folder.exists() or not list(folder.iterdir()), f"{key}={value!r} left files"
+    return key, repr(value)
 
 
 SETTINGS = dict(
@@ -134,10 +135,16 @@ def test_wrong_value_is_refused(root, data, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("root", ENTRYPOINTS)
-@settings(max_examples=300, **SETTINGS)
-@given(data=st.data())
-def test_three_hundred_wrong_values_are_refused(root, data, tmp_path, monkeypatch):
-    check_generated(root, data, tmp_path / "run", monkeypatch)
+def test_three_hundred_wrong_values_are_refused(root, tmp_path, monkeypatch):
+    tried = set()
+
+    @settings(max_examples=300, **SETTINGS)
+    @given(data=st.data())
+    def each(data):
+        tried.add(check_generated(root, data, tmp_path / "run", monkeypatch))
+
+    each()
+    report(test="wrong_value", entrypoint=root, different_values=len(tried), refused=len(tried))
 
 
 @pytest.mark.parametrize("root", ENTRYPOINTS)
@@ -194,7 +201,15 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def slow_but(quick, cases):
+    """Test cases of which only those whose index is in `quick` are in the short suite."""
+    return [
+        pytest.param(case, marks=[] if index in quick else pytest.mark.slow)
+        for index, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize("words", slow_but({2, 8, 13, 17, 21, 25}, COMMANDS), ids=" ".join)
 def test_bad_command(words, tmp_path):
     """As a user types it: an exit code, a short message, no traceback, no file."""
     script, *overrides = words

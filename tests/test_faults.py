@@ -25,6 +25,9 @@ from faults import (
 )
 from test_entrypoints import assert_same
 
+SHORT = [  # the short suite has these of one entrypoint
+    pytest.param(name, marks=[] if name == "imagenet" else pytest.mark.slow) for name in RUNS
+]
 DISTRIBUTED = [name for name in RUNS if name in ("imagenet", "detection")]
 
 
@@ -194,7 +197,7 @@ def test_a_rank_that_hangs_ends_the_run(name, tmp_path):
     run(module, *overrides, f"output_dir={folder}")  # its checkpoint is whole
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", SHORT)
 def test_a_finished_run_is_left_alone(name, tmp_path):
     module, *overrides = RUNS[name]
     run(module, *overrides, f"output_dir={tmp_path / 'run'}")
@@ -203,7 +206,7 @@ def test_a_finished_run_is_left_alone(name, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", SHORT)
 def test_moved_and_resumed(name, tmp_path, undisturbed):
     """A run's folder may be moved between its interruption and its end."""
     module, *overrides = RUNS[name]
