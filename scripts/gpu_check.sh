@@ -7,14 +7,14 @@
 # Resumable: a step that succeeded is not repeated, so call it again with the same OUT until it
 # prints that all is done. Needs torch with CUDA (and Triton), numpy and pytest; torchvision for the
 # networks. A line of scripts/gpu_pending.txt, if there is that file, is one more step (an
-# experiment, say). Each step leaves <step>.log, and <step>.done or <step>.failed.
+# experiment, say; its head says what GPU_DATA must hold). Each step leaves <step>.log, and <step>.done or <step>.failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results/gpu}
 BUDGET=${BUDGET:-540}
 PYTHON=${PYTHON:-python}
 START=$SECONDS
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHON OUT GPU_DATA=${GPU_DATA:-data}
 mkdir -p "$OUT"
 
 step() { # name, most seconds, command...
