@@ -594,6 +594,8 @@ def save(run: Run, progress: Progress) -> None:
                 "data": run.data.describe(),
                 "classes": list(run.data.names),
                 "category_ids": list(run.data.train.file.category_ids),
+                "init_sha256": run.init_sha256,
+                "detector": detector_options(run.cfg),
             },
             run.cfg.keep_checkpoints,
         )
@@ -611,12 +613,28 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was trained on other data: {state['data']} there, "
             f"{run.data.describe()} now; choose another output_dir="
         )
+    if state.get("init_sha256", run.init_sha256) != run.init_sha256:
+        raise ValueError(
+            f"{run.cfg.output_dir} was started from other weights than those of "
+            f"init.path={run.cfg.init.path}; choose another output_dir="
+        )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
+
+
+def detector_options(cfg: DictConfig) -> dict:
+    """What a checkpoint's weights stand for beyond their shapes: norms and anchors."""
+    parts = {
+        part: OmegaConf.to_container(cfg.parts[part], resolve=True)
+        for part in detectors.ARCHITECTURES[cfg.model.architecture]
+    }
+    for options in parts.values():
+        options.pop("momentum", None)
+    return {"anchor_sizes": list(cfg.model.anchor_sizes)} | parts
 
 
 def summarise(run: Run, progress: Progress, results: dict) -> dict:
@@ -684,6 +702,13 @@ def trained_model(cfg: DictConfig, processes: distributed.Processes) -> tuple[nn
     for key in ("model", "classes", "category_ids"):
         if key not in state:
             raise ValueError(f"{path} is no checkpoint of train_detection.py: it has no {key!r}")
+    options = detector_options(cfg)
+    for key, value in state.get("detector", options).items():
+        if options.get(key, value) != value:  # of another architecture: the shapes tell
+            raise ValueError(
+                f"{path} is not of this model and these parts ({cfg.run_name}): {key} is {value} "
+                f"there, {options[key]} asked for"
+            )
     model = build_model(cfg, len(state["classes"]))
     try:
         model.load_state_dict(state["model"])
@@ -720,7 +745,10 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict:
 
 
 def predict(cfg: DictConfig) -> list[dict]:
-    """mode=predict: pictures with detections, and predictions.json, for an image or a folder."""
+    """mode=predict: pictures with detections, and predictions.json, for an image or a folder.
+
+    An image that cannot be read is named, left out, and ends in an error after all others.
+    """
     check_config(cfg)
     if cfg.predict.images is None:
         raise ValueError("mode=predict needs predict.images=..., an image or a folder of images")
@@ -735,9 +763,14 @@ def predict(cfg: DictConfig) -> list[dict]:
     model, state = trained_model(cfg, processes)
     out = Path(cfg.predict.out or f"{cfg.output_dir}/predictions")
     out.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, errors = [], []
     for index in range(processes.rank, len(files), processes.world_size):
-        picture = F.pil_to_tensor(read_image(files[index]))
+        try:
+            picture = read_picture(files[index], cfg.data.max_size)
+        except ValueError as error:
+            print(f"warning: {error}; left out", file=sys.stderr, flush=True)
+            errors.append(str(error))
+            continue
         found = find(cfg, processes, model, picture)
         drawn = draw_detections(picture, found, state["classes"], cfg.evaluation.threshold)
         save_picture(drawn, out / f"{files[index].name}.png")
@@ -751,7 +784,21 @@ def predict(cfg: DictConfig) -> list[dict]:
     if processes.is_main:
         write_predictions(out, results)
         print(f"{len(files)} images, {len(results)} detections; pictures in {out}")
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(files)} images were left out: {errors[0]}")
     return results
+
+
+def read_picture(path: Path, max_size: int) -> Tensor:
+    """The uint8 picture (3, H, W), if there is any of it left at a long side of `max_size`."""
+    picture = F.pil_to_tensor(read_image(path))
+    height, width = picture.shape[1:]
+    if min(height, width) * max_size < max(height, width):
+        raise ValueError(
+            f"{path} has {width} x {height} pixels: nothing is left of its short side at "
+            f"data.max_size={max_size}"
+        )
+    return picture
 
 
 if __name__ == "__main__":

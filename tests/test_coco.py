@@ -116,6 +116,10 @@ FAULTS = {
         r"annotation 1 has bbox \[1, 2, 3\]; expected four numbers",
     ),
     "NaN": (lambda d: d["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 1"),
+    "crowd of a string": (
+        lambda d: d["annotations"][2].update(iscrowd="no"),
+        "annotation 3 has iscrowd='no'; expected a number",
+    ),
     "no file name": (lambda d: d["images"][1].update(file_name=None), "image 7 lacks"),
     "same id twice": (lambda d: d["images"][1].update(id=10), "two images have id 10"),
     "no categories": (lambda d: d.update(categories=[]), "category ids"),
@@ -190,6 +194,23 @@ def test_masks_of_every_form(tmp_path):
         one = annotation(8, 10, 3, (5, 10, 20, 20), segmentation=shape)
         with pytest.raises(ValueError, match="f.json: annotation 8 has"):
             coco.decode_mask(one, 64, 48, "f.json")
+
+
+def test_masks_to_be_evaluated_against_are_read_at_once(tmp_path):
+    """Not after hours of training; the trained ones are read when they come."""
+    mine = content()
+    mine["annotations"][3].pop("segmentation")
+    root = write(tmp_path, None, mine)
+    assert len(load_coco("mine", str(root), masks=False).val) == 4
+    with pytest.raises(ValueError, match="instances_val2017.json: annotation 4 has no mask"):
+        load_coco("mine", str(root), masks=True)
+
+
+def test_no_area_is_that_of_the_box(tmp_path):
+    mine = content()
+    mine["annotations"][0] |= {"area": None, "iscrowd": None}
+    first = load_coco("mine", str(write(tmp_path, mine)), masks=False).train.annotations[0][0]
+    assert (first["area"], first["iscrowd"]) == (20 * 30, 0)
 
 
 def test_an_object_with_an_empty_mask_is_left_out(tmp_path):

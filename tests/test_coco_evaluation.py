@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from coco_files import annotation, write
+from coco_files import annotation, content, write
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -119,7 +119,7 @@ def test_perfect_none_and_nothing_to_find(data):
             "category_id": a["category_id"],
             "bbox": a["bbox"],
             "score": 1.0,
-            "segmentation": rle.frPyObjects(a["segmentation"], *a["segmentation"]["size"]),
+            "segmentation": a["segmentation"],
         }
         for a in content["annotations"]
     ]
@@ -130,6 +130,35 @@ def test_perfect_none_and_nothing_to_find(data):
     assert metrics["box_ap_l"] is None  # no digit is that large
     empty = coco_metrics(content | {"annotations": []}, [], False)
     assert empty["box_ap"] is None
+
+
+def test_object_ids_do_not_matter(data):
+    """pycocotools takes an id of 0 for no match, and of equal ids the last object for all."""
+    results = shaken(data.val)
+    expected = coco_metrics(data.val.content(), results, True)
+    for change in (lambda place: place, lambda place: 1 + place % 3):
+        content = data.val.content()
+        content["annotations"] = [
+            a | {"id": change(place)} for place, a in enumerate(content["annotations"])
+        ]
+        assert coco_metrics(content, results, True) == expected
+
+
+def test_objects_without_a_whole_polygon_count_as_missed(tmp_path):
+    mine = content()
+    mine["annotations"] = [
+        annotation(1, 10, 3, (4, 4, 20, 30), segmentation=[]),
+        annotation(2, 7, 17, (5, 6, 30, 40), segmentation=[[1, 2, 3, 4]]),
+        annotation(3, 10, 44, (30, 10, 20, 30)),
+    ]
+    data = load_coco("mine", str(write(tmp_path, None, mine)), masks=True)
+    results = [
+        {key: a[key] for key in ("image_id", "category_id", "bbox", "segmentation")} | {"score": 1}
+        for a in data.val.content()["annotations"]
+    ]
+    metrics = coco_metrics(data.val.content(), results, True)
+    assert metrics["box_ap"] == pytest.approx(100)
+    assert metrics["mask_ap"] == pytest.approx(100 / 3)
 
 
 def test_evaluation_changes_nothing(data):

@@ -15,6 +15,7 @@ import torch
 import yaml
 from coco_files import annotation, content, write
 from hydra import compose, initialize_config_dir
+from PIL import Image
 from workers import CONFIGS, run_in_group
 
 import sn
@@ -561,6 +562,53 @@ def test_predict_says_what_is_wrong(images, checkpoint, words, trained, digits, 
     cfg.predict.out = str(tmp_path / "out")
     with pytest.raises((ValueError, OSError), match=words):
         train_detection.predict(cfg)
+
+
+def test_predict_leaves_out_what_it_cannot_read(trained, digits, tmp_path, capsys):
+    """All others are done, results written; then it is an error."""
+    folder, out = tmp_path / "my photos", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image either")
+    (folder / "c.png").write_bytes((digits / "val2017" / "000001.png").read_bytes())
+    Image.new("RGB", (300, 1)).save(folder / "thin.png")
+    cfg = tiny_config("/nowhere", trained, "model=mask_rcnn_r18_fpn", "mode=predict")
+    cfg.predict.images, cfg.predict.out = str(folder), str(out)
+    with pytest.raises(ValueError, match="2 of 3 images were left out: cannot read .*a.png"):
+        train_detection.predict(cfg)
+    assert sorted(path.name for path in out.iterdir()) == ["c.png.png", "predictions.json"]
+    assert "thin.png has 300 x 1 pixels: nothing is left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["parts=bn", "norm@parts.fpn=gn"], "fpn is .*'bn'.* there, .*'gn'.* asked for"),
+        (["model.anchor_sizes=[8,16,32,64,99]"], "anchor_sizes is .* there"),
+        (["parts=bn", "parts.backbone.momentum=0.5"], None),
+    ],
+)
+def test_checkpoint_of_weights_that_mean_something_else(options, words, digits, tmp_path):
+    """Group norm of other groups, or as layer norm, has parameters of the same shapes."""
+    out, base = tmp_path / "run", ["parts=bn"] if "parts=bn" in options else []
+    train(digits, out, *base)
+    cfg = tiny_config(digits, out, "mode=evaluate", *options)
+    refused = pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
+    with refused:
+        train_detection.evaluate_checkpoint(cfg)
+
+
+def test_resume_with_other_initial_weights_is_refused(digits, tmp_path):
+    from sn.training.models import build_model
+
+    for name in ("a.pt", "b.pt"):
+        torch.save(build_model("resnet18", "torchvision", 10, sn.make_norm("sn")).state_dict(),
+                   tmp_path / name)  # fmt: skip
+    options = ["init=checkpoint", "checkpoint_steps=1"]
+    with crash_at(12), pytest.raises(Crash):
+        train(digits, tmp_path / "run", *options, f"init.path={tmp_path / 'a.pt'}")
+    with pytest.raises(ValueError, match="started from other weights than those of init.path=.*b"):
+        train(digits, tmp_path / "run", *options, f"init.path={tmp_path / 'b.pt'}")
 
 
 def test_checkpoint_of_other_parts(trained, digits):

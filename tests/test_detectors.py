@@ -170,6 +170,25 @@ def test_one_step_trains_every_parameter(architecture, options):
     assert ("loss_mask" in losses) == (architecture == "mask_rcnn_fpn")
 
 
+@pytest.mark.parametrize("name", ["in", "bn", "gn", "sn", "sn_in_ln", "none"])
+def test_heads_take_no_rois(name):
+    """As in evaluation when nothing is found, and in training on images without objects."""
+    model = build_detector("mask_rcnn_fpn", 5, norms(name), **SMALL)
+    head = model.roi_heads.mask_head
+    for mode in (True, False):
+        y = head.train(mode)(torch.zeros(0, SMALL["fpn_channels"], 14, 14))
+        assert y.shape == (0, SMALL["fpn_channels"], 14, 14)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+def test_instance_norm_of_rois_is_torchs():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 5)
+    ours, torchs = detectors.RoIInstanceNorm2d(4, affine=True), nn.InstanceNorm2d(4, affine=True)
+    assert torch.equal(ours(x), torchs(x))
+
+
 def norm_classes(module):
     return {type(layer) for layer in module.modules() if detectors.is_norm(layer)}
 
@@ -178,7 +197,7 @@ def test_each_part_has_its_own_norm():
     model = build_detector("mask_rcnn_fpn", 5, norms("gn", "sn", "in", "ln"), **SMALL)
     assert norm_classes(model.backbone.body) == {sn.AutoGroupNorm}
     assert norm_classes(model.backbone.fpn) == {sn.SwitchNorm2d}
-    assert norm_classes(model.roi_heads.box_head) == {nn.InstanceNorm2d}
+    assert norm_classes(model.roi_heads.box_head) == {detectors.RoIInstanceNorm2d}
     assert norm_classes(model.roi_heads.mask_head) == {sn.AutoGroupNorm}
     assert all(
         m.num_groups == 1 for m in model.roi_heads.mask_head.modules() if detectors.is_norm(m)

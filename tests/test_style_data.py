@@ -124,6 +124,18 @@ def test_finds_images_anywhere_below(tmp_path):
     assert find_images(tmp_path / "z.JPG") == [tmp_path / "z.JPG"]
 
 
+def test_links_to_files_and_folders_are_followed(tmp_path):
+    root, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    (elsewhere / "in").mkdir(parents=True)
+    root.mkdir()
+    gradient().save(elsewhere / "in" / "a.png")
+    (root / "file.png").symlink_to(elsewhere / "in" / "a.png")
+    (root / "folder").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)  # in a circle
+    names = [path.relative_to(root).as_posix() for path in find_images(root)]
+    assert names == ["file.png", "folder/in/a.png"]
+
+
 def test_no_images_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"photos.root={tmp_path}: no images below"):
         load_photos("folder", str(tmp_path))

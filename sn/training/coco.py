@@ -107,8 +107,12 @@ class CocoFile:
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
             raise ValueError(f"{where} has bbox {box}; expected four numbers x, y, width, height")
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", max(0.0, box[2]) * max(0.0, box[3]))
+        area = max(0.0, box[2]) * max(0.0, box[3])
+        for key, default in (("iscrowd", 0), ("area", area)):
+            if annotation.get(key) is None:
+                annotation[key] = default
+            elif not isinstance(annotation[key], (int, float)):
+                raise ValueError(f"{where} has {key}={annotation[key]!r}; expected a number")
 
 
 def _read(path: Path, folder: Path) -> bytes:
@@ -136,31 +140,45 @@ def clipped_box(annotation: dict, width: int, height: int) -> tuple[float, ...] 
 
 def decode_mask(annotation: dict, width: int, height: int, path: Path) -> np.ndarray:
     """The (height, width) uint8 mask of polygons or RLE, compressed or not."""
+    return rle.decode(compressed_mask(annotation, width, height, path))
+
+
+def compressed_mask(annotation: dict, width: int, height: int, path: Path) -> dict:
+    """COCO's compressed RLE of polygons (empty without a whole one) or of RLE.
+
+    Raises ValueError, naming file and id, for what is neither, or of another size.
+    """
     where = f"{path}: annotation {annotation['id']}"
     shape = annotation.get("segmentation")
     try:
         if isinstance(shape, list):
             polygons = [p for p in shape if len(p) >= 6]
-            if not polygons:
-                return np.zeros((height, width), np.uint8)
-            return rle.decode(rle.merge(rle.frPyObjects(polygons, height, width)))
-        if isinstance(shape["counts"], list):
-            shape = rle.frPyObjects(shape, height, width)
-        mask = rle.decode(shape)
+            if polygons:
+                shape = rle.merge(rle.frPyObjects(polygons, height, width))
+            else:
+                shape = rle.encode(np.zeros((height, width), np.uint8, order="F"))
+            size = (height, width)
+        else:
+            if isinstance(shape["counts"], list):
+                shape = rle.frPyObjects(shape, height, width)
+            size = rle.decode(shape).shape  # raises where the counts do not fit
     except Exception as error:  # pycocotools raises plain Exception, TypeError, IndexError, ...
         raise ValueError(f"{where} has no mask that can be read: {error!r}") from None
-    if mask.shape != (height, width):
-        raise ValueError(f"{where} has a mask of {mask.shape}, its image is {(height, width)}")
-    return mask
+    if size != (height, width):
+        raise ValueError(f"{where} has a mask of {size}, its image is {(height, width)}")
+    counts = shape["counts"]
+    return shape | {"counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
 
 
 class CocoImages:
     """(image, target) of a CocoFile's images: uint8 (3, H, W), and boxes, labels, masks.
 
     Targets leave out crowds and boxes without area. `trained` keeps the images that have a target
-    left. `limit` takes that many at even distances. Boxes are (x1, y1, x2, y2) in pixels.
+    left. `limit` takes that many at even distances. Boxes are (x1, y1, x2, y2) in pixels. With
+    `masks`, those that are evaluated against are read at once, into compressed RLE.
 
-    Raises ValueError naming path and id for a picture that cannot be read or has another size.
+    Raises ValueError naming path and id for a picture that cannot be read or has another size, or
+    a mask that cannot be read.
     """
 
     def __init__(self, file: CocoFile, masks: bool, trained: bool, limit: int | None = None):
@@ -186,6 +204,11 @@ class CocoImages:
             kept = [kept[i * len(kept) // limit] for i in range(limit)]
         self.images = kept
         self.annotations = [by_image[image["id"]] for image in kept]
+        if masks and not trained:
+            for annotation in self.content()["annotations"]:
+                image = images[annotation["image_id"]]
+                size = (image["width"], image["height"])
+                annotation["segmentation"] = compressed_mask(annotation, *size, file.path)
 
     def __len__(self) -> int:
         return len(self.images)

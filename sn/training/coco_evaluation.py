@@ -114,6 +114,9 @@ def coco_metrics(content: dict, results: list[dict], masks: bool) -> dict[str, f
 def _coco(content: dict) -> COCO:
     coco = COCO()
     coco.dataset = copy.deepcopy(content)
+    # COCOeval takes an object of id 0 for none, and one of an id used before for that one
+    for id, annotation in enumerate(coco.dataset["annotations"], 1):
+        annotation["id"] = id
     coco.createIndex()
     return coco
 

@@ -80,6 +80,17 @@ class PartsMaskRCNN(_FrozenStages, MaskRCNN):
     """torchvision's MaskRCNN, with `freeze_at` stages fixed."""
 
 
+class RoIInstanceNorm2d(nn.InstanceNorm2d):
+    """Instance norm of any number of RoIs; torch's raises IndexError where there is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x):
+            return super().forward(x)
+        if self.weight is None:
+            return x
+        return x * self.weight[:, None, None] + self.bias[:, None, None]  # gradients of 0, not none
+
+
 class Conv5Head(nn.Module):
     """The last stage of a ResNet on 14 x 14 features of each RoI, then the mean over space."""
 
@@ -202,6 +213,9 @@ def build_detector(
             )
         else:
             model = PartsFasterRCNN(body, **options)
+    for layer in model.roi_heads.modules():
+        if type(layer) is nn.InstanceNorm2d:
+            layer.__class__ = RoIInstanceNorm2d
     freeze(model, freeze_at)
     return model
 

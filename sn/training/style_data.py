@@ -1,6 +1,7 @@
 """Photographs and style images: any folder, any image file, crops drawn from (seed, number)."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def to_pil(image: Tensor) -> Image.Image:
 def find_images(root: str | Path) -> list[Path]:
     """Image files anywhere below `root` (or that one file), by name; links are followed.
 
+    A folder that is met twice, through links, is taken once.
+
     Raises FileNotFoundError if there is none.
     """
     root = Path(root)
@@ -59,7 +62,14 @@ def find_images(root: str | Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(f"no file or folder {root}")
-    files = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES]
+    files, seen = [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        inner.sort()
+        if os.path.realpath(folder) in seen:  # a link back: no end
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
     files = sorted(path for path in files if path.is_file())
     if not files:
         raise FileNotFoundError(
