@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import sn
 from sn.training import detectors, distributed, entry
-from sn.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from sn.training.checkpoint import fitting, load_checkpoint, load_weights, save_checkpoint
 from sn.training.coco import (
     DetectionData,
     GroupedSampler,
@@ -602,7 +602,8 @@ def save(run: Run, progress: Progress) -> None:
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
     needed = ("model", "optimizer", "scaler", "progress", "data")
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = load_checkpoint(path, needed)
     if state is None:
         return Progress()
     if state["data"] != run.data.describe():
@@ -610,10 +611,11 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was trained on other data: {state['data']} there, "
             f"{run.data.describe()} now; choose another output_dir="
         )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
+    with fitting(path):
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
 
