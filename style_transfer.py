@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import sn
 from sn.training import distributed, entry, style_data
-from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sn.training.data import BadImages
 from sn.training.entry import above, number, one_of, optional, switch, whole
 from sn.training.guard import FiniteGuard, check_finite, gradient_norm
@@ -402,7 +402,8 @@ def save(run: Run, progress: Progress) -> None:
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
     needed = ("model", "optimizer", "scaler", "progress", "identity")
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = load_checkpoint(path, needed)
     if state is None:
         return Progress()
     if state["identity"] != run.identity():
@@ -412,10 +413,11 @@ def resume(run: Run) -> Progress:
             f"{[state['identity'][key] for key in changed]} there, "
             f"{[run.identity()[key] for key in changed]} now; choose another output_dir="
         )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
+    with fitting(path):
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import sn
 from sn.training import detectors, distributed, entry
-from sn.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from sn.training.checkpoint import fitting, load_checkpoint, load_weights, save_checkpoint
 from sn.training.coco import (
     DetectionData,
     GroupedSampler,
@@ -159,9 +159,10 @@ class Run:
         return step % self.cfg.log_steps == 0 or self.evaluates_after(step)
 
     def evaluating(self, batches: Iterable) -> Iterator:
-        """Batches outside training, where the run may stop at any time."""
+        """Batches outside training; a signal ends them early."""
         for batch in self.watchdog.over(batches, "evaluation"):
-            self.stop.check("evaluation")
+            if self.stop.requested:
+                return
             yield batch
 
 
@@ -533,7 +534,10 @@ def record(run: Run, progress: Progress, recorder: Recorder, speed: float | None
 def evaluate(run: Run) -> tuple[dict, list[dict]]:
     """COCO metrics and results on the validation images, each image once over all processes."""
     distributed.average_running_statistics(run.model)
-    return evaluate_model(run.cfg, run.processes, run.data, run.model, run.evaluating)
+    found = evaluate_model(run.cfg, run.processes, run.data, run.model, run.evaluating)
+    if distributed.any_process(run.stop.requested, run.processes.device):
+        raise Preempted("stopped by a signal at evaluation; the same command goes on")
+    return found
 
 
 def evaluate_model(cfg, processes, data, model, watched=iter) -> tuple[dict, list[dict]]:
@@ -583,29 +587,28 @@ def write_predictions(folder: Path, results: list[dict]) -> None:
 def save(run: Run, progress: Progress) -> None:
     """Write the checkpoint; all processes take part, the main one writes."""
     distributed.average_running_statistics(run.model)
-    if run.processes.is_main:
-        save_checkpoint(
-            f"{run.cfg.output_dir}/checkpoint.pt",
-            {
-                "model": run.model.state_dict(),
-                "optimizer": run.optimizer.state_dict(),
-                "scaler": run.scaler.state_dict(),
-                "progress": vars(progress).copy(),
-                "data": run.data.describe(),
-                "classes": list(run.data.names),
-                "category_ids": list(run.data.train.file.category_ids),
-                "init_sha256": run.init_sha256,
-                "detector": detector_options(run.cfg),
-            },
-            run.cfg.keep_checkpoints,
-        )
-    distributed.barrier()  # a process that ends now may take those with it that still write
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": vars(progress).copy(),
+        "data": run.data.describe(),
+        "classes": list(run.data.names),
+        "category_ids": list(run.data.train.file.category_ids),
+        "init_sha256": run.init_sha256,
+        "detector": detector_options(run.cfg),
+    }
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    distributed.in_main(
+        lambda: save_checkpoint(path, state, run.cfg.keep_checkpoints), run.processes
+    )
 
 
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
     needed = ("model", "optimizer", "scaler", "progress", "data")
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = load_checkpoint(path, needed)
     if state is None:
         return Progress()
     if state["data"] != run.data.describe():
@@ -618,10 +621,11 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was started from other weights than those of "
             f"init.path={run.cfg.init.path}; choose another output_dir="
         )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
+    with fitting(path):
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
 

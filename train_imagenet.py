@@ -25,7 +25,7 @@ from tqdm import tqdm
 import sn
 from sn.batch_average import batch_statistics_layers
 from sn.training import bilevel, distributed, entry
-from sn.training.checkpoint import keep_best, load_checkpoint, save_checkpoint
+from sn.training.checkpoint import fitting, keep_best, load_checkpoint, save_checkpoint
 from sn.training.data import (
     BadImages,
     ImageData,
@@ -130,10 +130,19 @@ class Run:
     watchdog: Watchdog
 
     def evaluating(self, loader: Iterable) -> Iterator:
-        """The batches of a loader outside training, where the run may stop at any time."""
+        """The batches of a loader outside training; a signal ends them early, after one or more."""
         for batch in self.watchdog.over(loader, "evaluation"):
-            self.stop.check("evaluation")
             yield batch
+            if self.stop.requested:
+                return
+
+    def stop_together(self) -> None:
+        """Raise Preempted if any process has got a signal; all of them must come here.
+
+        One that left its evaluation alone would leave the others waiting in a sum.
+        """
+        if distributed.any_process(self.stop.requested, self.processes.device):
+            raise Preempted("stopped by a signal at evaluation; the same command goes on")
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Images in the run's precision and layout, labels as they are."""
@@ -530,7 +539,9 @@ def validate(run: Run) -> dict[str, float]:
     images = TransformedImages(data.val, data.evaluation, epochs=1)
     loader = make_loader(images, batches, run.cfg.data.workers, processes.device)
     with run.autocast():
-        return evaluate(run.model, run.evaluating(loader), run.to_device)
+        results = evaluate(run.model, run.evaluating(loader), run.to_device)
+    run.stop_together()
+    return results
 
 
 def final_evaluation(run: Run, progress: Progress, moving: dict | None) -> dict:
@@ -552,8 +563,10 @@ def final_evaluation(run: Run, progress: Progress, moving: dict | None) -> dict:
     images = TransformedImages(data.train, data.evaluation, epochs=1)
     loader = make_loader(images, batches, run.cfg.data.workers, processes.device)
     with run.autocast():
-        images = (run.to_device(x) for x, _ in run.evaluating(loader))
+        # no early end: synchronised norms need as many batches in every process
+        images = (run.to_device(x) for x, _ in run.watchdog.over(loader, "batch average"))
         sn.batch_average(run.model, images, len(batches))
+    run.stop_together()
     averaged = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     results["top1_batch_average"] = validate(run)["top1"]
     size = min(options.batch_size, len(data.train))
@@ -569,29 +582,29 @@ def save(
 ) -> None:
     """Write the checkpoint; all processes take part, the main one writes."""
     distributed.average_running_statistics(run.model)
-    if run.processes.is_main:
-        path = f"{run.cfg.output_dir}/checkpoint.pt"
-        save_checkpoint(
-            path,
-            {
-                "model": run.model.state_dict(),
-                "optimizer": run.optimizer.state_dict(),
-                "scaler": run.scaler.state_dict(),
-                "progress": vars(progress).copy(),
-                "data": run.data.describe(),
-                "batch_average": batch_average,
-            },
-            run.cfg.keep_checkpoints,
-        )
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": vars(progress).copy(),
+        "data": run.data.describe(),
+        "batch_average": batch_average,
+    }
+
+    def write() -> None:
+        save_checkpoint(path, state, run.cfg.keep_checkpoints)
         if best:
             keep_best(path)
-    distributed.barrier()  # a process that ends now may take those with it that still write
+
+    distributed.in_main(write, run.processes)
 
 
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
     needed = ("model", "optimizer", "scaler", "progress", "data")
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = load_checkpoint(path, needed)
     if state is None:
         return Progress()
     if state["data"] != run.data.describe():
@@ -599,10 +612,11 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was trained on other data: {state['data']} there, "
             f"{run.data.describe()} now; choose another output_dir="
         )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    progress = Progress(**state["progress"])
+    with fitting(path):
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
 

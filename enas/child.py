@@ -4,7 +4,10 @@ layers normal cells, with a reduction before two of them; every cell reads the t
 shared weights each node has both separable convolutions for each entry it may read, and a forward
 pass uses those that its architecture asks for. Source: official code, micro_child.
 
-Differs: dropout and drop path are off when an architecture is scored.
+Differs: dropout is off when an architecture is scored. Drop path acts on shared weights as well; in
+the official code it does so in the fixed network alone. That network's cells have a convolution of
+their own for the last input, strides in the reduction cells and no 1x1 convolution at the end; here
+a fixed architecture has the cells of the search.
 """
 
 import math

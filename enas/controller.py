@@ -33,8 +33,9 @@ class Controller(nn.Module):
     separable convolutions in the normal cell by a constant. All weights start uniform in
     +/- `init`, the norms as norms do. Source: official code.
 
-    Differs: the LSTM is `SwitchNormLSTMCell` (without biases, as the official one), and the learnt
-    bias of the operations starts at 0, where the official code favours separable ones with 10.
+    Differs: the LSTM is `SwitchNormLSTMCell` (without biases, as the official one); the official
+    code chooses both inputs of a node before both operations; and the learnt bias of the operations
+    starts at 0, where the official code favours separable ones with 10.
     """
 
     def __init__(

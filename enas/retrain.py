@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sn.training import distributed, entry
-from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sn.training.data import ImageData, build_data, load_cifar10_test
 from sn.training.entry import above, number, one_of, optional, switch, whole
 from sn.training.evaluation import evaluate
@@ -159,6 +159,7 @@ def retrain(cfg: DictConfig) -> dict:
                 progress = Progress(
                     epoch=progress.epoch + 1,
                     images_seen=progress.images_seen,
+                    skipped_steps=progress.skipped_steps,
                     wall_s=time.perf_counter() - start,
                 )
                 recorder.metrics(progress.epoch, metrics)
@@ -344,7 +345,8 @@ def save(run: Run, progress: Progress) -> None:
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
     needed = ("model", "optimizer", "progress", "data", "architecture")
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = load_checkpoint(path, needed)
     if state is None:
         return Progress()
     now = {"data": run.data.describe(), "architecture": to_json(run.architecture)}
@@ -353,9 +355,10 @@ def resume(run: Run) -> Progress:
             raise ValueError(
                 f"{run.cfg.output_dir} holds a run with another {key}; choose another output_dir="
             )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    progress = Progress(**state["progress"])
+    with fitting(path):
+        run.model.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
 
@@ -364,6 +367,8 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
     """The contents of summary.json."""
     cfg, data = run.cfg, run.data.describe()
     model = f"{cfg.child.layers}x{cfg.child.filters}"
+    full = data["name"] == "cifar10" and cfg.data.train_images is None
+    full = full and cfg.epochs >= 630 and cfg.child.layers >= 15
     return {
         "task": "enas_retrain",
         "run": f"enas_retrain/{data['name']}_{model}/{cfg.run_name}/seed{cfg.seed}",
@@ -379,7 +384,7 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
         "skipped_steps": run.guard.skipped,
         "wall_s": round(progress.wall_s, 1),
         "precision": cfg.precision,
-        "scale": "full" if cfg.epochs >= 630 and cfg.child.layers >= 15 else "proxy",
+        "scale": "full" if full else "proxy",
         "note": cfg.note,
         **environment(run.device),
     }

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sn.recurrent import LSTM_NORMS, LSTM_PLACES
 from sn.training import distributed, entry
-from sn.training.checkpoint import load_checkpoint, save_checkpoint
+from sn.training.checkpoint import fitting, load_checkpoint, save_checkpoint
 from sn.training.data import ImageData, build_data
 from sn.training.entry import above, number, one_of, optional, switch, whole
 from sn.training.guard import FiniteGuard, gradient_norm
@@ -579,7 +579,8 @@ def save(run: Run, progress: Progress) -> None:
 def resume(run: Run) -> Progress:
     """Load the run's checkpoint, if there is one, and return where it was."""
     needed = ("child", "child_optimizer", "controller", "controller_optimizer", "progress", "data")
-    state = load_checkpoint(f"{run.cfg.output_dir}/checkpoint.pt", needed)
+    path = f"{run.cfg.output_dir}/checkpoint.pt"
+    state = load_checkpoint(path, needed)
     if state is None:
         return Progress()
     if state["data"] != run.data.describe():
@@ -587,12 +588,13 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was searched on other data: {state['data']} there, "
             f"{run.data.describe()} now; choose another output_dir="
         )
-    run.child.load_state_dict(state["child"])
-    run.child_optimizer.load_state_dict(state["child_optimizer"])
-    if run.controller is not None:
-        run.controller.load_state_dict(state["controller"])
-        run.controller_optimizer.load_state_dict(state["controller_optimizer"])
-    progress = Progress(**state["progress"])
+    with fitting(path):
+        run.child.load_state_dict(state["child"])
+        run.child_optimizer.load_state_dict(state["child_optimizer"])
+        if run.controller is not None:
+            run.controller.load_state_dict(state["controller"])
+            run.controller_optimizer.load_state_dict(state["controller_optimizer"])
+        progress = Progress(**state["progress"])
     run.guard.skipped = progress.skipped_steps
     return progress
 
@@ -601,7 +603,9 @@ def summarise(run: Run, progress: Progress, results: dict) -> dict:
     """The contents of summary.json."""
     cfg, data = run.cfg, run.data.describe()
     sizes = (data["train_images"], data["val_images"])
-    full = sizes == CIFAR10_SIZE and cfg.epochs >= 150 and cfg.child.layers >= 6
+    child = (cfg.child.layers, cfg.child.filters, cfg.child.nodes)
+    full = sizes == CIFAR10_SIZE and cfg.epochs >= 150 and child == (6, 20, 5)
+    full = full and (cfg.controller.updates >= 300 or cfg.sampler == "random")
     model = f"{cfg.child.layers}x{cfg.child.filters}_{cfg.child.nodes}nodes"
     return {
         "task": "enas",

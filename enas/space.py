@@ -118,5 +118,5 @@ def read_architecture(path: str | Path) -> Architecture:
         return from_json(values)
     except FileNotFoundError:
         raise FileNotFoundError(f"no architecture file {path}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None

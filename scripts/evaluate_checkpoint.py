@@ -15,13 +15,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 import yaml
 from torch import nn
 
 import sn
 from sn.batch_average import batch_statistics_layers
 from sn.training import distributed
+from sn.training.checkpoint import load_weights
 from sn.training.data import (
     ImageData,
     TransformedImages,
@@ -56,12 +56,12 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
 
     Raises ValueError if the options are not known or the keys do not fit.
     """
-    content = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    content = load_weights(args.checkpoint)
     config = args.checkpoint.with_name("config.yaml")
     data = {"name": args.data}
-    if isinstance(content, dict) and "build" in content:
+    if {"build", "norm", "model"} <= content.keys():
         build, norm, state = content["build"], content["norm"], content["model"]
-    elif args.model is None and config.exists():
+    elif args.model is None and config.exists() and "model" in content:
         recorded = yaml.safe_load(config.read_text())
         build, norm, state = recorded["model"], recorded["norm"], content["model"]
         if args.data in (None, recorded["data"]["name"]):

@@ -19,6 +19,10 @@ python=${PYTHON:-python}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 
+if ! [[ ${NNODES:-1} =~ ^[1-9][0-9]*$ ]]; then
+    echo "launch.sh: NNODES=$NNODES; expected the number of machines" >&2
+    exit 2
+fi
 if [ "${NNODES:-1}" -gt 1 ]; then
     : "${NODE_RANK:?set NODE_RANK to 0..NNODES-1, another on each machine}"
     : "${MASTER_ADDR:?set MASTER_ADDR to the host of NODE_RANK 0}"

@@ -56,7 +56,7 @@ for number in "$processes" "$jobs"; do
 done
 for seed in $seeds; do [[ $seed =~ ^[0-9]+$ ]] || usage "seed '$seed' is not a whole number"; done
 for norm in $norms; do
-    [ -f "$root/configs/norm/$norm.yaml" ] || usage "unknown norm '$norm'; there are: $(
+    [[ $norm != */* && -f $root/configs/norm/$norm.yaml ]] || usage "unknown norm '$norm'; there are: $(
         cd "$root/configs/norm" && ls | sed 's/\.yaml$//' | tr '\n' ' ')"
 done
 for setting in $settings; do
@@ -92,8 +92,9 @@ run_one() { # name, command...
     esac
 }
 
-quoted=${output//\\/\\\\} # as Hydra reads it: any path in single quotes
-quoted="'${quoted//\'/\\\'}'"
+# as Hydra reads it, in single quotes: backslashes count before a quote alone, ${ would interpolate
+quoted=$(printf %s "$output" | sed -E "s/(\\\\*)'/\\1\\1\\\\'/g; s/(\\\\+)\$/\\1\\1/; s/\\\$\\{/\\\\&/g")
+quoted="'$quoted'"
 started=" "
 for seed in $seeds; do
     for setting in $settings; do

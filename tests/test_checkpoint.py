@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from sn.training import checkpoint
-from sn.training.checkpoint import keep_best, load_checkpoint, load_weights, save_checkpoint
+from sn.training.checkpoint import (
+    fitting,
+    keep_best,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 
 
 def state(number):
@@ -326,6 +332,38 @@ def test_checkpoint_of_another_kind(path, capsys):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="no readable checkpoint"):
         load_checkpoint(path, needed=("model",))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x02}q\x00h\x05.",  # a memo entry that is not there
+        b"\x80\x02s.",  # an empty stack
+        b"\x80\x02X\x01\x00",  # a length cut short
+        b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00trueq\x00\x85R.",  # a call
+    ],
+)
+def test_nonsense_in_a_sound_archive(code, path, capsys):
+    """The checksums are right, the pickle is not: the checkpoint before is taken."""
+    save_checkpoint(path, state(1))
+    save_checkpoint(path, state(2))
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, code if name.endswith("data.pkl") else content)
+    assert number_in(path) == 1
+    assert f"cannot read checkpoint {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"other": 1}, {"weight": torch.ones(3, 3)}, {}, None])
+def test_state_that_does_not_fit(change):
+    model = torch.nn.Linear(2, 3, bias=False)
+    values = change if not change else {"weight": torch.ones(3, 2), **change}
+    with pytest.raises(ValueError, match="c.pt does not fit this run: .*output_dir=") as error:
+        with fitting("c.pt"):
+            model.load_state_dict(values)
+    assert "\n" not in str(error.value)
 
 
 def test_weights_of_every_format(tmp_path):

@@ -13,7 +13,14 @@ from test_enas_search import CONFIGS, Crash, assert_same, lines, record
 
 from enas import draw, retrain
 from enas.child import Child
-from enas.space import Architecture, Node, from_json, random_decisions, to_json
+from enas.space import (
+    Architecture,
+    Node,
+    from_json,
+    random_decisions,
+    read_architecture,
+    to_json,
+)
 from sn.training.data import load_cifar10_test
 
 TINY = [  # 2 epochs of 3 steps on 24 images
@@ -115,6 +122,50 @@ def test_bad_value_is_named(overrides, wanted, tmp_path):
         run(tmp_path / "out", *overrides)
     for words in wanted:
         assert words in str(error.value)
+
+
+def test_skipped_steps_count_on_after_an_epoch(tmp_path, monkeypatch):
+    """Skipped in epoch 1, interrupted in epoch 2: the limit is the whole run's."""
+    forward, calls = Child.forward, []
+
+    def poisoned(child, x, *arguments, **options):
+        if child.training:
+            calls.append(1)
+        bad = child.training and len(calls) == 2
+        return forward(child, x * (float("nan") if bad else 1), *arguments, **options)
+
+    def crashing(run, progress, metrics):
+        raise Crash
+
+    monkeypatch.setattr(Child, "forward", poisoned)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "print_epoch", crashing)
+        with pytest.raises(Crash):
+            run(tmp_path, "max_skipped_steps=1")
+    assert run(tmp_path, "max_skipped_steps=1")["skipped_steps"] == 1
+
+
+def test_checkpoint_of_another_network_is_one_message(tmp_path, monkeypatch):
+    def crashing(run, progress, metrics):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain, "print_epoch", crashing)
+        with pytest.raises(Crash):
+            run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["model"]["classifier.weight"] = torch.zeros(3, 3)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="does not fit this run: .*classifier.weight"):
+        run(tmp_path)
+
+
+def test_architecture_file_that_never_ends(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="deep.json: .*recursion"):
+        read_architecture(path)
 
 
 def test_another_architecture_is_refused(tmp_path):

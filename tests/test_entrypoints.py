@@ -29,6 +29,7 @@ import sn
 import train_imagenet
 from sn.training import record as record_module
 from sn.training.models import DropoutLinear
+from sn.training.stopping import Preempted
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [  # 2 epochs of 4 steps of (2,4)
@@ -130,6 +131,36 @@ def assert_same(ours, theirs, where):
 
 
 # --- records
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["this process", "another"])
+@pytest.mark.parametrize("pass_", [1, 3], ids=["validation", "final evaluation"])
+def test_signal_during_an_evaluation(own, pass_, tiny, tmp_path, monkeypatch):
+    """A signalled process still takes part in the sums, and all stop after them together."""
+    train(tmp_path / "whole")
+    evaluate, evaluations, sums = train_imagenet.evaluate, [], []
+
+    def signalled(*arguments):
+        evaluations.append(1)
+        if len(evaluations) == pass_ and own:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    def summed(values):
+        sums.append(1)
+        if len(evaluations) == pass_ and values.dim() == 0 and not own:
+            values += 1
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_imagenet, "evaluate", signalled)
+        patch.setattr("sn.training.evaluation.sum_over_processes", summed)
+        patch.setattr(train_imagenet.distributed, "sum_over_processes", summed)
+        with pytest.raises(Preempted, match="the same command goes on"):
+            train(tmp_path / "broken")
+    assert len(evaluations) == pass_ and not (tmp_path / "broken" / "summary.json").exists()
+    train(tmp_path / "broken")
+    assert_same(record(tmp_path / "broken"), record(tmp_path / "whole"), "after a signal")
 
 
 def test_smoke_writes_every_record(tmp_path):

@@ -231,3 +231,15 @@ def test_evaluating_checkpoints(norm, tmp_path):
     assert json.loads(bare.stdout)["top1_moving_average"] == found["top1_moving_average"]
     lost = run_script("evaluate_checkpoint.py", run / "checkpoint.pt", "--model", "resnet18")
     assert lost.returncode == 2 and "--data" in lost.stderr
+
+
+@pytest.mark.parametrize("script", ["convert_checkpoint.py", "evaluate_checkpoint.py"])
+def test_empty_file_is_one_message(script, tmp_path):
+    """torch's own error for it has no text."""
+    path = tmp_path / "empty.pth"
+    path.touch()
+    command = [sys.executable, str(ROOT / "scripts" / script), str(path)]
+    command += [str(tmp_path / "out.pt")] if script.startswith("convert") else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert str(path) in result.stderr and not (tmp_path / "out.pt").exists()

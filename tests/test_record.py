@@ -223,10 +223,35 @@ def test_model_without_switchable_layers(tmp_path):
 def test_summary(tmp_path):
     recorder = write(tmp_path)
     assert recorder.summary() is None
-    recorder.finish({"top1": 12.5, "note": "größer"})
-    assert Recorder(tmp_path, CONFIG).summary() == {"top1": 12.5, "note": "größer"}
+    summary = {"status": "finished", "top1": 12.5, "note": "größer"}
+    recorder.finish(summary)
+    assert Recorder(tmp_path, CONFIG).summary() == summary
     assert Recorder(tmp_path, CONFIG, is_main=False).summary()["top1"] == 12.5
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", "[" * 100_000])
+def test_summary_that_is_none(text, tmp_path):
+    write(tmp_path).close()
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        Recorder(tmp_path, CONFIG).summary()
+
+
+def test_damaged_lines_take_no_others_with_them(tmp_path):
+    fill(tmp_path, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, b"\0\xff\0", b"7", b'{"epok": 2}', third]) + b"\n")
+    write(tmp_path, epoch=3).close()
+    assert [line["epoch"] for line in read_jsonl(path)] == [1, 3]
+
+
+def test_full_disk_names_the_file(tmp_path):
+    recorder = write(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl: .*No space left"):
+        recorder.metrics(1, {"loss": 1.0})
 
 
 def test_write_text_is_atomic(tmp_path, monkeypatch):

@@ -89,7 +89,10 @@ def test_overrides_and_seeds_are_passed_on():
         assert value(command, "setting.images_per_gpu") == "3"
 
 
-@pytest.mark.parametrize("folder", ["/a (b), c", "/é", "/a=b", "/it's", "/a[0]{1}", "/a;b#c"])
+@pytest.mark.parametrize(
+    "folder",
+    ["/a (b), c", "/é", "/a=b", "/it's", "/a[0]{1}", "/a;b#c", "/a\\b", "/a\\'b", "/a${x}\\"],
+)
 def test_output_folder_of_any_name(folder):
     """Characters that mean something to Hydra are quoted."""
     (command,) = dry("--norms", "bn", "--settings", "8x2", "--output", folder)
@@ -115,6 +118,7 @@ def test_dry_run_writes_nothing(tmp_path):
             ["--norms", "bn xy"],
             ["unknown norm 'xy'", "bn brn frozen_bn gn in ln none sn sn_in_ln ssn sync_bn sync_sn"],
         ),
+        (["--norms", "../norm/bn"], ["unknown norm '../norm/bn'"]),
         (["--settings", "8x32 8-4"], ["'8-4'", "8x32"]),
         (["--settings", "0x4"], ["'0x4'"]),
         (["--settings", "8x"], ["'8x'"]),
@@ -255,6 +259,12 @@ def test_launch_on_several_machines_needs_to_know_where(missing):
     env.pop(missing)
     result = call(LAUNCH, "8", "train_imagenet.py", env=env)
     assert result.returncode != 0 and missing in result.stderr
+
+
+@pytest.mark.parametrize("machines", ["two", "0", "2;ls"])
+def test_launch_on_a_number_of_machines_that_is_none(machines):
+    result = call(LAUNCH, "1", "train_imagenet.py", env={"NNODES": machines})
+    assert result.returncode == 2 and f"NNODES={machines}" in result.stderr
 
 
 def test_launch_builds_the_torchrun_line(tmp_path):

@@ -1,28 +1,14 @@
 """Checkpoints: written atomically, plain tensors and numbers, loaded with weights_only=True."""
 
 import os
-import pickle
 import shutil
 import sys
 import zipfile
-import zlib
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-
-BROKEN = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    KeyError,
-    ValueError,
-    NotImplementedError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 def save_checkpoint(path: str | Path, state: dict, keep: int = 2) -> None:
@@ -46,7 +32,7 @@ def save_checkpoint(path: str | Path, state: dict, keep: int = 2) -> None:
             f"cannot write checkpoint {path} ({free:.0f} MiB free): {error}; "
             "the one before is untouched"
         ) from error
-    with suppress(*BROKEN):
+    with suppress(Exception):  # a damaged file can raise anything
         _check_sums(path)
         for number in range(keep - 1, 1, -1):
             with suppress(FileNotFoundError):
@@ -99,13 +85,26 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] = ()) -> dict | None
             if missing:
                 raise ValueError(f"it has no {missing[0]!r}; not a checkpoint of this kind")
             return state
-        except (*BROKEN, TypeError) as error:
+        except Exception as error:  # a damaged or hostile file can raise anything
             broken.append(candidate)
             print(f"warning: cannot read checkpoint {candidate}: {_reason(error)}", file=sys.stderr)
     if broken:
         names = " and ".join(map(str, broken))
         raise ValueError(f"no readable checkpoint: {names}; delete to start anew")
     return None
+
+
+@contextmanager
+def fitting(path: str | Path) -> Iterator[None]:
+    """Make one ValueError of what a state that does not fit raises when it is put in place."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"checkpoint {path} does not fit this run: {reason[:300]}; "
+            "choose another output_dir=, or delete it to start anew"
+        ) from None
 
 
 def load_weights(path: str | Path) -> dict:

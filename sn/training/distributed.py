@@ -63,10 +63,27 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait until every process has come here."""
-    if in_group():
-        dist.barrier()
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process; all of them must come here."""
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
+
+
+def in_main(write: Callable[[], None], processes: Processes) -> None:
+    """Call `write` in the main process while the others wait; its OSError ends them all.
+
+    The wait matters: a process that ends may take those with it that still write.
+    """
+    error = None
+    if processes.is_main:
+        try:
+            write()
+        except OSError as caught:
+            error = caught
+    failed = any_process(error is not None, processes.device)
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("the main process could not write its checkpoint")
 
 
 def parallelise(model: nn.Module, processes: Processes) -> nn.Module:

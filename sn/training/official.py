@@ -33,7 +33,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of plain tensors: {reason}") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

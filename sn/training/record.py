@@ -106,9 +106,14 @@ class Recorder:
     def summary(self) -> dict | None:
         """The summary of a run that has ended, else None."""
         path = self.folder / "summary.json"
+        if not path.exists():
+            return None
         try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except ValueError as error:
+            summary = json.loads(path.read_text())
+            if not isinstance(summary, dict) or "status" not in summary:
+                raise ValueError("no record of a run")
+            return summary
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); delete it to end the run anew"
             ) from None
@@ -125,7 +130,8 @@ class Recorder:
         for name in ("metrics.jsonl", "importance.jsonl"):
             path = self.folder / name
             if path.exists():
-                kept = [line for line in read_jsonl(path) if line[self.unit] <= count]
+                lines = [line for line in read_jsonl(path) if isinstance(line.get(self.unit), int)]
+                kept = [line for line in lines if line[self.unit] <= count]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(
             str(self.folder / "tensorboard"), purge_step=max(0, count * self.scale + 1)
@@ -175,8 +181,12 @@ class Recorder:
             self.close()
 
     def _append(self, name: str, line: dict) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.folder / name
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # of a full disk, which does not name the file
+            raise OSError(f"cannot write {path}: {error}; the last checkpoint is whole") from None
 
 
 def block_names(model: nn.Module) -> dict[str, str]:
@@ -296,14 +306,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Lines of a jsonl file; a last line that a kill cut short is left out."""
+    """Lines of a jsonl file; damaged ones, as a last one that a kill cut short, are left out."""
     lines = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+        except (ValueError, RecursionError):
+            continue
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

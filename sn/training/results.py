@@ -169,8 +169,8 @@ def _read_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
             if not isinstance(record, dict) or any(key not in record for key in keys):
                 raise ValueError(f"needs {', '.join(keys) or 'an object'}")
             unit = next((key for key in ("epoch", "step") if key in record), None)
-            if unit is None:
-                raise ValueError("needs epoch or step")
+            if unit is None or not isinstance(record[unit], int):
+                raise ValueError("needs epoch or step, a whole number")
             lines[record[unit]] = record
         except ValueError as error:
             log.warning("warning: %s line %d left out: %s", path, number, error)
