@@ -227,8 +227,14 @@ def draw_grid(groups: dict, args: argparse.Namespace, path: Path) -> None:
         runs = {
             norm: max(found, key=lambda run: run.summary["steps"]) for norm, found in cells.items()
         }
+        missing = [r.name for r in runs.values() if not checkpoint(args.checkpoints, r).is_file()]
+        if missing:
+            print(f"left out of the grid: no checkpoint of {missing[0]}", file=sys.stderr)
+            continue
         columns = order({*columns, *runs})
         rows += [(photo, runs) for photo in args.photos]
+    if not rows:
+        fail(f"no checkpoints of these runs below {args.checkpoints}")
     nets = {}
     shape = (len(rows), 1 + len(columns))
     figure, panels = plt.subplots(
@@ -249,13 +255,17 @@ def draw_grid(groups: dict, args: argparse.Namespace, path: Path) -> None:
                 continue
             run = runs[norm]
             if run.name not in nets:
-                nets[run.name] = load_style_net(args.checkpoints / run.name / "checkpoint.pt")
+                nets[run.name] = load_style_net(checkpoint(args.checkpoints, run))
             panel.imshow(to_pil(stylize(nets[run.name], to_tensor(image))))
             panel.set_title(f"{norm.upper()}, {style}, {run.summary['steps']} steps", fontsize=9)
     for panel in panels.flat:
         panel.axis("off")
     figure.savefig(path, dpi=100, pil_kwargs={"quality": 88})
     plt.close(figure)
+
+
+def checkpoint(root: Path, run: Run) -> Path:
+    return root / run.name / "checkpoint.pt"
 
 
 def write_readme(groups: dict, window: int, path: Path) -> None:
