@@ -6,7 +6,7 @@ in the diagonal form of the authors' code for CIFAR.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -200,10 +200,15 @@ class _Flow:
     """
 
     def __init__(self, layers: dict[str, BatchKalmanNormBase]):
+        _keep_trace_from_compiling()
         self.layers = layers
         self.mode: bool | None = None  # of the network (training or not) when it was traced
         self.steps: list[tuple[Callable, tuple[int, ...]]] = []
         self.values: list[Moments | None] = []
+
+    def __setstate__(self, state: dict) -> None:
+        _keep_trace_from_compiling()
+        self.__dict__.update(state)
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the network."""
@@ -222,10 +227,6 @@ class _Flow:
             self.values[step] = function(*[self.moments(before) for before in inputs])
         return self.values[step]
 
-    @torch.compiler.disable(
-        reason="bkn traces its network at the first training batch; before compiling with "
-        "fullgraph=True, call sn.connect_bkn(model, inputs)"
-    )
     @torch.no_grad()
     def trace(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Find the steps by running the network once; nothing in it changes.
@@ -265,6 +266,16 @@ class _Flow:
         for name, layer in self.layers.items():
             layer.place = tracer.places.get(name)
         self.steps, self.mode = tracer.steps, model.training
+
+
+@cache
+def _keep_trace_from_compiling() -> None:
+    """Decorate `_Flow.trace`; not at import, for the decorator brings all of torch's compiler."""
+    _Flow.trace = torch.compiler.disable(
+        _Flow.trace,
+        reason="bkn traces its network at the first training batch; before compiling with "
+        "fullgraph=True, call sn.connect_bkn(model, inputs)",
+    )
 
 
 class _Tracer(TorchFunctionMode):
