@@ -1,6 +1,6 @@
 """Search for an architecture with shared weights and a controller, or uniformly (random search).
 
-    python -m enas.search                                        # bundled digits, two minutes
+    python -m enas.search                                        # bundled digits
     python -m enas.search experiment=enas/paper controller.norm=sn_ln_gn data.root=data
     python -m enas.search sampler=random                         # same budget, no controller
 
