@@ -107,6 +107,22 @@ def outcome(folder: Path) -> dict:
     return without_times(found)
 
 
+def assert_same(ours, theirs, where):
+    """Equal bit for bit, tensors included."""
+    if isinstance(theirs, torch.Tensor):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            assert_same(ours[key], theirs[key], f"{where}: {key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), f"{where}: {len(ours)} entries, not {len(theirs)}"
+        for index, (a, b) in enumerate(zip(ours, theirs)):
+            assert_same(a, b, f"{where}[{index}]")
+    else:
+        assert ours == theirs, where
+
+
 def without_times(value):
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}

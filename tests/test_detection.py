@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from coco_files import annotation, content, write
+from faults import assert_same
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from workers import CONFIGS, run_in_group
@@ -84,22 +85,6 @@ def record(folder):
         "predictions": json.loads((folder / "predictions.json").read_text()),
         "checkpoint": state,
     }
-
-
-def assert_same(ours, theirs, where):
-    """Equal bit for bit, tensors included."""
-    if isinstance(theirs, torch.Tensor):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            assert_same(ours[key], theirs[key], f"{where}: {key}")
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs), f"{where}: {len(ours)} entries, not {len(theirs)}"
-        for index, (a, b) in enumerate(zip(ours, theirs)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert ours == theirs, where
 
 
 # --- records

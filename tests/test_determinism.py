@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import report
-from test_entrypoints import assert_same, record
+from faults import assert_same, report
+from test_entrypoints import record
 from workers import config, train_in_group
 
 import train_imagenet

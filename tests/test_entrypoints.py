@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import workers
 import yaml
+from faults import assert_same
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -112,22 +113,6 @@ def record(folder):
         "config": (folder / "config.yaml").read_text(),
         "checkpoint": state,
     }
-
-
-def assert_same(ours, theirs, where):
-    """Equal bit for bit, tensors included."""
-    if isinstance(theirs, torch.Tensor):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            assert_same(ours[key], theirs[key], f"{where}: {key}")
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs), f"{where}: {len(ours)} entries, not {len(theirs)}"
-        for index, (a, b) in enumerate(zip(ours, theirs)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert ours == theirs, where
 
 
 # --- records

@@ -12,6 +12,7 @@ import pytest
 from faults import (
     ROOT,
     RUNS,
+    assert_same,
     command,
     kill_again_and_again,
     newest,
@@ -23,7 +24,6 @@ from faults import (
     user_environment,
     wait_for,
 )
-from test_entrypoints import assert_same
 
 SHORT = [  # the short suite has these of one entrypoint
     pytest.param(name, marks=[] if name == "imagenet" else pytest.mark.slow) for name in RUNS
