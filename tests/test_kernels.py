@@ -28,6 +28,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["aten", "native"])
+def backend(request):
+    """Each of the CPU's two, forced."""
+    if request.param == "native" and kernels.native.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+    with sn.backend(request.param):
+        yield request.param
+
+
 def values(shape, statistics, offset=0.0, gates=1.0, dtype=torch.float32, seed=0):
     """x, mean_weight, var_weight, weight, bias, running mean and variance, dy; exact in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +76,7 @@ def run(function, tensors, dtype, layout="contiguous", affine=True, **options):
     return [y.detach(), *grads, running_mean, running_var]
 
 
-def compare(tensors, dtype, layout="contiguous", backend="aten", device="cpu", **options):
+def compare(tensors, dtype, layout="contiguous", *, backend, device="cpu", **options):
     """Hold the fused layer to twice the error of the plain formula."""
     exact = run(functional.switch_norm, tensors, torch.float64, layout, **options)
     tensors = [t.to(device) for t in tensors]
@@ -102,11 +111,13 @@ MODES = [(True, 1), (True, 2), (False, 1)]
 @pytest.mark.parametrize("statistics", SUBSETS, ids="-".join)
 @pytest.mark.parametrize("training, virtual_gpus", MODES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_statistic_mode_and_layout(dtype, training, virtual_gpus, statistics, layout):
+def test_every_statistic_mode_and_layout(
+    backend, dtype, training, virtual_gpus, statistics, layout
+):
     for shape in ((4, 6, 5, 7), (2, 4, 3), (2, 4, 3, 2, 5)):
         tensors = values(shape, statistics)
         options = {"statistics": statistics, "training": training, "virtual_gpus": virtual_gpus}
-        compare(tensors, dtype, layout, num_groups=2, **options)
+        compare(tensors, dtype, layout, num_groups=2, backend=backend, **options)
 
 
 # Each takes another way through the primitives: pieces of rows and columns, blocks, odd sizes.
@@ -117,24 +128,26 @@ SHAPES += [(2, 512, 9, 9), (33, 40, 16, 16), (2, 128, 1024), (3, 8, 4, 20, 20), 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_way_through_the_primitives(dtype, shape, layout):
+def test_every_way_through_the_primitives(backend, dtype, shape, layout):
     options = {"statistics": ("in", "ln", "bn"), "training": True}
-    compare(values(shape, options["statistics"]), dtype, layout, **options)
+    compare(values(shape, options["statistics"]), dtype, layout, backend=backend, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1e3, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training, virtual_gpus", MODES)
-def test_offsets_and_half_precision(training, virtual_gpus, dtype, offset, layout):
+def test_offsets_and_half_precision(backend, training, virtual_gpus, dtype, offset, layout):
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("float16 is aten's")
     options = {"statistics": ("in", "ln", "bn"), "training": training, "virtual_gpus": virtual_gpus}
     for shape in ((4, 8, 9, 11), (2, 32, 40, 40)):
         tensors = values(shape, options["statistics"], offset, dtype=dtype)
-        compare(tensors, dtype, layout, **options)
+        compare(tensors, dtype, layout, backend=backend, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_mean_1000_deviation_1(layout):
+def test_mean_1000_deviation_1(backend, layout):
     x = lay_out(
         torch.randn(4, 16, 56, 56, generator=torch.Generator().manual_seed(0)) + 1e3, layout
     )
@@ -145,20 +158,20 @@ def test_mean_1000_deviation_1(layout):
 
 
 @pytest.mark.parametrize("dominant", range(4))
-def test_dominant_gates(dominant):
+def test_dominant_gates(backend, dominant):
     tensors = values((4, 6, 8, 8), ALL)
     for logits in tensors[1:3]:
         logits[dominant] += 30
     for dtype in (torch.float64, torch.float32):
-        compare(tensors, dtype, statistics=ALL, num_groups=3)
+        compare(tensors, dtype, statistics=ALL, num_groups=3, backend=backend)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_without_affine_or_running_statistics(layout):
+def test_without_affine_or_running_statistics(backend, layout):
     tensors = values((4, 6, 5, 7), ALL)
     for training in (True, False):
         options = {"statistics": ALL, "num_groups": 2, "training": training}
-        compare(tensors, torch.float64, layout, affine=False, **options)
+        compare(tensors, torch.float64, layout, affine=False, backend=backend, **options)
         plain, fused = (
             function(*tensors[:5], **options)
             for function in (functional.switch_norm, kernels.switch_norm)
@@ -172,10 +185,10 @@ def test_without_numpy(statistics, monkeypatch):
     for training, virtual_gpus in MODES:
         options = {"training": training, "virtual_gpus": virtual_gpus, "num_groups": 2}
         tensors = values((4, 6, 5, 7), statistics)
-        compare(tensors, torch.float64, statistics=statistics, **options)
+        compare(tensors, torch.float64, statistics=statistics, backend="aten", **options)
 
 
-def test_parameters_in_another_dtype():
+def test_parameters_in_another_dtype(backend):
     x, *parameters, dy = values((4, 6, 5, 7), ("in", "ln", "bn"), dtype=torch.bfloat16)
     for x_dtype, dtype in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         results = []
@@ -189,7 +202,7 @@ def test_parameters_in_another_dtype():
             torch.testing.assert_close(fused, plain, atol=2e-2, rtol=2e-2)
 
 
-def test_second_derivatives():
+def test_second_derivatives(backend):
     tensors = values((2, 4, 3, 3), ALL, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in tensors[:5]]
 
@@ -201,7 +214,7 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize("frozen", range(5))
-def test_gradients_only_where_asked(frozen):
+def test_gradients_only_where_asked(backend, frozen):
     tensors = values((2, 4, 5, 6), ("in", "ln", "bn"))
     grads = []
     for function in (functional.switch_norm, kernels.switch_norm):
@@ -214,7 +227,7 @@ def test_gradients_only_where_asked(frozen):
             torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_memory_kept_is_the_input_and_little_else():
+def test_memory_kept_is_the_input_and_little_else(backend):
     kept = {}
 
     def pack(tensor):
@@ -229,7 +242,7 @@ def test_memory_kept_is_the_input_and_little_else():
     assert sum(kept.values()) <= 1.02 * x.nbytes
 
 
-def test_an_activation_in_place_may_follow():
+def test_an_activation_in_place_may_follow(backend):
     layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 20, 20, requires_grad=True)
     grads = []
     for activation in (nn.ReLU(), nn.ReLU(inplace=True)):
@@ -240,7 +253,7 @@ def test_an_activation_in_place_may_follow():
 
 
 @pytest.mark.parametrize("neighbour", [1e6, math.inf, math.nan])
-def test_a_sample_does_not_depend_on_its_neighbours(neighbour):
+def test_a_sample_does_not_depend_on_its_neighbours(backend, neighbour):
     tensors = values((3, 4, 20, 20), ("in", "ln"))
     for layout in LAYOUTS[:2]:
         x = lay_out(tensors[0].clone(), layout)
@@ -252,10 +265,14 @@ def test_a_sample_does_not_depend_on_its_neighbours(neighbour):
 
 def test_backend_can_be_forced():
     x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:5]
-    assert kernels.choose_backend(x, *rest) == "aten"
-    with sn.backend("reference"):
-        assert kernels.choose_backend(x, *rest) == "reference"
-    assert kernels.choose_backend(x, *rest) == "aten"
+    auto = "aten" if kernels.native.library() is None else "native"
+    assert kernels.choose_backend(x, *rest) == auto
+    for name in ("reference", "aten"):
+        with sn.backend(name):
+            assert kernels.choose_backend(x, *rest) == name
+    assert kernels.choose_backend(x, *rest) == auto
+    half = [t.to(torch.float16) for t in (x, *rest)]
+    assert kernels.choose_backend(*half) == "aten"
     with pytest.raises(ValueError, match="fastest.*reference"):
         with sn.backend("fastest"):
             pass
@@ -280,8 +297,11 @@ def test_the_plain_formula_where_something_looks_through():
         torch.func.vmap(probe)(torch.stack((x, x)))
         torch.jit.trace(probe, x)
     assert set(seen[:3]) == {"reference"}
-    for other in (x.to("meta"), x[:0], x[..., 0, 0], x[..., :1, :1], x.to(torch.complex64)):
+    for other in (x.to("meta"), x[:0], x.to(torch.complex64)):
         assert kernels.choose_backend(other) == "reference"
+    with sn.backend("aten"):  # nothing to gain
+        for other in (x[..., 0, 0], x[..., :1, :1]):
+            assert kernels.choose_backend(other) == "reference"
 
 
 def test_errors_are_those_of_the_reference():
@@ -295,6 +315,112 @@ def test_errors_are_those_of_the_reference():
         for function in (functional.switch_norm, kernels.switch_norm):
             with pytest.raises(ValueError, match=message):
                 function(x, *rest, **options)
+
+
+def compiled():
+    if kernels.native.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 6), (3, 8, 1, 1), (5, 4, 1)], ids=str)
+def test_instances_of_one_value(shape, dtype, layout):
+    compiled()
+    options = {"statistics": ALL, "num_groups": 2, "backend": "native"}
+    for training in (True, False):
+        compare(values(shape, ALL), dtype, layout, training=training, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_fused_activation_and_residual(with_residual, relu, dtype, layout):
+    """Against autograd through the plain formula, the sum and ReLU; also without some gradients."""
+    compiled()
+    tensors = values((4, 6, 9, 14), ALL, dtype=dtype)
+    extra = values((4, 6, 9, 14), ALL, dtype=dtype, seed=1)[0] if with_residual else None
+    options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 2)
+    for frozen in ("nothing", "x", "parameters", "residual"):
+        results = []
+        for name in ("reference", "native"):
+            leaves = [t.clone() for t in tensors[:5]]
+            leaves[0] = lay_out(leaves[0], layout)
+            residual = None if extra is None else lay_out(extra.clone(), layout)
+            wanted = leaves[frozen == "x" :] if frozen != "parameters" else leaves[:1]
+            wanted += [residual] if with_residual and frozen != "residual" else []
+            running = [t.clone() for t in tensors[5:7]]
+            for leaf in wanted:
+                leaf.requires_grad_()
+            with sn.backend(name):
+                tuple_ = (*leaves, *running)
+                y = kernels.switch_norm_act(tuple_, options, residual, relu)
+                y.backward(tensors[-1])
+            results.append([y.detach(), *running, *(leaf.grad for leaf in wanted)])
+        rounding = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {}
+        rounding = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else rounding
+        for plain, fused in zip(*results):
+            torch.testing.assert_close(fused, plain, **rounding)
+
+
+def test_second_derivatives_through_activation_and_residual():
+    compiled()
+    *leaves, residual = values((2, 4, 3, 3), ALL, dtype=torch.float64)[:6]
+    residual = values((2, 4, 3, 3), ALL, dtype=torch.float64, seed=1)[0]
+    leaves = [t.requires_grad_() for t in (*leaves[:5], residual)]
+    options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 1)
+
+    def layer(*leaves):
+        return kernels.switch_norm_act((*leaves[:5], None, None), options, leaves[5], True)
+
+    assert torch.autograd.gradcheck(layer, leaves)
+    assert torch.autograd.gradgradcheck(layer, leaves)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_the_number_of_threads_changes_no_bit(layout):
+    compiled()
+    tensors = values((3, 40, 64, 61), ALL)
+    options = {"statistics": ALL, "num_groups": 4}
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(run(kernels.switch_norm, tensors, torch.float32, layout, **options))
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_a_changed_running_statistic_is_noticed_by_autograd():
+    """The compiled step counts as an operation in place."""
+    layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 5, 6)
+    before = layer.running_mean._version
+    layer(x)
+    assert layer.running_mean._version > before
+
+
+@pytest.mark.parametrize("broken", ["missing", "no library", "of other sources"])
+def test_without_the_compiled_library(broken, tmp_path, monkeypatch):
+    compiled()
+    native = kernels.native
+    name = "_native" + native.EXTENSION_SUFFIXES[0]
+    for source in native.SOURCES:
+        (tmp_path / source).write_bytes((Path(native.__file__).parent / source).read_bytes())
+    if broken == "no library":
+        (tmp_path / name).write_bytes(b"not a library")
+    if broken == "of other sources":
+        built = native.library()._name
+        (tmp_path / name).write_bytes(Path(built).read_bytes())
+        (tmp_path / "native.c").write_text("/* newer */")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:5]
+    if broken == "missing":
+        assert kernels.choose_backend(x, *rest) == "aten"
+    else:
+        with pytest.warns(UserWarning, match="make install"):
+            assert kernels.choose_backend(x, *rest) == "aten"
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

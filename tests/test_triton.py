@@ -44,7 +44,9 @@ def check(shape, statistics, dtype=torch.float32, layout="contiguous", offset=0.
     if "gn" in statistics:
         options["num_groups"] = 2
     tensors = values(shape, statistics, offset, dtype=dtype)
-    compare(tensors, dtype, layout, "triton", DEVICE, statistics=statistics, **options)
+    compare(
+        tensors, dtype, layout, backend="triton", device=DEVICE, statistics=statistics, **options
+    )
 
 
 @runs
@@ -84,14 +86,14 @@ def test_dominant_gates(dominant):
     tensors = values((2, 6, 4, 4), ALL)
     for logits in tensors[1:3]:
         logits[dominant] += 30
-    compare(tensors, torch.float32, "contiguous", "triton", DEVICE, statistics=ALL, num_groups=3)
+    compare(tensors, torch.float32, backend="triton", device=DEVICE, statistics=ALL, num_groups=3)
 
 
 @runs
 def test_without_affine_or_running_statistics():
     tensors = values((4, 6, 5, 3), ALL)
     options = {"statistics": ALL, "num_groups": 2}
-    compare(tensors, torch.float32, "contiguous", "triton", DEVICE, affine=False, **options)
+    compare(tensors, torch.float32, backend="triton", device=DEVICE, affine=False, **options)
     tensors = [t.to(DEVICE) for t in tensors]
     for training in (True, False):
         with sn.backend("triton"):

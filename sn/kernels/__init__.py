@@ -1,6 +1,8 @@
 """The fused layer: `switch_norm` with the reference's arguments, at batch norm's cost.
 
-    aten.py            passes over x on the CPU, from PyTorch's own kernels
+    native.c           the CPU's passes and mixture, compiled when the package is installed
+    native.py          its calls as autograd function
+    aten.py            the passes without a compiler, from PyTorch's own kernels
     mixture.py         everything on (N, C) numbers, forward and backward
     function.py        the two as one autograd function
     triton_kernels.py  the same on CUDA, in three kernels each way
@@ -23,8 +25,9 @@ from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .function import fused_switch_norm
 from .mixture import Options
+from .native import native_switch_norm, takes
 
-BACKENDS = ("auto", "reference", "aten", "triton")
+BACKENDS = ("auto", "reference", "native", "aten", "triton")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -43,11 +46,12 @@ _backend = _check_backend(os.environ.get("SN_BACKEND", "auto"))
 
 @contextmanager
 def backend(name: str):
-    """Compute switchable layers by `name` inside the context: auto, reference, aten or triton.
+    """Compute switchable layers by `name` inside the context.
 
-    A backend that cannot take an input leaves it to the reference. The environment variable
-    SN_BACKEND sets the outermost one. auto is aten on the CPU and the reference elsewhere: the
-    Triton kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula;
+    `name` is one of auto, reference, native, aten and triton. A backend that cannot take an input
+    leaves it to the reference. The environment variable SN_BACKEND sets the outermost one. auto is
+    native on the CPU, aten where that was not compiled, and the reference elsewhere: the Triton
+    kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula;
     triton the custom operators.
     """
     global _backend
@@ -105,14 +109,23 @@ def switch_norm_act(
         if chosen == "triton":
             from .cuda import triton_switch_norm
 
-            if residual is None or (residual.shape, residual.dtype) == (x.shape, x.dtype):
+            if residual is None or _matches(residual, x):
                 return triton_switch_norm(*tensors, options, residual, relu)
             y = triton_switch_norm(*tensors, options)
+        elif chosen == "native":
+            if residual is None or _matches(residual, x):
+                return native_switch_norm(*tensors, options, residual, relu)
+            y = native_switch_norm(*tensors, options)
         else:
             y = fused_switch_norm(*tensors, options)
     if residual is not None:
         y = y + residual
     return y.relu_() if relu else y
+
+
+def _matches(residual: Tensor, x: Tensor) -> bool:
+    same = residual.shape == x.shape and residual.dtype == x.dtype
+    return same and residual.device == x.device and type(residual) in _TENSORS
 
 
 def choose_backend(x: Tensor, *others: Tensor | None) -> str:
@@ -135,7 +148,9 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
             type(tensor) in _TENSORS and tensor.dtype in accepted and tensor.device == x.device
         ):
             return "reference"
-    if x.is_cpu and _backend != "triton":
+    if x.is_cpu and _backend in ("auto", "native") and takes(x):
+        return "native"
+    if x.is_cpu and _backend in ("auto", "aten"):
         single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
         return "reference" if single else "aten"
     # Not auto: the kernels have been interpreted and compiled, but not yet run on a GPU.

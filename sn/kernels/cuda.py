@@ -11,9 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..functional import switch_norm
 from . import triton_kernels as kernels
-from .function import dense_in_layout, like_layout
+from .function import dense_in_layout, like_layout, reference_backward
 from .mixture import Options
 
 TILE = 2048  # numbers that a program loads at a time
@@ -307,7 +306,8 @@ class _SwitchNorm(torch.autograd.Function):
     def backward(ctx, dy):
         *inputs, y, own, layer, group, batch = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative will be asked for
-            return _reference_backward(ctx, dy, inputs, y)
+            *grads, dy = reference_backward(ctx, dy, inputs, y, ctx.relu)
+            return *grads, None, None, dy if ctx.residual else None, None, None
         x = inputs[0].detach() if ctx.dense is None else ctx.dense
         *grads, d_residual = backward(
             like_layout(dy, ctx.last),
@@ -322,18 +322,6 @@ class _SwitchNorm(torch.autograd.Function):
         )
         grads = _cast(grads, inputs[:5])
         return *grads, None, None, d_residual if ctx.residual else None, None, None
-
-
-def _reference_backward(ctx, dy, inputs, y):
-    """The gradients as a differentiable function, through the plain formula."""
-    plain = switch_norm(*inputs, **ctx.options._asdict())
-    if ctx.relu:
-        dy = dy * ((plain if y is None else y) > 0)
-    needed = ctx.needs_input_grad[:5]
-    wanted = [t for t, need in zip(inputs, needed) if need]
-    grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=True, allow_unused=True))
-    grads = [next(grads) if need else None for need in needed]
-    return *grads, None, None, dy if ctx.residual else None, None, None
 
 
 def triton_switch_norm(

@@ -122,7 +122,7 @@ class _SwitchNorm(torch.autograd.Function):
     def backward(ctx, dy):
         *inputs, mean, centre = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative will be asked for
-            return _reference_backward(ctx, dy, *inputs)
+            return *reference_backward(ctx, dy, inputs)[:5], None, None, None
         x, *parameters = inputs[:5]
         dtype, layout, mixed = mean.dtype, ctx.layout, ctx.mixed
 
@@ -151,10 +151,17 @@ class _SwitchNorm(torch.autograd.Function):
         return dx, *logits, *affine, None, None, None
 
 
-def _reference_backward(ctx, dy, *inputs):
-    """The gradients as a differentiable function, through the plain formula."""
+def reference_backward(ctx, dy, inputs, y=None, relu=False) -> tuple[Tensor | None, ...]:
+    """The gradients of x, the parameters and a residual as a differentiable function.
+
+    Through the plain formula; `y` is the output if ReLU followed the sum with a residual.
+    """
+    plain = switch_norm(*inputs, **ctx.options._asdict())
+    if relu:
+        dy = dy * ((plain if y is None else y) > 0)
     needed = ctx.needs_input_grad[:5]
-    y = switch_norm(*inputs, **ctx.options._asdict())
     wanted = [t for t, need in zip(inputs, needed) if need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
-    return *(next(grads) if need else None for need in needed), None, None, None
+    if not wanted:
+        return *[None] * 5, dy
+    grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=True, allow_unused=True))
+    return *(next(grads) if need else None for need in needed), dy

@@ -1,0 +1,392 @@
+/* The layer on the CPU, compiled when the package is installed where there is a C compiler.
+
+   Two passes over x forward, two over dy and x backward, in either layout; everything on (N, C)
+   numbers in double, with the formulas of mixture.py. Sums are taken over short pieces in the
+   dtype of the arithmetic, joined in double. Who sums what does not depend on the number of
+   threads, so neither do the results. native.py calls it; nothing here knows Python or torch. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+/* Loops over a tensor are compiled for wide vectors too, and chosen when the library is loaded. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(SN_NO_CLONES)
+#define CLONES __attribute__((target_clones("arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+#define ROW_BLOCK 4096   /* values of a row that are summed at once: they stay in L1 */
+#define COLUMN_BLOCK 64  /* rows of (L, C) whose sums are kept in the arithmetic's dtype */
+#define SEGMENT 65536    /* values of a sample (L, C) that are one task, at least */
+#define LEAST 32768      /* values a thread is worth */
+
+/* The layout of `Layer` in native.py. */
+typedef struct {
+    int64_t batch, channels, length;
+    int64_t num_groups;                 /* of gn */
+    int64_t groups;                     /* virtual GPUs of bn */
+    int64_t last;                       /* channels last: (N, L, C) instead of (N, C, L) */
+    int64_t places, in, ln, gn, bn;     /* their number; the place of each gate, -1: not there */
+    int64_t running;                    /* bn takes the running statistics */
+    int64_t update;                     /* of the running statistics */
+    double eps;
+} Layer;
+
+enum { NO_ACT, RELU_OF_X, RELU_OF_Y };  /* where the sign of the output comes from */
+
+#ifndef SN_SOURCE
+#define SN_SOURCE 0 /* setup.py: a checksum of the sources */
+#endif
+unsigned sn_source(void) { return SN_SOURCE; }
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int useful_threads(const Layer *s, int threads) {
+    return (int)smaller(threads, 1 + s->batch * s->channels * s->length / LEAST);
+}
+
+/* Rows of (L, C) in one task, and tasks per sample. */
+static int64_t segment_rows(const Layer *s) {
+    return smaller(s->length, larger(COLUMN_BLOCK, SEGMENT / s->channels));
+}
+static int64_t segments(const Layer *s) {
+    int64_t rows = segment_rows(s);
+    return (s->length + rows - 1) / rows;
+}
+
+/* ---- numbers per (n, c) ---- */
+
+/* The moments of each statistic, the gates, and what they make: doubles in one allocation. */
+typedef struct {
+    double w[4], u[4];                     /* gates of means and variances */
+    double *weight, *bias;                 /* (C) */
+    double *ln, *gn, *bn;                  /* means, then variances: (2, N), (2, N, Q), (2, G, C) */
+    double *rstd, *offset;                 /* (N, C): y = weight rstd (x - mean - offset) + bias */
+    double *total, *product;               /* (N, C), backward: sum dy, sum dy (x - mean) */
+    double *mean_part, *var_part;          /* (N, C), backward: P, Q of mixture.py */
+    double *p, *q;                         /* (N, C), backward: dx = scale dy + p (x - mean) + q */
+    double *sums;                          /* (2, C) */
+    double *pools;                         /* (2, max(N Q, G C)) */
+} Mix;
+
+static double *allocate_mix(const Layer *s, Mix *mix, int backward) {
+    int64_t n = s->batch, c = s->channels, nc = n * c;
+    int64_t pools = larger(n * s->num_groups, larger(s->groups * c, n));
+    int64_t sizes[] = {c, c, 2 * n, 2 * n * s->num_groups, 2 * s->groups * c, nc, nc};
+    int64_t more[] = {nc, nc, nc, nc, nc, nc, 2 * c, 2 * pools};
+    double **fields[] = {&mix->weight, &mix->bias, &mix->ln, &mix->gn, &mix->bn, &mix->rstd,
+                         &mix->offset};
+    double **others[] = {&mix->total, &mix->product, &mix->mean_part, &mix->var_part, &mix->p,
+                         &mix->q, &mix->sums, &mix->pools};
+    int64_t count = 0;
+    for (int i = 0; i < 7; i++) count += sizes[i];
+    for (int i = 0; i < 8 && backward; i++) count += more[i];
+    double *memory = malloc(count * sizeof(double)), *next = memory;
+    if (memory == NULL) return NULL;
+    for (int i = 0; i < 7; i++) { *fields[i] = next; next += sizes[i]; }
+    for (int i = 0; i < 8 && backward; i++) { *others[i] = next; next += more[i]; }
+    return memory;
+}
+
+static void softmax(double *gates, int64_t places) {
+    double top = gates[0], total = 0;
+    for (int i = 1; i < places; i++) top = gates[i] > top ? gates[i] : top;
+    for (int i = 0; i < places; i++) total += gates[i] = exp(gates[i] - top);
+    for (int i = 0; i < places; i++) gates[i] /= total;
+}
+
+/* Moments of `count` moments in a row: the law of total variance. */
+CLONES static void pool_row(const double *mean, const double *var, int64_t count, double *joined,
+                            double *joined_var) {
+    double sum = 0, vars = 0, spread = 0;
+    #pragma omp simd reduction(+ : sum, vars)
+    for (int64_t i = 0; i < count; i++) { sum += mean[i]; vars += var[i]; }
+    double centre = sum / count;
+    #pragma omp simd reduction(+ : spread)
+    for (int64_t i = 0; i < count; i++) spread += (mean[i] - centre) * (mean[i] - centre);
+    *joined = centre;
+    *joined_var = (vars + spread) / count;
+}
+
+/* Moments of `count` rows of C moments each, for every channel. */
+CLONES static void pool_rows(const double *mean, const double *var, int64_t count, int64_t channels,
+                             double *joined, double *joined_var) {
+    double share = 1.0 / count;
+    memset(joined, 0, channels * sizeof(double));
+    memset(joined_var, 0, channels * sizeof(double));
+    for (int64_t n = 0; n < count; n++, mean += channels, var += channels)
+        for (int64_t c = 0; c < channels; c++) {
+            joined[c] += mean[c] * share;
+            joined_var[c] += var[c] * share;
+        }
+    mean -= count * channels;
+    for (int64_t n = 0; n < count; n++, mean += channels)
+        for (int64_t c = 0; c < channels; c++)
+            joined_var[c] += (mean[c] - joined[c]) * (mean[c] - joined[c]) * share;
+}
+
+/* One sample's share of the mixture: variance + eps and offset from the moments of bn, if any. */
+CLONES static void mix_sample(const Layer *s, const Mix *mix, const double *mean, const double *var,
+                              const double *bn_mean, const double *bn_var, int64_t n,
+                              double *restrict rstd, double *restrict offset) {
+    int64_t channels = s->channels;
+    double ln_mean = 0, ln_var = 0, w_ln = 0, u_in = s->in < 0 ? 0 : mix->u[s->in];
+    if (s->ln >= 0) {
+        w_ln = mix->w[s->ln];
+        ln_mean = mix->ln[n];
+        ln_var = mix->u[s->ln] * mix->ln[s->batch + n];
+    }
+    for (int64_t c = 0; c < channels; c++) {
+        rstd[c] = s->eps + ln_var;
+        offset[c] = -w_ln * (mean[c] - ln_mean);
+    }
+    if (s->in >= 0) /* apart: 0 times an infinite variance is NaN */
+        for (int64_t c = 0; c < channels; c++) rstd[c] += u_in * var[c];
+    if (s->gn >= 0) {
+        int64_t width = channels / s->num_groups;
+        for (int64_t g = 0; g < s->num_groups; g++) {
+            double group = mix->gn[n * s->num_groups + g];
+            double spread = mix->u[s->gn] * mix->gn[(s->batch + n) * s->num_groups + g];
+            for (int64_t c = g * width; c < (g + 1) * width; c++) {
+                rstd[c] += spread;
+                offset[c] -= mix->w[s->gn] * (mean[c] - group);
+            }
+        }
+    }
+    if (s->bn >= 0)
+        for (int64_t c = 0; c < channels; c++) {
+            rstd[c] += mix->u[s->bn] * bn_var[c];
+            offset[c] -= mix->w[s->bn] * (mean[c] - bn_mean[c]);
+        }
+    for (int64_t c = 0; c < channels; c++) rstd[c] = 1.0 / sqrt(rstd[c]);
+}
+
+/* The moments of bn that sample n uses. */
+static const double *bn_means(const Layer *s, const Mix *mix, int64_t n) {
+    return mix->bn + n / (s->batch / s->groups) * s->channels;
+}
+static const double *bn_vars(const Layer *s, const Mix *mix, int64_t n) {
+    return bn_means(s, mix, n) + s->groups * s->channels;
+}
+
+/* Pool the instances' moments and mix them. */
+static void mix_moments(const Layer *s, Mix *mix, const double *mean, const double *var,
+                        int threads) {
+    int64_t channels = s->channels, width = channels / s->num_groups;
+    softmax(mix->w, s->places);
+    softmax(mix->u, s->places);
+    if (s->bn >= 0 && !s->running) {
+        int64_t count = s->batch / s->groups;
+        for (int64_t g = 0; g < s->groups; g++)
+            pool_rows(mean + g * count * channels, var + g * count * channels, count, channels,
+                      mix->bn + g * channels, mix->bn + (s->groups + g) * channels);
+    }
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t n = 0; n < s->batch; n++) {
+        const double *m = mean + n * channels, *v = var + n * channels;
+        if (s->ln >= 0) pool_row(m, v, channels, mix->ln + n, mix->ln + s->batch + n);
+        for (int64_t g = 0; g < s->num_groups && s->gn >= 0; g++) {
+            double *place = mix->gn + n * s->num_groups + g;
+            pool_row(m + g * width, v + g * width, width, place, place + s->batch * s->num_groups);
+        }
+        mix_sample(s, mix, m, v, bn_means(s, mix, n), bn_vars(s, mix, n), n,
+                   mix->rstd + n * channels, mix->offset + n * channels);
+    }
+}
+
+/* P, Q and the sums for the gradients of weight and bias of one sample. */
+CLONES static void parts_of_sample(int64_t channels, const double *restrict weight,
+                                   const double *restrict rstd, const double *restrict offset,
+                                   const double *restrict total, const double *restrict product,
+                                   double *restrict mean_part, double *restrict var_part,
+                                   double *restrict grad_weight, double *restrict grad_bias) {
+    for (int64_t c = 0; c < channels; c++) {
+        double slope = rstd[c] * (product[c] - offset[c] * total[c]);
+        double scale = rstd[c] * weight[c];
+        grad_weight[c] += slope;
+        grad_bias[c] += total[c];
+        mean_part[c] = scale * total[c];
+        var_part[c] = rstd[c] * slope * scale;
+    }
+}
+
+/* One pooled statistic of `count` values in a row: its part of p, q; adds to the gates' gradients. */
+CLONES static void spread_row(int64_t count, const double *restrict mean, double pooled_mean,
+                              double pooled_var, double w, double u,
+                              const double *restrict mean_part, const double *restrict var_part,
+                              double *restrict p, double *restrict q, double *gate_w,
+                              double *gate_u) {
+    double sum_p = 0, sum_q = 0, dot = 0;
+    #pragma omp simd reduction(+ : sum_p, sum_q, dot)
+    for (int64_t c = 0; c < count; c++) {
+        sum_p += mean_part[c];
+        sum_q += var_part[c];
+        dot += mean_part[c] * (mean[c] - pooled_mean);
+    }
+    *gate_w += dot;
+    *gate_u -= 0.5 * sum_q * pooled_var;
+    sum_p *= w / count;
+    sum_q *= u / count;
+    for (int64_t c = 0; c < count; c++) {
+        p[c] += sum_q;
+        q[c] += sum_q * (mean[c] - pooled_mean) + sum_p;
+    }
+}
+
+/* in of one sample, or bn of constants, which reaches the gates alone. */
+CLONES static void own_row(int64_t count, const double *restrict distance_from,
+                           const double *restrict mean, const double *restrict var, double w,
+                           double u, int pass, const double *restrict mean_part,
+                           const double *restrict var_part, double *restrict p, double *restrict q,
+                           double *gate_w, double *gate_u) {
+    double dot = 0, dot_var = 0;
+    if (pass) {
+        for (int64_t c = 0; c < count; c++) {
+            p[c] += u * var_part[c];
+            q[c] += w * mean_part[c];
+        }
+    } else {
+        #pragma omp simd reduction(+ : dot)
+        for (int64_t c = 0; c < count; c++) dot += mean_part[c] * (mean[c] - distance_from[c]);
+    }
+    #pragma omp simd reduction(+ : dot_var)
+    for (int64_t c = 0; c < count; c++) dot_var += var_part[c] * var[c];
+    *gate_w += dot;
+    *gate_u -= 0.5 * dot_var;
+}
+
+/* bn of one group of `count` samples. */
+CLONES static void spread_rows(int64_t count, int64_t channels, const double *restrict mean,
+                               const double *restrict pooled_mean,
+                               const double *restrict pooled_var, double w, double u,
+                               const double *restrict mean_part, const double *restrict var_part,
+                               double *restrict p, double *restrict q, double *restrict sum_p,
+                               double *restrict sum_q, double *gate_w, double *gate_u) {
+    double dot = 0, dot_var = 0;
+    memset(sum_p, 0, channels * sizeof(double));
+    memset(sum_q, 0, channels * sizeof(double));
+    for (int64_t n = 0, i = 0; n < count; n++, i += channels)
+        #pragma omp simd reduction(+ : dot)
+        for (int64_t c = 0; c < channels; c++) {
+            sum_p[c] += mean_part[i + c];
+            sum_q[c] += var_part[i + c];
+            dot += mean_part[i + c] * (mean[i + c] - pooled_mean[c]);
+        }
+    #pragma omp simd reduction(+ : dot_var)
+    for (int64_t c = 0; c < channels; c++) {
+        dot_var += sum_q[c] * pooled_var[c];
+        sum_p[c] *= w / count;
+        sum_q[c] *= u / count;
+    }
+    for (int64_t n = 0, i = 0; n < count; n++, i += channels)
+        for (int64_t c = 0; c < channels; c++) {
+            p[i + c] += sum_q[c];
+            q[i + c] += sum_q[c] * (mean[i + c] - pooled_mean[c]) + sum_p[c];
+        }
+    *gate_w += dot;
+    *gate_u -= 0.5 * dot_var;
+}
+
+static void softmax_backward(const double *gates, double *grads, int64_t places) {
+    double common = 0;
+    for (int i = 0; i < places; i++) common += gates[i] * grads[i];
+    for (int i = 0; i < places; i++) grads[i] = gates[i] * (grads[i] - common);
+}
+
+/* From total and product to p, q and the gradients of the logits; weight and bias in `sums`. */
+static void mix_backward(const Layer *s, Mix *mix, const double *mean, const double *var,
+                         double *grad_w, double *grad_u) {
+    int64_t channels = s->channels, size = s->batch * channels;
+    int64_t width = channels / s->num_groups;
+    double each = -1.0 / s->length;
+    memset(mix->sums, 0, 2 * channels * sizeof(double));
+    memset(mix->p, 0, size * sizeof(double));
+    memset(mix->q, 0, size * sizeof(double));
+    memset(grad_w, 0, 4 * sizeof(double));
+    memset(grad_u, 0, 4 * sizeof(double));
+    for (int64_t n = 0, i = 0; n < s->batch; n++, i += channels) {
+        const double *mean_part = mix->mean_part + i, *var_part = mix->var_part + i;
+        parts_of_sample(channels, mix->weight, mix->rstd + i, mix->offset + i, mix->total + i,
+                        mix->product + i, mix->mean_part + i, mix->var_part + i, mix->sums,
+                        mix->sums + channels);
+        if (s->in >= 0)
+            own_row(channels, NULL, mean + i, var + i, each * mix->w[s->in], each * mix->u[s->in],
+                    1, mean_part, var_part, mix->p + i, mix->q + i, grad_w + s->in,
+                    grad_u + s->in);
+        if (s->ln >= 0)
+            spread_row(channels, mean + i, mix->ln[n], mix->ln[s->batch + n],
+                       each * mix->w[s->ln], each * mix->u[s->ln], mean_part, var_part,
+                       mix->p + i, mix->q + i, grad_w + s->ln, grad_u + s->ln);
+        for (int64_t g = 0; g < s->num_groups && s->gn >= 0; g++) {
+            int64_t j = i + g * width, place = n * s->num_groups + g;
+            spread_row(width, mean + j, mix->gn[place], mix->gn[s->batch * s->num_groups + place],
+                       each * mix->w[s->gn], each * mix->u[s->gn], mix->mean_part + j,
+                       mix->var_part + j, mix->p + j, mix->q + j, grad_w + s->gn, grad_u + s->gn);
+        }
+        if (s->bn >= 0 && s->running)
+            own_row(channels, mix->bn, mean + i, mix->bn + channels, 0, 0, 0, mean_part, var_part,
+                    NULL, NULL, grad_w + s->bn, grad_u + s->bn);
+    }
+    if (s->bn >= 0 && !s->running) {
+        int64_t count = s->batch / s->groups;
+        for (int64_t g = 0; g < s->groups; g++) {
+            int64_t i = g * count * channels;
+            spread_rows(count, channels, mean + i, mix->bn + g * channels,
+                        mix->bn + (s->groups + g) * channels, each * mix->w[s->bn],
+                        each * mix->u[s->bn], mix->mean_part + i, mix->var_part + i, mix->p + i,
+                        mix->q + i, mix->pools, mix->pools + channels, grad_w + s->bn,
+                        grad_u + s->bn);
+        }
+    }
+    softmax_backward(mix->w, grad_w, s->places);
+    softmax_backward(mix->u, grad_u, s->places);
+}
+
+/* ---- passes over a tensor, once for each dtype: T of the tensor, A of arithmetic, parameters ---- */
+
+#define PASTE(a, b) a##_##b
+#define JOIN(a, b) PASTE(a, b)
+
+#define T float
+#define A float
+#define NAME(function) JOIN(function, f32)
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#include "native_passes.h"
+
+#define T double
+#define A double
+#define NAME(function) JOIN(function, f64)
+#define LOAD(x) (x)
+#define STORE(x) (x)
+#include "native_passes.h"
+
+INLINE float from_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+INLINE uint16_t to_bfloat16(float x) { /* to nearest, even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits += 0x7fff + (bits >> 16 & 1);
+    return x != x ? 0x7fc0 : bits >> 16;
+}
+#define T uint16_t
+#define A float
+#define NAME(function) JOIN(function, bf16)
+#define LOAD(x) from_bfloat16(x)
+#define STORE(x) to_bfloat16(x)
+#include "native_passes.h"

@@ -1,0 +1,224 @@
+"""The layer on the CPU by the compiled library of native.c, as one autograd function.
+
+The library is built when the package is installed where there is a C compiler (setup.py). Without
+it, or where it does not fit, the ATen path is taken.
+"""
+
+import ctypes
+import warnings
+import zlib
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .aten import as_dtype
+from .function import dense_in_layout, like_layout, reference_backward
+from .mixture import Options
+
+SOURCES = ("native.c", "native_passes.h")
+_SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+
+
+def checksum(folder: Path) -> int:
+    """Of the sources in `folder`."""
+    return zlib.crc32(b"".join((folder / name).read_bytes() for name in SOURCES))
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None if there is none, or one of other sources than lie beside it."""
+    folder = Path(__file__).parent
+    built = [folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    path = next((path for path in built if path.exists()), None)
+    if path is None:
+        return None
+    advice = "install the package again (`make install`); until then normalization is slower"
+    try:
+        found = ctypes.CDLL(str(path))
+        found.sn_source.restype = ctypes.c_uint
+        source = found.sn_source()
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"sn: {path} cannot be loaded ({error}); {advice}", stacklevel=2)
+        return None
+    if (folder / SOURCES[0]).exists() and source != checksum(folder):
+        warnings.warn(f"sn: {path} was built from other sources; {advice}", stacklevel=2)
+        return None
+    for suffix in _SUFFIXES.values():
+        forward = getattr(found, f"sn_forward_{suffix}")
+        forward.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_double]
+        forward.argtypes += [ctypes.c_void_p] * 10 + [ctypes.c_int]
+        backward = getattr(found, f"sn_backward_{suffix}")
+        backward.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        backward.argtypes += [ctypes.c_void_p] * 16 + [ctypes.c_int]
+    return found
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of native.c."""
+
+    _names = ("batch", "channels", "length", "num_groups", "groups", "last", "places")
+    _names += ("in", "ln", "gn", "bn", "running", "update")
+    _fields_ = [*((name, ctypes.c_int64) for name in _names), ("eps", ctypes.c_double)]
+
+
+@lru_cache(maxsize=1024)
+def _layer(
+    shape: torch.Size,
+    last: bool,
+    statistics: tuple[str, ...],
+    num_groups: int | None,
+    training: bool,
+    eps: float,
+    virtual_gpus: int,
+    running: bool,
+) -> _Layer:
+    length = 1
+    for size in shape[2:]:
+        length *= size
+    has_bn = "bn" in statistics
+    return _Layer(
+        shape[0],
+        shape[1],
+        length,
+        num_groups if "gn" in statistics else 1,
+        virtual_gpus if training else 1,
+        last,
+        len(statistics),
+        *(statistics.index(s) if s in statistics else -1 for s in ("in", "ln", "gn", "bn")),
+        running and has_bn and not training,
+        running and has_bn and training,
+        eps,
+    )
+
+
+@lru_cache(maxsize=8)
+def _functions(dtype: torch.dtype):
+    suffix = _SUFFIXES[dtype]
+    found = library()
+    return getattr(found, f"sn_forward_{suffix}"), getattr(found, f"sn_backward_{suffix}")
+
+
+def takes(x: Tensor) -> bool:
+    """Whether there is a library, with code for x's dtype."""
+    return x.dtype in _SUFFIXES and library() is not None
+
+
+def native_switch_norm(
+    x: Tensor,
+    mean_weight: Tensor,
+    var_weight: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    options: Options,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """`switch_norm` for a CPU tensor that is not empty, then `+ residual` and ReLU if asked for."""
+    inputs = (x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _SwitchNorm.apply(*inputs, options, relu)
+    return _forward(inputs, options, relu)[0]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _dense(tensors, x: Tensor) -> list[Tensor | None]:
+    """Parameters and buffers as the library takes them, dense and in the arithmetic's dtype.
+
+    They nearly always are.
+    """
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return [
+        t if t is None or t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+        for t in tensors
+    ]
+
+
+def _forward(inputs, options: Options, relu: bool):
+    """Output, dense x, its layer, the instances' moments."""
+    x, last = dense_in_layout(inputs[0])
+    residual = inputs[7]
+    if residual is not None:
+        residual = like_layout(residual, last)
+    statistics, num_groups, training, momentum, eps, virtual_gpus = options
+    running = inputs[5] is not None
+    layer = _layer(x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running)
+    y = torch.empty_like(x)
+    moments = torch.empty((2, *x.shape[:2]), dtype=torch.float64)
+    parameters = _dense(inputs[1:7], x)
+    failed = _functions(x.dtype)[0](
+        ctypes.addressof(layer),
+        torch.get_num_threads(),
+        momentum,
+        x.data_ptr(),
+        _address(residual),
+        y.data_ptr(),
+        moments.data_ptr(),
+        *map(_address, parameters),
+        relu,
+    )
+    if failed:
+        raise MemoryError(f"no memory for the statistics of an input of shape {tuple(x.shape)}")
+    if layer.update:
+        for old, new in zip(inputs[5:7], parameters[4:]):
+            if new is not old:
+                old.copy_(new)
+            torch.autograd.graph.increment_version(old)
+    return y, x, layer, moments
+
+
+class _SwitchNorm(torch.autograd.Function):
+    """Keeps x and the instances' moments for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *inputs, options, relu = arguments
+        y, x, layer, moments = _forward(inputs, options, relu)
+        ctx.options, ctx.relu, ctx.layer = options, relu, layer
+        ctx.residual = inputs[7] is not None
+        ctx.dense = x if x is not inputs[0] else None
+        # The running statistics change with the next call; in training y does not depend on them.
+        running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
+        kept_y = y if relu and ctx.residual else None
+        ctx.save_for_backward(*inputs[:5], *running, kept_y, moments)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        *inputs, y, moments = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            *grads, dy = reference_backward(ctx, dy, inputs, y, ctx.relu)
+            return *grads, None, None, dy if ctx.residual else None, None, None
+        x = inputs[0] if ctx.dense is None else ctx.dense
+        layer, needed = ctx.layer, ctx.needs_input_grad
+        dy = like_layout(dy, bool(layer.last))
+        dx = torch.empty_like(x) if needed[0] or needed[7] else None  # one pass writes both
+        d_residual = None
+        if needed[7]:
+            d_residual = torch.empty_like(x) if ctx.relu else dy
+        parameters = _dense(inputs[1:7], x)
+        grads = [None if t is None else torch.empty_like(t) for t in parameters[:4]]
+        failed = _functions(x.dtype)[1](
+            ctypes.addressof(layer),
+            torch.get_num_threads(),
+            dy.data_ptr(),
+            x.data_ptr(),
+            _address(y),
+            _address(dx),
+            _address(d_residual) if ctx.relu else None,
+            moments.data_ptr(),
+            *map(_address, parameters),
+            *map(_address, grads),
+            ctx.relu,
+        )
+        if failed:
+            raise MemoryError(f"no memory for the gradients of an input of shape {tuple(x.shape)}")
+        grads = [g if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs[1:5])]
+        return dx, *grads, None, None, d_residual, None, None
