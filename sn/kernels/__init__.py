@@ -79,6 +79,7 @@ def switch_norm(
     virtual_gpus: int = 1,
 ) -> Tensor:
     """`sn.functional.switch_norm`, by the fastest implementation that can take the arguments."""
+    statistics = canonical_statistics(statistics)
     options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
     tensors = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
     return switch_norm_act(tensors, options)
@@ -92,15 +93,14 @@ def switch_norm_act(
 ) -> Tensor:
     """relu(switch_norm(*tensors) + residual), in one go where there are kernels for it.
 
-    `tensors` are the seven of `switch_norm`; without them for the residual and ReLU these follow
-    as PyTorch's in-place operations.
+    `tensors` are the seven of `switch_norm`, `options.statistics` in canonical order. Where there
+    are no kernels for the residual and ReLU these follow as PyTorch's operations.
     """
     chosen = choose_backend(*tensors)
     if chosen == "reference":
         y = functional.switch_norm(*tensors, **options._asdict())
     else:
         x, channels = tensors[0], tensors[0].shape[1]
-        options = options._replace(statistics=canonical_statistics(options.statistics))
         functional._check_shapes(x, *tensors[1:5], options.statistics)
         if "gn" in options.statistics:
             check_num_groups(options.num_groups, channels)

@@ -19,13 +19,15 @@
 
 /* Loops over a tensor are compiled for wide vectors too, and chosen when the library is loaded. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(SN_NO_CLONES)
-#define CLONES __attribute__((target_clones("arch=haswell", "default")))
+#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
 #define ROW_BLOCK 4096   /* values of a row that are summed at once: they stay in L1 */
+#define SHORT 512        /* rows up to this length are summed a batch at a time */
+#define BATCH 16
 #define COLUMN_BLOCK 64  /* rows of (L, C) whose sums are kept in the arithmetic's dtype */
 #define SEGMENT 65536    /* values of a sample (L, C) that are one task, at least */
 #define LEAST 32768      /* values a thread is worth */
@@ -63,6 +65,12 @@ static int64_t segment_rows(const Layer *s) {
 static int64_t segments(const Layer *s) {
     int64_t rows = segment_rows(s);
     return (s->length + rows - 1) / rows;
+}
+
+/* Whether to sum two rows of (L, C) at a time: less work, but as two streams from memory they are
+   slower than one. Measured. */
+static int row_pairs(const Layer *s, int64_t size) {
+    return s->channels * size <= 512 || s->batch * s->channels * s->length * size <= 8 << 20;
 }
 
 /* ---- numbers per (n, c) ---- */
@@ -358,11 +366,40 @@ static void mix_backward(const Layer *s, Mix *mix, const double *mean, const dou
 #define PASTE(a, b) a##_##b
 #define JOIN(a, b) PASTE(a, b)
 
+/* Vectors of the arithmetic, for sums along rows: the compiler splits them where they are wider
+   than the processor's. */
+typedef float floats __attribute__((vector_size(32)));
+typedef double doubles __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32)));
+typedef uint16_t halves __attribute__((vector_size(16)));
+
+static const uint32_t TAIL[16] = {0,   0,   0,   0,   0,   0,   0,   0,
+                                  ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+
+INLINE floats load_floats(const float *x) {
+    floats v;
+    memcpy(&v, x, sizeof(v));
+    return v;
+}
+INLINE doubles load_doubles(const double *x) {
+    doubles v;
+    memcpy(&v, x, sizeof(v));
+    return v;
+}
+INLINE floats load_bfloat16s(const uint16_t *x) {
+    halves v;
+    memcpy(&v, x, sizeof(v));
+    return (floats)(__builtin_convertvector(v, words) << 16);
+}
+
 #define T float
 #define A float
 #define NAME(function) JOIN(function, f32)
 #define LOAD(x) (x)
 #define STORE(x) (x)
+#define VECTOR floats
+#define LANES 8
+#define LOAD_VECTOR(x) load_floats(x)
 #include "native_passes.h"
 
 #define T double
@@ -370,6 +407,9 @@ static void mix_backward(const Layer *s, Mix *mix, const double *mean, const dou
 #define NAME(function) JOIN(function, f64)
 #define LOAD(x) (x)
 #define STORE(x) (x)
+#define VECTOR doubles
+#define LANES 4
+#define LOAD_VECTOR(x) load_doubles(x)
 #include "native_passes.h"
 
 INLINE float from_bfloat16(uint16_t x) {
@@ -389,4 +429,7 @@ INLINE uint16_t to_bfloat16(float x) { /* to nearest, even */
 #define NAME(function) JOIN(function, bf16)
 #define LOAD(x) from_bfloat16(x)
 #define STORE(x) to_bfloat16(x)
+#define VECTOR floats
+#define LANES 8
+#define LOAD_VECTOR(x) load_bfloat16s(x)
 #include "native_passes.h"

@@ -170,7 +170,7 @@ def _forward(inputs, options: Options, relu: bool):
         for old, new in zip(inputs[5:7], parameters[4:]):
             if new is not old:
                 old.copy_(new)
-            torch.autograd.graph.increment_version(old)
+        torch.autograd.graph.increment_version(inputs[5:7])
     return y, x, layer, moments
 
 

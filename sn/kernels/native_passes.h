@@ -2,60 +2,105 @@
 
 /* ---- rows: an instance is x[0..count) ---- */
 
-/* Mean and sum of squared distances from it: about a nearby centre, so that no digits are lost. */
-CLONES static void NAME(block_moments)(const T *restrict x, int64_t count, double *mean,
-                                       double *square) {
-    A a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-    int64_t part = count >= 128 ? count / 4 : 0; /* four streams of their own: four times the speed */
-    const T *x1 = x + part, *x2 = x1 + part, *x3 = x2 + part;
-    #pragma omp simd reduction(+ : a0, a1, a2, a3)
-    for (int64_t i = 0; i < part; i++) {
-        a0 += LOAD(x[i]);
-        a1 += LOAD(x1[i]);
-        a2 += LOAD(x2[i]);
-        a3 += LOAD(x3[i]);
-    }
-    #pragma omp simd reduction(+ : a0)
-    for (int64_t i = 4 * part; i < count; i++) a0 += LOAD(x[i]);
-    A centre = (A)(((double)a0 + a1 + a2 + a3) / count);
-    a0 = a1 = a2 = a3 = 0;
-    #pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
-    for (int64_t i = 0; i < part; i++) {
-        A d0 = LOAD(x[i]) - centre, d1 = LOAD(x1[i]) - centre;
-        A d2 = LOAD(x2[i]) - centre, d3 = LOAD(x3[i]) - centre;
-        a0 += d0;
-        a1 += d1;
-        a2 += d2;
-        a3 += d3;
-        b0 += d0 * d0;
-        b1 += d1 * d1;
-        b2 += d2 * d2;
-        b3 += d3 * d3;
-    }
-    #pragma omp simd reduction(+ : a0, b0)
-    for (int64_t i = 4 * part; i < count; i++) {
-        A d = LOAD(x[i]) - centre;
-        a0 += d;
-        b0 += d * d;
-    }
-    double shift = ((double)a0 + a1 + a2 + a3) / count;
-    *mean = centre + shift;
-    *square = (double)b0 + b1 + b2 + b3 - shift * shift * count;
+typedef VECTOR NAME(vector);
+typedef __typeof__((NAME(vector)){0} > 0) NAME(mask);
+
+INLINE NAME(vector) NAME(load)(const T *x) { return LOAD_VECTOR(x); }
+
+INLINE double NAME(total)(NAME(vector) v) {
+#if LANES == 8
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+#endif
+    return v[0] + v[1];
 }
 
-/* Mean and biased variance of a row, joined from blocks by Chan's formula. */
-static void NAME(row_moments)(const T *x, int64_t length, double *mean, double *var) {
-    double square;
-    NAME(block_moments)(x, smaller(length, ROW_BLOCK), mean, &square);
-    for (int64_t i = ROW_BLOCK; i < length; i += ROW_BLOCK) {
-        double other, more;
-        int64_t count = smaller(length - i, ROW_BLOCK);
-        NAME(block_moments)(x + i, count, &other, &more);
-        double delta = other - *mean, share = (double)count / (i + count);
-        *mean += delta * share;
-        square += more + delta * delta * share * i;
+/* The last count % LANES values, in the upper lanes; zero elsewhere. count >= LANES. */
+INLINE NAME(vector) NAME(keep_tail)(NAME(vector) v, int64_t count) {
+    NAME(mask) mask;
+    memcpy(&mask, (const char *)TAIL + count % LANES * sizeof(A), sizeof(mask));
+    return (NAME(vector))((NAME(mask))v & mask);
+}
+
+/* sum x */
+INLINE double NAME(sum)(const T *x, int64_t count) {
+    NAME(vector) a = {0}, b = {0}, c = {0}, d = {0};
+    int64_t i = 0;
+    double rest = 0;
+    if (count < LANES) {
+        for (; i < count; i++) rest += LOAD(x[i]);
+        return rest;
     }
-    *var = square < 0 ? 0 : square / length;
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        a += NAME(load)(x + i);
+        b += NAME(load)(x + i + LANES);
+        c += NAME(load)(x + i + 2 * LANES);
+        d += NAME(load)(x + i + 3 * LANES);
+    }
+    for (; i + LANES <= count; i += LANES) b += NAME(load)(x + i);
+    c += NAME(keep_tail)(NAME(load)(x + count - LANES), count);
+    return NAME(total)((a + b) + (c + d));
+}
+
+/* Mean and sum of squared distances from it, through a nearby centre: no digits are lost. */
+INLINE void NAME(centred)(const T *x, int64_t count, A centre, double *mean, double *square) {
+    NAME(vector) a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0}, v, w;
+    int64_t i = 0;
+    double sum = 0, squares = 0;
+    if (count < LANES) {
+        for (; i < count; i++) {
+            A distance = LOAD(x[i]) - centre;
+            sum += distance;
+            squares += distance * distance;
+        }
+    } else {
+        for (; i + 4 * LANES <= count; i += 4 * LANES) {
+            a += v = NAME(load)(x + i) - centre;
+            e += v * v;
+            b += w = NAME(load)(x + i + LANES) - centre;
+            f += w * w;
+            c += v = NAME(load)(x + i + 2 * LANES) - centre;
+            g += v * v;
+            d += w = NAME(load)(x + i + 3 * LANES) - centre;
+            h += w * w;
+        }
+        for (; i + LANES <= count; i += LANES) {
+            b += v = NAME(load)(x + i) - centre;
+            f += v * v;
+        }
+        c += v = NAME(keep_tail)(NAME(load)(x + count - LANES) - centre, count);
+        g += v * v;
+        sum = NAME(total)((a + b) + (c + d));
+        squares = NAME(total)((e + f) + (g + h));
+    }
+    double shift = sum / count;
+    *mean = centre + shift;
+    *square = squares - shift * sum;
+}
+
+/* Means and biased variances of `rows` rows, at most BATCH. Long rows are joined from blocks by
+   Chan's formula; of short ones many are under way at the same time. */
+CLONES static void NAME(row_moments)(const T *restrict x, int64_t rows, int64_t length,
+                                     double *restrict mean, double *restrict var) {
+    A centre[BATCH];
+    for (int64_t start = 0; start < length; start += ROW_BLOCK) {
+        int64_t count = smaller(length - start, ROW_BLOCK);
+        double one = 1.0 / count, share = (double)count / (start + count), other, square;
+        int64_t step = count > SHORT ? 1 : rows;
+        for (int64_t first = 0; first < rows; first += step) {
+            for (int64_t i = first; i < first + step; i++)
+                centre[i] = (A)(NAME(sum)(x + i * length + start, count) * one);
+            for (int64_t i = first; i < first + step; i++) {
+                NAME(centred)(x + i * length + start, count, centre[i], &other, &square);
+                double delta = start ? other - mean[i] : 0;
+                mean[i] = start ? mean[i] + delta * share : other;
+                var[i] = start ? var[i] + square + delta * delta * share * start : square;
+            }
+        }
+    }
+    for (int64_t i = 0; i < rows; i++) var[i] = var[i] < 0 ? 0 : var[i] / length;
 }
 
 INLINE void NAME(row_apply_as)(const T *restrict x, const T *restrict residual, T *restrict y,
@@ -83,39 +128,47 @@ INLINE A NAME(masked)(T dy, A d, const T *y, int64_t i, A a, A b, int act) {
     return g;
 }
 
+INLINE NAME(vector) NAME(load_masked)(const T *dy, NAME(vector) d, const T *y, A a, A b, int act) {
+    NAME(vector) g = NAME(load)(dy);
+    if (act == RELU_OF_X) return (NAME(vector))((NAME(mask))g & (a * d + b > 0));
+    if (act == RELU_OF_Y) return (NAME(vector))((NAME(mask))g & (NAME(load)(y) > 0));
+    return g;
+}
+
 /* sum dy, sum dy (x - k) */
 INLINE void NAME(row_reduce_as)(const T *restrict dy, const T *restrict x, const T *restrict y,
                                 int64_t count, A a, A k, A b, int act, double *total,
                                 double *product) {
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0, t0 = 0, t1 = 0, t2 = 0, t3 = 0;
-    int64_t part = count >= 128 ? count / 4 : 0;
-    const T *x1 = x + part, *x2 = x1 + part, *x3 = x2 + part;
-    const T *dy1 = dy + part, *dy2 = dy1 + part, *dy3 = dy2 + part;
-    #pragma omp simd reduction(+ : s0, s1, s2, s3, t0, t1, t2, t3)
-    for (int64_t i = 0; i < part; i++) {
-        A d0 = LOAD(x[i]) - k, d1 = LOAD(x1[i]) - k;
-        A d2 = LOAD(x2[i]) - k, d3 = LOAD(x3[i]) - k;
-        A g0 = NAME(masked)(dy[i], d0, y, i, a, b, act);
-        A g1 = NAME(masked)(dy1[i], d1, y, i + part, a, b, act);
-        A g2 = NAME(masked)(dy2[i], d2, y, i + 2 * part, a, b, act);
-        A g3 = NAME(masked)(dy3[i], d3, y, i + 3 * part, a, b, act);
-        s0 += g0;
-        s1 += g1;
-        s2 += g2;
-        s3 += g3;
-        t0 += g0 * d0;
-        t1 += g1 * d1;
-        t2 += g2 * d2;
-        t3 += g3 * d3;
+    NAME(vector) s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, t0 = {0}, t1 = {0}, t2 = {0}, t3 = {0};
+    NAME(vector) d, g;
+    int64_t i = 0;
+    if (count < LANES) {
+        for (; i < count; i++) {
+            A distance = LOAD(x[i]) - k, gradient = NAME(masked)(dy[i], distance, y, i, a, b, act);
+            *total += gradient;
+            *product += gradient * distance;
+        }
+        return;
     }
-    #pragma omp simd reduction(+ : s0, t0)
-    for (int64_t i = 4 * part; i < count; i++) {
-        A d = LOAD(x[i]) - k, g = NAME(masked)(dy[i], d, y, i, a, b, act);
-        s0 += g;
-        t0 += g * d;
+#define STEP(s, t, keep)                                                                         \
+    d = NAME(load)(x + i) - k;                                                                   \
+    g = NAME(load_masked)(dy + i, d, y + i, a, b, act);                                          \
+    g = keep;                                                                                    \
+    s += g;                                                                                      \
+    t += g * d;                                                                                  \
+    i += LANES;
+    while (i + 4 * LANES <= count) {
+        STEP(s0, t0, g)
+        STEP(s1, t1, g)
+        STEP(s2, t2, g)
+        STEP(s3, t3, g)
     }
-    *total += (double)s0 + s1 + s2 + s3;
-    *product += (double)t0 + t1 + t2 + t3;
+    while (i + LANES <= count) { STEP(s1, t1, g) }
+    i = count - LANES;
+    STEP(s2, t2, NAME(keep_tail)(g, count))
+#undef STEP
+    *total += NAME(total)((s0 + s1) + (s2 + s3));
+    *product += NAME(total)((t0 + t1) + (t2 + t3));
 }
 CLONES static void NAME(row_reduce)(const T *dy, const T *x, const T *y, int64_t length, A a, A k,
                                     A b, int act, double *total, double *product) {
@@ -155,18 +208,12 @@ CLONES static void NAME(row_apply2)(const T *dy, const T *x, const T *y, T *dx, 
 /* Mean and sum of squared distances of every column, about the mean of the first rows.
    `scratch` is 3 C. */
 CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64_t channels,
-                                        A *restrict scratch, double *restrict mean,
+                                        int pairs, A *restrict scratch, double *restrict mean,
                                         double *restrict square) {
     A *restrict k = scratch, *restrict s = scratch + channels, *restrict t = s + channels;
-    int64_t first = smaller(rows, COLUMN_BLOCK), l = 0;
+    int64_t first = smaller(rows, COLUMN_BLOCK), l;
     memset(k, 0, channels * sizeof(A));
-    for (; l + 4 <= first; l += 4) {
-        const T *x0 = x + l * channels, *x1 = x0 + channels, *x2 = x1 + channels,
-                *x3 = x2 + channels;
-        for (int64_t c = 0; c < channels; c++)
-            k[c] += (LOAD(x0[c]) + LOAD(x1[c])) + (LOAD(x2[c]) + LOAD(x3[c]));
-    }
-    for (; l < first; l++)
+    for (l = 0; l < first; l++)
         for (int64_t c = 0; c < channels; c++) k[c] += LOAD(x[l * channels + c]);
     for (int64_t c = 0; c < channels; c++) {
         k[c] /= first;
@@ -175,14 +222,12 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
     for (int64_t start = 0; start < rows; start += COLUMN_BLOCK) {
         int64_t end = smaller(rows, start + COLUMN_BLOCK);
         memset(s, 0, 2 * channels * sizeof(A));
-        for (l = start; l + 4 <= end; l += 4) {
-            const T *x0 = x + l * channels, *x1 = x0 + channels, *x2 = x1 + channels,
-                    *x3 = x2 + channels;
+        for (l = start; l + 2 <= end && pairs; l += 2) {
+            const T *x0 = x + l * channels, *x1 = x0 + channels;
             for (int64_t c = 0; c < channels; c++) {
                 A d0 = LOAD(x0[c]) - k[c], d1 = LOAD(x1[c]) - k[c];
-                A d2 = LOAD(x2[c]) - k[c], d3 = LOAD(x3[c]) - k[c];
-                s[c] += (d0 + d1) + (d2 + d3);
-                t[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+                s[c] += d0 + d1;
+                t[c] += d0 * d0 + d1 * d1;
             }
         }
         for (; l < end; l++)
@@ -241,25 +286,22 @@ CLONES static void NAME(column_apply)(const T *x, const T *residual, T *y, int64
 INLINE void NAME(column_reduce_as)(const T *restrict dy, const T *restrict x,
                                    const T *restrict y, int64_t rows, int64_t channels,
                                    const A *restrict a, const A *restrict k, const A *restrict b,
-                                   int act, A *restrict scratch, double *restrict total,
-                                   double *restrict product) {
+                                   int act, int pairs, A *restrict scratch,
+                                   double *restrict total, double *restrict product) {
     A *restrict s = scratch, *restrict t = scratch + channels;
     for (int64_t c = 0; c < channels; c++) total[c] = product[c] = 0;
     for (int64_t start = 0; start < rows; start += COLUMN_BLOCK) {
         int64_t l = start, end = smaller(rows, start + COLUMN_BLOCK);
         memset(s, 0, 2 * channels * sizeof(A));
-        for (; l + 4 <= end; l += 4) {
-            const int64_t i = l * channels, one = channels, two = 2 * one, three = 3 * one;
+        for (; l + 2 <= end && pairs; l += 2) {
+            const int64_t i = l * channels, one = channels;
             const T *x0 = x + i, *dy0 = dy + i, *y0 = y + i;
             for (int64_t c = 0; c < channels; c++) {
                 A d0 = LOAD(x0[c]) - k[c], d1 = LOAD(x0[one + c]) - k[c];
-                A d2 = LOAD(x0[two + c]) - k[c], d3 = LOAD(x0[three + c]) - k[c];
                 A g0 = NAME(masked)(dy0[c], d0, y0, c, a[c], b[c], act);
                 A g1 = NAME(masked)(dy0[one + c], d1, y0, one + c, a[c], b[c], act);
-                A g2 = NAME(masked)(dy0[two + c], d2, y0, two + c, a[c], b[c], act);
-                A g3 = NAME(masked)(dy0[three + c], d3, y0, three + c, a[c], b[c], act);
-                s[c] += (g0 + g1) + (g2 + g3);
-                t[c] += (g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3);
+                s[c] += g0 + g1;
+                t[c] += g0 * d0 + g1 * d1;
             }
         }
         for (; l < end; l++)
@@ -277,15 +319,16 @@ INLINE void NAME(column_reduce_as)(const T *restrict dy, const T *restrict x,
 }
 CLONES static void NAME(column_reduce)(const T *dy, const T *x, const T *y, int64_t rows,
                                        int64_t channels, const A *a, const A *k, const A *b,
-                                       int act, A *scratch, double *total, double *product) {
+                                       int act, int pairs, A *scratch, double *total,
+                                       double *product) {
     if (act == RELU_OF_X)
-        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, RELU_OF_X, scratch, total,
+        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, RELU_OF_X, pairs, scratch, total,
                                product);
     else if (act == RELU_OF_Y)
-        NAME(column_reduce_as)(dy, x, y, rows, channels, a, k, b, RELU_OF_Y, scratch, total,
+        NAME(column_reduce_as)(dy, x, y, rows, channels, a, k, b, RELU_OF_Y, pairs, scratch, total,
                                product);
     else
-        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, NO_ACT, scratch, total, product);
+        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, NO_ACT, pairs, scratch, total, product);
 }
 
 INLINE void NAME(column_apply2_as)(const T *restrict dy, const T *restrict x, const T *restrict y,
@@ -351,8 +394,8 @@ static void NAME(instance_moments)(const Layer *s, const T *x, A *scratch, doubl
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
     if (!s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < size; i++)
-            NAME(row_moments)(x + i * length, length, mean + i, var + i);
+        for (int64_t i = 0; i < size; i += BATCH)
+            NAME(row_moments)(x + i * length, smaller(BATCH, size - i), length, mean + i, var + i);
         return;
     }
     int64_t step = segment_rows(s), count = segments(s), tasks = s->batch * count;
@@ -361,7 +404,7 @@ static void NAME(instance_moments)(const Layer *s, const T *x, A *scratch, doubl
         int64_t start = task % count * step, rows = smaller(step, length - start);
         double *own = partial + 2 * task * channels;
         NAME(column_moments)(x + (task / count * length + start) * channels, rows, channels,
-                             scratch + 3 * THREAD * channels, own, own + channels);
+                             row_pairs(s, sizeof(T)), scratch + 3 * THREAD * channels, own, own + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < s->batch; n++) {
@@ -487,7 +530,7 @@ static void NAME(sums)(const Layer *s, const T *dy, const T *x, const T *y,
         NAME(column_reduce)(dy + at, x + at, y == NULL ? NULL : y + at,
                             smaller(step, length - start), channels, work->a + n * channels,
                             work->k + n * channels, work->b + n * channels, act,
-                            work->scratch + 3 * THREAD * channels, own, own + channels);
+                            row_pairs(s, sizeof(T)), work->scratch + 3 * THREAD * channels, own, own + channels);
     }
     for (int64_t n = 0; n < s->batch; n++)
         for (int64_t i = 0; i < count; i++) {
@@ -569,6 +612,9 @@ int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, cons
 }
 
 #undef T
+#undef LANES
+#undef VECTOR
+#undef LOAD_VECTOR
 #undef A
 #undef NAME
 #undef LOAD
