@@ -75,36 +75,31 @@ static int row_pairs(const Layer *s, int64_t size) {
 
 /* ---- numbers per (n, c) ---- */
 
-/* The moments of each statistic, the gates, and what they make: doubles in one allocation. */
+/* What the forward pass leaves for the backward one, in doubles that the caller allocates. */
 typedef struct {
-    double w[4], u[4];                     /* gates of means and variances */
-    double *weight, *bias;                 /* (C) */
-    double *ln, *gn, *bn;                  /* means, then variances: (2, N), (2, N, Q), (2, G, C) */
-    double *rstd, *offset;                 /* (N, C): y = weight rstd (x - mean - offset) + bias */
-    double *total, *product;               /* (N, C), backward: sum dy, sum dy (x - mean) */
-    double *mean_part, *var_part;          /* (N, C), backward: P, Q of mixture.py */
-    double *p, *q;                         /* (N, C), backward: dx = scale dy + p (x - mean) + q */
-    double *sums;                          /* (2, C) */
-    double *pools;                         /* (2, max(N Q, G C)) */
+    double *w, *u;                 /* gates of means and variances, 4 each */
+    double *mean, *var;            /* (N, C), of the instances */
+    double *rstd, *offset;         /* (N, C): y = weight rstd (x - mean - offset) + bias */
+    double *ln, *gn, *bn;          /* means, then variances: (2, N), (2, N, Q), (2, G, C) */
 } Mix;
 
-static double *allocate_mix(const Layer *s, Mix *mix, int backward) {
-    int64_t n = s->batch, c = s->channels, nc = n * c;
-    int64_t pools = larger(n * s->num_groups, larger(s->groups * c, n));
-    int64_t sizes[] = {c, c, 2 * n, 2 * n * s->num_groups, 2 * s->groups * c, nc, nc};
-    int64_t more[] = {nc, nc, nc, nc, nc, nc, 2 * c, 2 * pools};
-    double **fields[] = {&mix->weight, &mix->bias, &mix->ln, &mix->gn, &mix->bn, &mix->rstd,
-                         &mix->offset};
-    double **others[] = {&mix->total, &mix->product, &mix->mean_part, &mix->var_part, &mix->p,
-                         &mix->q, &mix->sums, &mix->pools};
+/* Lay `mix` out in `memory`; returns the number of doubles. */
+static int64_t lay_out(const Layer *s, double *memory, Mix *mix) {
+    int64_t size = s->batch * s->channels;
+    int64_t sizes[] = {4, 4, size, size, size, size, s->ln < 0 ? 0 : 2 * s->batch,
+                       s->gn < 0 ? 0 : 2 * s->batch * s->num_groups,
+                       s->bn < 0 ? 0 : 2 * s->groups * s->channels};
+    double **fields[] = {&mix->w, &mix->u, &mix->mean, &mix->var, &mix->rstd, &mix->offset,
+                         &mix->ln, &mix->gn, &mix->bn};
     int64_t count = 0;
-    for (int i = 0; i < 7; i++) count += sizes[i];
-    for (int i = 0; i < 8 && backward; i++) count += more[i];
-    double *memory = malloc(count * sizeof(double)), *next = memory;
-    if (memory == NULL) return NULL;
-    for (int i = 0; i < 7; i++) { *fields[i] = next; next += sizes[i]; }
-    for (int i = 0; i < 8 && backward; i++) { *others[i] = next; next += more[i]; }
-    return memory;
+    for (int i = 0; i < 9; count += sizes[i++])
+        if (memory != NULL) *fields[i] = memory + count;
+    return count;
+}
+
+int64_t sn_saved(const Layer *s) {
+    Mix mix;
+    return lay_out(s, NULL, &mix);
 }
 
 static void softmax(double *gates, int64_t places) {
@@ -189,9 +184,9 @@ static const double *bn_vars(const Layer *s, const Mix *mix, int64_t n) {
 }
 
 /* Pool the instances' moments and mix them. */
-static void mix_moments(const Layer *s, Mix *mix, const double *mean, const double *var,
-                        int threads) {
+static void mix_moments(const Layer *s, const Mix *mix, int threads) {
     int64_t channels = s->channels, width = channels / s->num_groups;
+    const double *mean = mix->mean, *var = mix->var;
     softmax(mix->w, s->places);
     softmax(mix->u, s->places);
     if (s->bn >= 0 && !s->running) {
@@ -312,35 +307,58 @@ static void softmax_backward(const double *gates, double *grads, int64_t places)
     for (int i = 0; i < places; i++) grads[i] = gates[i] * (grads[i] - common);
 }
 
-/* From total and product to p, q and the gradients of the logits; weight and bias in `sums`. */
-static void mix_backward(const Layer *s, Mix *mix, const double *mean, const double *var,
-                         double *grad_w, double *grad_u) {
+/* Of the backward pass alone, in one allocation. */
+typedef struct {
+    double *weight;                    /* (C) */
+    double *total, *product;           /* (N, C): sum dy, sum dy (x - mean) */
+    double *mean_part, *var_part;      /* (N, C): P, Q of mixture.py */
+    double *p, *q;                     /* (N, C): dx = scale dy + p (x - mean) + q */
+    double *grad_weight, *grad_bias;   /* (C) */
+    double *pools;                     /* (2, C) */
+} Gradients;
+
+static double *allocate_gradients(const Layer *s, Gradients *to) {
+    int64_t c = s->channels, nc = s->batch * c;
+    double *next = malloc((6 * nc + 5 * c) * sizeof(double)), *memory = next;
+    if (memory == NULL) return NULL;
+    double **wide[] = {&to->total, &to->product, &to->mean_part, &to->var_part, &to->p, &to->q};
+    for (int i = 0; i < 6; i++, next += nc) *wide[i] = next;
+    double **narrow[] = {&to->weight, &to->grad_weight, &to->grad_bias, &to->pools};
+    for (int i = 0; i < 4; i++, next += c) *narrow[i] = next;
+    return memory;
+}
+
+/* From total and product to p, q and the gradients of the parameters. */
+static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, double *grad_w,
+                         double *grad_u) {
     int64_t channels = s->channels, size = s->batch * channels;
     int64_t width = channels / s->num_groups;
+    const double *mean = mix->mean, *var = mix->var;
     double each = -1.0 / s->length;
-    memset(mix->sums, 0, 2 * channels * sizeof(double));
-    memset(mix->p, 0, size * sizeof(double));
-    memset(mix->q, 0, size * sizeof(double));
+    memset(to->grad_weight, 0, channels * sizeof(double));
+    memset(to->grad_bias, 0, channels * sizeof(double));
+    memset(to->p, 0, size * sizeof(double));
+    memset(to->q, 0, size * sizeof(double));
     memset(grad_w, 0, 4 * sizeof(double));
     memset(grad_u, 0, 4 * sizeof(double));
     for (int64_t n = 0, i = 0; n < s->batch; n++, i += channels) {
-        const double *mean_part = mix->mean_part + i, *var_part = mix->var_part + i;
-        parts_of_sample(channels, mix->weight, mix->rstd + i, mix->offset + i, mix->total + i,
-                        mix->product + i, mix->mean_part + i, mix->var_part + i, mix->sums,
-                        mix->sums + channels);
+        const double *mean_part = to->mean_part + i, *var_part = to->var_part + i;
+        parts_of_sample(channels, to->weight, mix->rstd + i, mix->offset + i, to->total + i,
+                        to->product + i, to->mean_part + i, to->var_part + i, to->grad_weight,
+                        to->grad_bias);
         if (s->in >= 0)
             own_row(channels, NULL, mean + i, var + i, each * mix->w[s->in], each * mix->u[s->in],
-                    1, mean_part, var_part, mix->p + i, mix->q + i, grad_w + s->in,
+                    1, mean_part, var_part, to->p + i, to->q + i, grad_w + s->in,
                     grad_u + s->in);
         if (s->ln >= 0)
             spread_row(channels, mean + i, mix->ln[n], mix->ln[s->batch + n],
                        each * mix->w[s->ln], each * mix->u[s->ln], mean_part, var_part,
-                       mix->p + i, mix->q + i, grad_w + s->ln, grad_u + s->ln);
+                       to->p + i, to->q + i, grad_w + s->ln, grad_u + s->ln);
         for (int64_t g = 0; g < s->num_groups && s->gn >= 0; g++) {
             int64_t j = i + g * width, place = n * s->num_groups + g;
             spread_row(width, mean + j, mix->gn[place], mix->gn[s->batch * s->num_groups + place],
-                       each * mix->w[s->gn], each * mix->u[s->gn], mix->mean_part + j,
-                       mix->var_part + j, mix->p + j, mix->q + j, grad_w + s->gn, grad_u + s->gn);
+                       each * mix->w[s->gn], each * mix->u[s->gn], to->mean_part + j,
+                       to->var_part + j, to->p + j, to->q + j, grad_w + s->gn, grad_u + s->gn);
         }
         if (s->bn >= 0 && s->running)
             own_row(channels, mix->bn, mean + i, mix->bn + channels, 0, 0, 0, mean_part, var_part,
@@ -352,8 +370,8 @@ static void mix_backward(const Layer *s, Mix *mix, const double *mean, const dou
             int64_t i = g * count * channels;
             spread_rows(count, channels, mean + i, mix->bn + g * channels,
                         mix->bn + (s->groups + g) * channels, each * mix->w[s->bn],
-                        each * mix->u[s->bn], mix->mean_part + i, mix->var_part + i, mix->p + i,
-                        mix->q + i, mix->pools, mix->pools + channels, grad_w + s->bn,
+                        each * mix->u[s->bn], to->mean_part + i, to->var_part + i, to->p + i,
+                        to->q + i, to->pools, to->pools + channels, grad_w + s->bn,
                         grad_u + s->bn);
         }
     }

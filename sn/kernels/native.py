@@ -46,13 +46,14 @@ def library() -> ctypes.CDLL | None:
     if (folder / SOURCES[0]).exists() and source != checksum(folder):
         warnings.warn(f"sn: {path} was built from other sources; {advice}", stacklevel=2)
         return None
+    found.sn_saved.argtypes, found.sn_saved.restype = [ctypes.c_void_p], ctypes.c_int64
     for suffix in _SUFFIXES.values():
         forward = getattr(found, f"sn_forward_{suffix}")
         forward.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_double]
         forward.argtypes += [ctypes.c_void_p] * 10 + [ctypes.c_int]
         backward = getattr(found, f"sn_backward_{suffix}")
         backward.argtypes = [ctypes.c_void_p, ctypes.c_int]
-        backward.argtypes += [ctypes.c_void_p] * 16 + [ctypes.c_int]
+        backward.argtypes += [ctypes.c_void_p] * 12 + [ctypes.c_int]
     return found
 
 
@@ -74,12 +75,13 @@ def _layer(
     eps: float,
     virtual_gpus: int,
     running: bool,
-) -> _Layer:
+) -> tuple[_Layer, int]:
+    """What the library is told of a call, and how many doubles it keeps for the backward pass."""
     length = 1
     for size in shape[2:]:
         length *= size
     has_bn = "bn" in statistics
-    return _Layer(
+    layer = _Layer(
         shape[0],
         shape[1],
         length,
@@ -92,6 +94,7 @@ def _layer(
         running and has_bn and training,
         eps,
     )
+    return layer, library().sn_saved(ctypes.addressof(layer))
 
 
 @lru_cache(maxsize=8)
@@ -142,16 +145,18 @@ def _dense(tensors, x: Tensor) -> list[Tensor | None]:
 
 
 def _forward(inputs, options: Options, relu: bool):
-    """Output, dense x, its layer, the instances' moments."""
+    """Output, dense x, its layer, what the library keeps."""
     x, last = dense_in_layout(inputs[0])
     residual = inputs[7]
     if residual is not None:
         residual = like_layout(residual, last)
     statistics, num_groups, training, momentum, eps, virtual_gpus = options
     running = inputs[5] is not None
-    layer = _layer(x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running)
+    layer, size = _layer(
+        x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running
+    )
     y = torch.empty_like(x)
-    moments = torch.empty((2, *x.shape[:2]), dtype=torch.float64)
+    saved = torch.empty(size, dtype=torch.float64)
     parameters = _dense(inputs[1:7], x)
     failed = _functions(x.dtype)[0](
         ctypes.addressof(layer),
@@ -160,7 +165,7 @@ def _forward(inputs, options: Options, relu: bool):
         x.data_ptr(),
         _address(residual),
         y.data_ptr(),
-        moments.data_ptr(),
+        saved.data_ptr(),
         *map(_address, parameters),
         relu,
     )
@@ -171,28 +176,28 @@ def _forward(inputs, options: Options, relu: bool):
             if new is not old:
                 old.copy_(new)
         torch.autograd.graph.increment_version(inputs[5:7])
-    return y, x, layer, moments
+    return y, x, layer, saved
 
 
 class _SwitchNorm(torch.autograd.Function):
-    """Keeps x and the instances' moments for the backward pass."""
+    """Keeps x and some doubles per instance for the backward pass."""
 
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, options, relu = arguments
-        y, x, layer, moments = _forward(inputs, options, relu)
+        y, x, layer, saved = _forward(inputs, options, relu)
         ctx.options, ctx.relu, ctx.layer = options, relu, layer
         ctx.residual = inputs[7] is not None
         ctx.dense = x if x is not inputs[0] else None
         # The running statistics change with the next call; in training y does not depend on them.
         running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
         kept_y = y if relu and ctx.residual else None
-        ctx.save_for_backward(*inputs[:5], *running, kept_y, moments)
+        ctx.save_for_backward(*inputs[:5], *running, kept_y, saved)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *inputs, y, moments = ctx.saved_tensors
+        *inputs, y, saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative will be asked for
             *grads, dy = reference_backward(ctx, dy, inputs, y, ctx.relu)
             return *grads, None, None, dy if ctx.residual else None, None, None
@@ -203,8 +208,8 @@ class _SwitchNorm(torch.autograd.Function):
         d_residual = None
         if needed[7]:
             d_residual = torch.empty_like(x) if ctx.relu else dy
-        parameters = _dense(inputs[1:7], x)
-        grads = [None if t is None else torch.empty_like(t) for t in parameters[:4]]
+        parameters = _dense(inputs[1:5], x)
+        grads = [None if t is None else torch.empty_like(t) for t in parameters]
         failed = _functions(x.dtype)[1](
             ctypes.addressof(layer),
             torch.get_num_threads(),
@@ -213,9 +218,8 @@ class _SwitchNorm(torch.autograd.Function):
             _address(y),
             _address(dx),
             _address(d_residual) if ctx.relu else None,
-            moments.data_ptr(),
-            *map(_address, parameters),
-            *map(_address, grads),
+            saved.data_ptr(),
+            *map(_address, (*parameters[2:], *grads)),
             ctx.relu,
         )
         if failed:

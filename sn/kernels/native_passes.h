@@ -358,39 +358,59 @@ CLONES static void NAME(column_apply2)(const T *dy, const T *x, const T *y, T *d
 
 /* ---- the layer ---- */
 
-/* Gates, gain, shift and running statistics as doubles. */
-static void NAME(widen)(const Layer *s, Mix *mix, const A *mean_logits, const A *var_logits,
-                        const A *weight, const A *bias, const A *running_mean,
-                        const A *running_var) {
-    for (int64_t i = 0; i < s->places; i++) {
-        mix->w[i] = mean_logits[i];
-        mix->u[i] = var_logits[i];
-    }
-    for (int64_t c = 0; c < s->channels; c++) {
-        mix->weight[c] = weight == NULL ? 1 : weight[c];
-        mix->bias[c] = bias == NULL ? 0 : bias[c];
-        if (s->running) {
-            mix->bn[c] = running_mean[c];
-            mix->bn[s->channels + c] = running_var[c];
-        }
-    }
+static void NAME(widen)(const A *values, int64_t count, double missing, double *to) {
+    for (int64_t i = 0; i < count; i++) to[i] = values == NULL ? missing : values[i];
 }
 
 /* y = a (x - k) + b: a, k, b are (N, C) each. */
 CLONES static void NAME(coefficients)(int64_t channels, const double *restrict mean,
                                       const double *restrict rstd, const double *restrict offset,
-                                      const double *restrict weight, const double *restrict bias,
+                                      const A *restrict weight, const A *restrict bias,
                                       A *restrict a, A *restrict k, A *restrict b) {
     for (int64_t c = 0; c < channels; c++) {
-        double scale = rstd[c] * weight[c];
+        double scale = rstd[c] * (weight == NULL ? 1 : weight[c]);
         k[c] = (A)mean[c];
         a[c] = (A)scale;
-        b[c] = (A)(bias[c] + scale * (k[c] - mean[c] - offset[c]));
+        b[c] = (A)((bias == NULL ? 0 : bias[c]) + scale * (k[c] - mean[c] - offset[c]));
     }
 }
 
-static void NAME(instance_moments)(const Layer *s, const T *x, A *scratch, double *partial,
-                                   double *mean, double *var, int threads) {
+/* Memory of the passes: what does not fit a stack. */
+typedef struct {
+    A *scratch;               /* 3 C for each thread */
+    A *a, *k, *b, *p, *q;     /* (N, C) */
+    double *partial;          /* two sums for each segment and channel */
+} NAME(Work);
+
+static void *NAME(allocate_work)(const Layer *s, NAME(Work) *work, int threads, int backward) {
+    int64_t size = s->batch * s->channels;
+    int64_t partial = s->last ? 2 * size * segments(s) : 0;
+    int64_t scratch = s->last ? 3 * threads * s->channels : 0;
+    int64_t numbers = scratch + (backward ? 5 : 3) * size;
+    double *memory = malloc(partial * sizeof(double) + numbers * sizeof(A));
+    if (memory == NULL) return NULL;
+    work->partial = memory;
+    work->scratch = (A *)(memory + partial);
+    work->a = work->scratch + scratch;
+    work->k = work->a + size;
+    work->b = work->k + size;
+    work->p = work->b + size;
+    work->q = work->p + size;
+    return memory;
+}
+
+static void NAME(all_coefficients)(const Layer *s, const Mix *mix, const A *weight, const A *bias,
+                                   const NAME(Work) *work, int threads) {
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t n = 0; n < s->batch; n++) {
+        int64_t i = n * s->channels;
+        NAME(coefficients)(s->channels, mix->mean + i, mix->rstd + i, mix->offset + i, weight, bias,
+                           work->a + i, work->k + i, work->b + i);
+    }
+}
+
+static void NAME(instance_moments)(const Layer *s, const T *x, const NAME(Work) *work, double *mean,
+                                   double *var, int threads) {
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
     if (!s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -402,13 +422,14 @@ static void NAME(instance_moments)(const Layer *s, const T *x, A *scratch, doubl
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
         int64_t start = task % count * step, rows = smaller(step, length - start);
-        double *own = partial + 2 * task * channels;
+        double *own = work->partial + 2 * task * channels;
         NAME(column_moments)(x + (task / count * length + start) * channels, rows, channels,
-                             row_pairs(s, sizeof(T)), scratch + 3 * THREAD * channels, own, own + channels);
+                             row_pairs(s, sizeof(T)), work->scratch + 3 * THREAD * channels, own,
+                             own + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < s->batch; n++) {
-        double *own = partial + 2 * n * count * channels, *square = own + channels;
+        double *own = work->partial + 2 * n * count * channels, *square = own + channels;
         for (int64_t i = 1; i < count; i++) {
             double *other = own + 2 * i * channels;
             NAME(column_join)(channels, i * step, smaller(step, length - i * step), other,
@@ -429,63 +450,36 @@ static void NAME(update)(const Layer *s, const double *new, double momentum, A *
     }
 }
 
-/* Memory of the passes: what does not fit a stack. */
-typedef struct {
-    A *scratch, *a, *k, *b, *p, *q;
-    double *partial;
-} NAME(Work);
-
-static void *NAME(allocate_work)(const Layer *s, NAME(Work) *work, int threads, int backward) {
-    int64_t size = s->batch * s->channels;
-    int64_t partial = s->last ? 2 * size * segments(s) : 0;
-    int64_t scratch = s->last ? 3 * threads * s->channels : 0;
-    int64_t numbers = scratch + (backward ? 5 : 3) * size;
-    double *memory = malloc(partial * sizeof(double) + numbers * sizeof(A));
-    if (memory == NULL) return NULL;
-    work->partial = memory;
-    work->scratch = (A *)(memory + partial);
-    work->a = work->scratch + scratch;
-    work->k = work->a + size;
-    work->b = work->k + size;
-    work->p = work->b + size;
-    work->q = work->p + size;
-    return memory;
-}
-
-/* relu(switch_norm(x) + residual); residual and what is not there may be NULL. Writes y, the
-   instances' moments (2, N, C) and the running statistics' step. 1: out of memory. */
+/* y = relu(switch_norm(x) + residual), with what the backward pass needs in `saved`, of sn_saved
+   doubles, and the running statistics' step. What there is not is NULL. 1: out of memory. */
 int NAME(sn_forward)(const Layer *s, int threads, double momentum, const T *x, const T *residual,
-                     T *y, double *moments, const A *mean_logits, const A *var_logits,
+                     T *y, double *saved, const A *mean_logits, const A *var_logits,
                      const A *weight, const A *bias, A *running_mean, A *running_var, int relu) {
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
-    double *mean = moments, *var = moments + size;
     Mix mix;
     NAME(Work) work;
     threads = useful_threads(s, threads);
-    void *doubles = allocate_mix(s, &mix, 0), *numbers = NAME(allocate_work)(s, &work, threads, 0);
-    if (doubles == NULL || numbers == NULL) {
-        free(doubles);
-        free(numbers);
-        return 1;
+    void *memory = NAME(allocate_work)(s, &work, threads, 0);
+    if (memory == NULL) return 1;
+    lay_out(s, saved, &mix);
+    NAME(widen)(mean_logits, s->places, 0, mix.w);
+    NAME(widen)(var_logits, s->places, 0, mix.u);
+    if (s->running) {
+        NAME(widen)(running_mean, channels, 0, mix.bn);
+        NAME(widen)(running_var, channels, 0, mix.bn + channels);
     }
-    NAME(widen)(s, &mix, mean_logits, var_logits, weight, bias, running_mean, running_var);
     if (s->running && s->places == 1) /* constants: the instances' own are not asked for */
         for (int64_t n = 0; n < s->batch; n++) {
-            memcpy(mean + n * channels, mix.bn, channels * sizeof(double));
-            memcpy(var + n * channels, mix.bn + channels, channels * sizeof(double));
+            memcpy(mix.mean + n * channels, mix.bn, channels * sizeof(double));
+            memcpy(mix.var + n * channels, mix.bn + channels, channels * sizeof(double));
         }
-    else NAME(instance_moments)(s, x, work.scratch, work.partial, mean, var, threads);
-    mix_moments(s, &mix, mean, var, threads);
+    else NAME(instance_moments)(s, x, &work, mix.mean, mix.var, threads);
+    mix_moments(s, &mix, threads);
     if (s->update) {
         NAME(update)(s, mix.bn, momentum, running_mean);
         NAME(update)(s, mix.bn + s->groups * channels, momentum, running_var);
     }
-    #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < s->batch; n++) {
-        int64_t i = n * channels;
-        NAME(coefficients)(channels, mean + i, mix.rstd + i, mix.offset + i, mix.weight, mix.bias,
-                           work.a + i, work.k + i, work.b + i);
-    }
+    NAME(all_coefficients)(s, &mix, weight, bias, &work, threads);
     if (!s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t j = 0; j < size; j++) {
@@ -504,8 +498,7 @@ int NAME(sn_forward)(const Layer *s, int threads, double momentum, const T *x, c
                                work.k + n * channels, work.b + n * channels, relu);
         }
     }
-    free(doubles);
-    free(numbers);
+    free(memory);
     return 0;
 }
 
@@ -530,62 +523,70 @@ static void NAME(sums)(const Layer *s, const T *dy, const T *x, const T *y,
         NAME(column_reduce)(dy + at, x + at, y == NULL ? NULL : y + at,
                             smaller(step, length - start), channels, work->a + n * channels,
                             work->k + n * channels, work->b + n * channels, act,
-                            row_pairs(s, sizeof(T)), work->scratch + 3 * THREAD * channels, own, own + channels);
+                            row_pairs(s, sizeof(T)), work->scratch + 3 * THREAD * channels, own,
+                            own + channels);
     }
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < s->batch; n++)
         for (int64_t i = 0; i < count; i++) {
             double *own = work->partial + 2 * (n * count + i) * channels;
-            double *to = total + n * channels, *and = product + n * channels;
+            double *first = total + n * channels, *second = product + n * channels;
             for (int64_t c = 0; c < channels; c++) {
-                to[c] = own[c] + (i ? to[c] : 0);
-                and[c] = own[channels + c] + (i ? and[c] : 0);
+                first[c] = own[c] + (i ? first[c] : 0);
+                second[c] = own[channels + c] + (i ? second[c] : 0);
             }
         }
 }
 
-/* Gradients of all inputs; `dx` and `d_residual` may be NULL, `y` is given if relu follows a sum. */
+/* Sums about the mean itself, where they were taken about its rounded value k; then p, q too. */
+CLONES static void NAME(about_mean)(int64_t size, const A *restrict k, const double *restrict mean,
+                                    const double *restrict total, double *restrict product) {
+    for (int64_t i = 0; i < size; i++) product[i] += (k[i] - mean[i]) * total[i];
+}
+CLONES static void NAME(about_k)(int64_t size, const A *restrict k, const double *restrict mean,
+                                 const double *restrict p, const double *restrict q,
+                                 A *restrict p_k, A *restrict q_k) {
+    for (int64_t i = 0; i < size; i++) {
+        p_k[i] = (A)p[i];
+        q_k[i] = (A)(q[i] + p[i] * (k[i] - mean[i]));
+    }
+}
+
+/* Gradients of all inputs. `y` is given if ReLU followed a sum, `d_residual` may be then; both it
+   and `dx` may be NULL. 1: out of memory. */
 int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, const T *y, T *dx,
-                      T *d_residual, const double *moments, const A *mean_logits,
-                      const A *var_logits, const A *weight, const A *bias, const A *running_mean,
-                      const A *running_var, A *grad_mean_logits, A *grad_var_logits,
-                      A *grad_weight, A *grad_bias, int relu) {
+                      T *d_residual, double *saved, const A *weight, const A *bias,
+                      A *grad_mean_logits, A *grad_var_logits, A *grad_weight, A *grad_bias,
+                      int relu) {
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
-    const double *mean = moments, *var = moments + size;
     int act = !relu ? NO_ACT : y == NULL ? RELU_OF_X : RELU_OF_Y;
     double grad_w[4], grad_u[4];
     Mix mix;
+    Gradients grads;
     NAME(Work) work;
     threads = useful_threads(s, threads);
-    void *doubles = allocate_mix(s, &mix, 1), *numbers = NAME(allocate_work)(s, &work, threads, 1);
-    if (doubles == NULL || numbers == NULL) {
-        free(doubles);
-        free(numbers);
+    void *wide = allocate_gradients(s, &grads);
+    void *memory = NAME(allocate_work)(s, &work, threads, 1);
+    if (wide == NULL || memory == NULL) {
+        free(wide);
+        free(memory);
         return 1;
     }
-    NAME(widen)(s, &mix, mean_logits, var_logits, weight, bias, running_mean, running_var);
-    mix_moments(s, &mix, mean, var, threads);
-    #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < s->batch; n++) {
-        int64_t i = n * channels;
-        NAME(coefficients)(channels, mean + i, mix.rstd + i, mix.offset + i, mix.weight, mix.bias,
-                           work.a + i, work.k + i, work.b + i);
-    }
-    NAME(sums)(s, dy, x, y, &work, mix.total, mix.product, act, threads);
-    for (int64_t i = 0; i < size; i++) /* about the mean itself, not its rounded value */
-        mix.product[i] += (work.k[i] - mean[i]) * mix.total[i];
-    mix_backward(s, &mix, mean, var, grad_w, grad_u);
+    lay_out(s, saved, &mix);
+    NAME(widen)(weight, channels, 1, grads.weight);
+    NAME(all_coefficients)(s, &mix, weight, bias, &work, threads);
+    NAME(sums)(s, dy, x, y, &work, grads.total, grads.product, act, threads);
+    NAME(about_mean)(size, work.k, mix.mean, grads.total, grads.product);
+    mix_backward(s, &mix, &grads, grad_w, grad_u);
     for (int64_t i = 0; i < s->places; i++) {
         grad_mean_logits[i] = (A)grad_w[i];
         grad_var_logits[i] = (A)grad_u[i];
     }
-    for (int64_t c = 0; c < channels; c++) {
-        if (grad_weight != NULL) grad_weight[c] = (A)mix.sums[c];
-        if (grad_bias != NULL) grad_bias[c] = (A)mix.sums[channels + c];
-    }
-    for (int64_t i = 0; i < size; i++) {
-        work.p[i] = (A)mix.p[i];
-        work.q[i] = (A)(mix.q[i] + mix.p[i] * (work.k[i] - mean[i]));
-    }
+    for (int64_t c = 0; c < channels && grad_weight != NULL; c++)
+        grad_weight[c] = (A)grads.grad_weight[c];
+    for (int64_t c = 0; c < channels && grad_bias != NULL; c++)
+        grad_bias[c] = (A)grads.grad_bias[c];
+    NAME(about_k)(size, work.k, mix.mean, grads.p, grads.q, work.p, work.q);
     if (dx != NULL && !s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t j = 0; j < size; j++) {
@@ -606,8 +607,8 @@ int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, cons
                                 work.b + i, work.p + i, work.q + i, act);
         }
     }
-    free(doubles);
-    free(numbers);
+    free(wide);
+    free(memory);
     return 0;
 }
 
