@@ -139,48 +139,64 @@ CLONES static void pool_rows(const double *mean, const double *var, int64_t coun
             joined_var[c] += (mean[c] - joined[c]) * (mean[c] - joined[c]) * share;
 }
 
-/* One sample's share of the mixture: variance + eps and offset from the moments of bn, if any. */
-CLONES static void mix_sample(const Layer *s, const Mix *mix, const double *mean, const double *var,
-                              const double *bn_mean, const double *bn_var, int64_t n,
-                              double *restrict rstd, double *restrict offset) {
-    int64_t channels = s->channels;
-    double ln_mean = 0, ln_var = 0, w_ln = 0, u_in = s->in < 0 ? 0 : mix->u[s->in];
-    if (s->ln >= 0) {
-        w_ln = mix->w[s->ln];
-        ln_mean = mix->ln[n];
-        ln_var = mix->u[s->ln] * mix->ln[s->batch + n];
-    }
-    for (int64_t c = 0; c < channels; c++) {
-        rstd[c] = s->eps + ln_var;
-        offset[c] = -w_ln * (mean[c] - ln_mean);
-    }
-    if (s->in >= 0) /* apart: 0 times an infinite variance is NaN */
-        for (int64_t c = 0; c < channels; c++) rstd[c] += u_in * var[c];
-    if (s->gn >= 0) {
-        int64_t width = channels / s->num_groups;
-        for (int64_t g = 0; g < s->num_groups; g++) {
-            double group = mix->gn[n * s->num_groups + g];
-            double spread = mix->u[s->gn] * mix->gn[(s->batch + n) * s->num_groups + g];
-            for (int64_t c = g * width; c < (g + 1) * width; c++) {
-                rstd[c] += spread;
-                offset[c] -= mix->w[s->gn] * (mean[c] - group);
-            }
-        }
-    }
-    if (s->bn >= 0)
-        for (int64_t c = 0; c < channels; c++) {
-            rstd[c] += mix->u[s->bn] * bn_var[c];
-            offset[c] -= mix->w[s->bn] * (mean[c] - bn_mean[c]);
-        }
-    for (int64_t c = 0; c < channels; c++) rstd[c] = 1.0 / sqrt(rstd[c]);
-}
-
 /* The moments of bn that sample n uses. */
 static const double *bn_means(const Layer *s, const Mix *mix, int64_t n) {
     return mix->bn + n / (s->batch / s->groups) * s->channels;
 }
 static const double *bn_vars(const Layer *s, const Mix *mix, int64_t n) {
     return bn_means(s, mix, n) + s->groups * s->channels;
+}
+
+/* Channels from `first` to `end` of a sample, where ln and gn are one mean each: gives the offset,
+   from var0 + the other variances the reciprocal deviation. in and bn are there or not: 0 times an
+   infinite variance would be NaN. */
+INLINE void mix_channels(int64_t first, int64_t end, double var0, double w_ln, double ln_mean,
+                         double w_gn, double gn_mean, double u_in, double w_bn, double u_bn,
+                         const double *restrict mean, const double *restrict var,
+                         const double *restrict bn_mean, const double *restrict bn_var,
+                         double *restrict rstd, double *restrict offset, int in, int bn) {
+    for (int64_t c = first; c < end; c++) {
+        double mixed = var0, shift = w_ln * (ln_mean - mean[c]) + w_gn * (gn_mean - mean[c]);
+        if (in) mixed += u_in * var[c];
+        if (bn) {
+            mixed += u_bn * bn_var[c];
+            shift += w_bn * (bn_mean[c] - mean[c]);
+        }
+        offset[c] = shift;
+        rstd[c] = 1.0 / sqrt(mixed);
+    }
+}
+
+CLONES static void mix_sample(const Layer *s, const Mix *mix, int64_t n) {
+    int64_t channels = s->channels, groups = s->gn < 0 ? 1 : s->num_groups;
+    int64_t width = channels / groups, i = n * channels;
+    const double *mean = mix->mean + i, *var = mix->var + i;
+    const double *bn_mean = bn_means(s, mix, n), *bn_var = bn_vars(s, mix, n);
+    double *rstd = mix->rstd + i, *offset = mix->offset + i;
+    double u_in = s->in < 0 ? 0 : mix->u[s->in], w_bn = s->bn < 0 ? 0 : mix->w[s->bn];
+    double u_bn = s->bn < 0 ? 0 : mix->u[s->bn], w_ln = 0, ln_mean = 0, ln_var = 0;
+    if (s->ln >= 0) {
+        w_ln = mix->w[s->ln];
+        ln_mean = mix->ln[n];
+        ln_var = mix->u[s->ln] * mix->ln[s->batch + n];
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t first = g * width, end = first + width;
+        double w_gn = 0, gn_mean = 0, var0 = s->eps + ln_var;
+        if (s->gn >= 0) {
+            w_gn = mix->w[s->gn];
+            gn_mean = mix->gn[n * groups + g];
+            var0 += mix->u[s->gn] * mix->gn[(s->batch + n) * groups + g];
+        }
+#define MIX(in, bn)                                                                              \
+    mix_channels(first, end, var0, w_ln, ln_mean, w_gn, gn_mean, u_in, w_bn, u_bn, mean, var,    \
+                 bn_mean, bn_var, rstd, offset, in, bn)
+        if (s->in >= 0 && s->bn >= 0) MIX(1, 1);
+        else if (s->in >= 0) MIX(1, 0);
+        else if (s->bn >= 0) MIX(0, 1);
+        else MIX(0, 0);
+#undef MIX
+    }
 }
 
 /* Pool the instances' moments and mix them. */
@@ -203,8 +219,7 @@ static void mix_moments(const Layer *s, const Mix *mix, int threads) {
             double *place = mix->gn + n * s->num_groups + g;
             pool_row(m + g * width, v + g * width, width, place, place + s->batch * s->num_groups);
         }
-        mix_sample(s, mix, m, v, bn_means(s, mix, n), bn_vars(s, mix, n), n,
-                   mix->rstd + n * channels, mix->offset + n * channels);
+        mix_sample(s, mix, n);
     }
 }
 
@@ -213,6 +228,7 @@ CLONES static void parts_of_sample(int64_t channels, const double *restrict weig
                                    const double *restrict rstd, const double *restrict offset,
                                    const double *restrict total, const double *restrict product,
                                    double *restrict mean_part, double *restrict var_part,
+                                   double *restrict p, double *restrict q,
                                    double *restrict grad_weight, double *restrict grad_bias) {
     for (int64_t c = 0; c < channels; c++) {
         double slope = rstd[c] * (product[c] - offset[c] * total[c]);
@@ -221,6 +237,7 @@ CLONES static void parts_of_sample(int64_t channels, const double *restrict weig
         grad_bias[c] += total[c];
         mean_part[c] = scale * total[c];
         var_part[c] = rstd[c] * slope * scale;
+        p[c] = q[c] = 0;
     }
 }
 
@@ -331,21 +348,18 @@ static double *allocate_gradients(const Layer *s, Gradients *to) {
 /* From total and product to p, q and the gradients of the parameters. */
 static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, double *grad_w,
                          double *grad_u) {
-    int64_t channels = s->channels, size = s->batch * channels;
-    int64_t width = channels / s->num_groups;
+    int64_t channels = s->channels, width = channels / s->num_groups;
     const double *mean = mix->mean, *var = mix->var;
     double each = -1.0 / s->length;
     memset(to->grad_weight, 0, channels * sizeof(double));
     memset(to->grad_bias, 0, channels * sizeof(double));
-    memset(to->p, 0, size * sizeof(double));
-    memset(to->q, 0, size * sizeof(double));
     memset(grad_w, 0, 4 * sizeof(double));
     memset(grad_u, 0, 4 * sizeof(double));
     for (int64_t n = 0, i = 0; n < s->batch; n++, i += channels) {
         const double *mean_part = to->mean_part + i, *var_part = to->var_part + i;
         parts_of_sample(channels, to->weight, mix->rstd + i, mix->offset + i, to->total + i,
-                        to->product + i, to->mean_part + i, to->var_part + i, to->grad_weight,
-                        to->grad_bias);
+                        to->product + i, to->mean_part + i, to->var_part + i, to->p + i,
+                        to->q + i, to->grad_weight, to->grad_bias);
         if (s->in >= 0)
             own_row(channels, NULL, mean + i, var + i, each * mix->w[s->in], each * mix->u[s->in],
                     1, mean_part, var_part, to->p + i, to->q + i, grad_w + s->in,
