@@ -145,7 +145,7 @@ def train(cfg: DictConfig) -> dict:
         )
     recorder = Recorder(cfg.output_dir, config, unit="step")
     summary = recorder.summary()
-    if summary is not None and has_ended(summary, cfg.schedule.steps):
+    if summary is not None and summary["steps"] >= cfg.schedule.steps:
         print(f"{cfg.output_dir} has ended already: loss {summary['loss']}")
         return summary
 
@@ -178,11 +178,6 @@ def run_to_the_end(run: Run, recorder: Recorder) -> dict:
     loss = "no" if summary["loss"] is None else f"{summary['loss']:.4g}"
     print(f"loss {loss} on centre crops, as in stylizing; records in {cfg.output_dir}")
     return summary
-
-
-def has_ended(summary: dict, steps: int) -> bool:
-    """Whether nothing is left to do after this summary; a finished run goes on for more steps."""
-    return summary["status"] == "diverged" or summary["steps"] >= steps
 
 
 def check_config(cfg: DictConfig) -> None:

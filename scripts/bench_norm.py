@@ -116,8 +116,8 @@ class Forced(sn.SwitchNorm2d):
 def contestants(device: str, only: list[str] | None = None) -> dict:
     """name -> callable(channels); bn is the measure of the others."""
     layers = {"bn": nn.BatchNorm2d, "sn": sn.SwitchNorm2d}
-    for name in BACKENDS:
-        if name == "reference" or (name == "triton" and device == "cuda"):
+    for name in ("reference", "triton") if device == "cuda" else ("reference", "aten"):
+        if name in BACKENDS:  # the others are what `sn` is
             layers[f"sn_{name}"] = partial(Forced, backend=name)
     layers["official_style"] = OfficialStyle
     layers["gn"] = sn.make_norm("gn")
@@ -325,35 +325,45 @@ def aggregate(rows: list[dict]) -> list[dict]:
 
 
 class Block(nn.Module):
-    def __init__(self, fan_in, width, stride, norm):
+    def __init__(self, fan_in, width, stride, norm, fused):
         super().__init__()
         self.conv1 = nn.Conv2d(fan_in, width, 3, stride, 1, bias=False)
         self.bn1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.bn2 = norm(width)
-        self.stride, self.pad = stride, width - fan_in
+        self.stride, self.pad, self.fused = stride, width - fan_in, fused
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
         shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.pad))
-        return F.relu(y + shortcut)
+        if self.fused:
+            return self.bn2(self.conv2(self.bn1(self.conv1(x))), shortcut)
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
-def resnet20(norm) -> nn.Module:
-    layers = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU()]
+def resnet20(norm, fused: bool = False) -> nn.Module:
+    if fused:
+        norm = sn.SwitchNormAct2d
+    layers = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), norm(16)]
+    if not fused:
+        layers.append(nn.ReLU())
     width = 16
     for stage in (16, 32, 64):
         for block in range(3):
-            layers.append(Block(width, stage, 2 if stage > 16 and block == 0 else 1, norm))
+            stride = 2 if stage > 16 and block == 0 else 1
+            layers.append(Block(width, stage, stride, norm, fused))
             width = stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def resnet50(norm) -> nn.Module:
+def resnet50(norm, fused: bool = False) -> nn.Module:
     from torchvision.models import resnet50 as build
 
-    return build(norm_layer=norm)
+    model = build(norm_layer=norm)
+    if fused:
+        from sn.training.models import fuse_activations
+
+        fuse_activations(model)
+    return model
 
 
 def bench_networks(args, save) -> list[dict]:
@@ -364,7 +374,10 @@ def bench_networks(args, save) -> list[dict]:
     }
     norms = {"bn": nn.BatchNorm2d, "sn": sn.SwitchNorm2d}
     if not args.compile:
-        norms |= {"sn_reference": partial(Forced, backend="reference"), "gn": sn.make_norm("gn")}
+        norms |= {"sn+relu": sn.SwitchNorm2d, "gn": sn.make_norm("gn")}
+        norms["sn_reference"] = partial(Forced, backend="reference")
+        if device == "cpu":
+            norms["sn_aten"] = partial(Forced, backend="aten")
         norms["official_style"] = OfficialStyle
     norms = {n: norm for n, norm in norms.items() if not args.only or n in ["bn", *args.only]}
     if args.only_networks:
@@ -377,7 +390,9 @@ def bench_networks(args, save) -> list[dict]:
             labels = torch.randint(classes, (size[0],), device=device)
             calls = {}
             for name, norm in norms.items():
-                model = build(norm).to(device).to(memory_format=layout).train()
+                model = (
+                    build(norm, fused=name == "sn+relu").to(device).to(memory_format=layout).train()
+                )
                 if args.compile:
                     torch._dynamo.reset()
                     model = torch.compile(model, fullgraph=True)

@@ -2,10 +2,13 @@
 
 import atexit
 import datetime
+import gc
+import itertools
 import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -19,6 +22,7 @@ import torch
 
 from sn.training.checkpoint import load_checkpoint
 from sn.training.record import environment
+from sn.training.stopping import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = tempfile.mkdtemp()  # what the runs draw for themselves
@@ -63,6 +67,16 @@ RUNS = {
 TIMES = {"wall_s", "images_per_s", "steps_per_s", "date", "commit", "device", "seconds"}
 
 
+# entrypoint -> overrides that make its run long enough for 2,500 steps
+LONG = {
+    "imagenet": ("schedule.epochs=500",),
+    "detection": ("schedule.images=5200", "evaluation.every_images=2000"),
+    "style_transfer": ("schedule.steps=2600",),
+    "enas": ("epochs=400",),
+    "enas_retrain": ("epochs=450",),
+}
+
+
 def start(module: str, *overrides: str) -> multiprocessing.Process:
     """The entrypoint's command line in a fresh process, without the seconds that imports take."""
     context = multiprocessing.get_context("forkserver")
@@ -78,6 +92,30 @@ def _main(module: str, overrides: tuple[str, ...]) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def measure(module: str, overrides: tuple[str, ...], at: tuple[int, ...], path: Path) -> None:
+    """Run the entrypoint up to its last count in `at`; write its memory and open files to `path`.
+
+    A count is a beat of the watchdog: a step, or a batch of an evaluation.
+    """
+    beat, seen = Watchdog.beat, {}
+    counts = itertools.count(1)
+
+    def measured(self, where):
+        beat(self, where)
+        count = next(counts)
+        if count in at:
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            mib = pages * resource.getpagesize() / 2**20
+            seen[count] = {"mib": round(mib, 1), "files": len(os.listdir("/proc/self/fd"))}
+        if count == at[-1]:
+            path.write_text(json.dumps(seen))
+            os._exit(0)
+
+    Watchdog.beat = measured
+    _main(module, overrides)
 
 
 def command(module: str, *overrides: str) -> list[str]:

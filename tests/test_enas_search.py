@@ -399,6 +399,8 @@ def test_diverged_search_says_so(tmp_path):
         run(tmp_path, "optimizer.max_lr=1e30", "optimizer.weight_decay=1")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "diverged" and summary["shared_top1"] is None
+    with pytest.raises(FloatingPointError, match="ended already: it diverged"):  # not tried again
+        run(tmp_path, "optimizer.max_lr=1e30", "optimizer.weight_decay=1")
 
 
 def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Every entrypoint under fault: killed, told to stop, hanging, on several machines."""
 
 import functools
+import json
+import multiprocessing
 import random
 import shutil
 import signal
@@ -10,11 +12,13 @@ import sys
 
 import pytest
 from faults import (
+    LONG,
     ROOT,
     RUNS,
     assert_same,
     command,
     kill_again_and_again,
+    measure,
     newest,
     outcome,
     ranks,
@@ -219,3 +223,21 @@ def test_moved_and_resumed(name, tmp_path, undisturbed):
     quoted = str(moved).replace("'", r"\'")
     run(module, *overrides, f"output_dir='{quoted}'")
     assert_same(outcome(moved), undisturbed(name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_and_files_do_not_grow(name, tmp_path):
+    """2,000 steps after the 500 in which everything has been done once: at most 10 MiB more."""
+    module, *overrides = RUNS[name]
+    overrides += [*LONG[name], "checkpoint_steps=50", f"output_dir={tmp_path / 'run'}"]
+    at, path = (500, 1500, 2500), tmp_path / "measured.json"
+    arguments = (module, tuple(overrides), at, path)
+    process = multiprocessing.get_context("spawn").Process(target=measure, args=arguments)
+    process.start()
+    process.join(1800)
+    assert process.exitcode == 0
+    seen = json.loads(path.read_text())
+    report(test="memory", entrypoint=name, after_steps=seen)
+    first, last = seen["500"], seen["2500"]
+    assert last["mib"] - first["mib"] < 10 and last["files"] <= first["files"], seen

@@ -104,7 +104,10 @@ class Recorder:
             )
 
     def summary(self) -> dict | None:
-        """The summary of a run that has ended, else None."""
+        """The summary of a run that has ended, else None.
+
+        Raises FloatingPointError if it diverged, as it did then: the same exit code.
+        """
         path = self.folder / "summary.json"
         if not path.exists():
             return None
@@ -112,11 +115,16 @@ class Recorder:
             summary = json.loads(path.read_text())
             if not isinstance(summary, dict) or "status" not in summary:
                 raise ValueError("no record of a run")
-            return summary
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); delete it to end the run anew"
             ) from None
+        if summary["status"] == "diverged":
+            raise FloatingPointError(
+                f"{self.folder} has ended already: it diverged ({summary.get('error')}); "
+                "choose another output_dir=, or delete that folder"
+            )
+        return summary
 
     def open(self, count: int) -> None:
         """Begin to write, with `count` epochs or steps done (-1: nothing, not even the start).
@@ -185,6 +193,8 @@ class Recorder:
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint written later must not be older on disk
         except OSError as error:  # of a full disk, which does not name the file
             raise OSError(f"cannot write {path}: {error}; the last checkpoint is whole") from None
 
