@@ -211,8 +211,9 @@ class SwitchNormAct2d(SwitchNorm2d):
     """Switchable Normalization of (N, C, H, W) maps, an optional residual and the activation.
 
     y = act(sn(x) + residual), in the convention of timm's BatchNormAct2d; its `drop_layer` acts
-    before the activation. On CUDA normalization, sum and ReLU are one kernel, and what ReLU needs
-    in the backward pass is recomputed from x; other activations follow the layer.
+    before the activation. Normalization, sum and ReLU are one pass where there are kernels (the
+    CPU's compiled ones, Triton's); what ReLU needs in the backward pass is recomputed from x, or
+    taken from y after a sum. Other activations follow the layer.
     """
 
     def __init__(

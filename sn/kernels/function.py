@@ -27,15 +27,29 @@ def fused_switch_norm(
     return _forward(*inputs, options)[0]
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    memory_format = _CHANNELS_LAST.get(x.dim())
+    if memory_format is None:
+        return x.permute(0, *range(2, x.dim()), 1).is_contiguous()
+    return x.is_contiguous(memory_format=memory_format)
+
+
+def _to_channels_last(x: Tensor) -> Tensor:
+    last = x.permute(0, *range(2, x.dim()), 1).contiguous()
+    return last.permute(0, -1, *range(1, x.dim() - 1))
+
+
 def dense_in_layout(x: Tensor) -> tuple[Tensor, bool]:
     """`x`, dense, and whether its channels come last."""
     if x.is_contiguous():
         return x, False
-    last = x.permute(0, *range(2, x.dim()), 1)
-    if last.is_contiguous():
+    if _is_channels_last(x):
         return x, True
     if x.stride(1) == 1 and x.shape[1] > 1:  # a slice of a channels_last tensor
-        return last.contiguous().permute(0, -1, *range(1, x.dim() - 1)), True
+        return _to_channels_last(x), True
     return x.contiguous(), False
 
 
@@ -43,9 +57,7 @@ def like_layout(dy: Tensor, last: bool) -> Tensor:
     """`dy`, dense in the layout of x."""
     if not last:
         return dy.contiguous()
-    return (
-        dy.permute(0, *range(2, dy.dim()), 1).contiguous().permute(0, -1, *range(1, dy.dim() - 1))
-    )
+    return dy if _is_channels_last(dy) else _to_channels_last(dy)
 
 
 def _mix(pair: Tensor, centre: Tensor | None, parameters, running, options: Options) -> Mixed:

@@ -140,7 +140,7 @@ class _FusedBottleneck(Bottleneck):
 def fuse_activations(model: nn.Module) -> nn.Module:
     """Let the SN layers of torchvision's residual blocks do the sum and the ReLU as well, in place.
 
-    The same function with the same parameters under the same names; on CUDA in fewer passes.
+    The same function with the same parameters under the same names, in fewer passes.
     Raises ValueError if `model` has no such block with switchable layers.
     """
     fused = {BasicBlock: _FusedBasicBlock, Bottleneck: _FusedBottleneck}

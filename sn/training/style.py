@@ -126,7 +126,7 @@ def build_style_net(
 ) -> StyleNet:
     """Build the network with random weights, which do not depend on the norm.
 
-    fused_activation: switchable layers do the residual sum and the ReLU too (one kernel on CUDA).
+    fused_activation: switchable layers do the residual sum and the ReLU too, in one pass.
     Raises ValueError if that is asked for with another norm.
     """
     model = connect_bkn(StyleNet(norm, width, residual_blocks))
