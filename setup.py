@@ -12,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("sn/kernels")
 SOURCES = [KERNELS / "native.c", KERNELS / "native_passes.h"]
-BASE = ["-O3", "-g0", "-std=gnu11"]
+BASE = ["-O3", "-g0", "-std=gnu11", "-Wno-psabi", "-Wno-unknown-pragmas"]
 WAYS = [  # compiler and linker flags, the best first: not every compiler has all of it
     ([*BASE, "-fopenmp"], ["-fopenmp"]),
     ([*BASE, "-fopenmp", "-DSN_NO_CLONES"], ["-fopenmp"]),

@@ -400,6 +400,124 @@ def test_a_changed_running_statistic_is_noticed_by_autograd():
     assert layer.running_mean._version > before
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_virtual_gpus_without_bn_need_no_whole_groups(training, backend):
+    """Without batch statistics there are no groups, however many GPUs a batch stands for."""
+    x = torch.randn(3, 4, 5, 6)
+    layer = sn.SwitchNorm2d(4, statistics=("in", "ln"), virtual_gpus=8).train(training)
+    with sn.backend("reference"):
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("mean, var", [((1,), (1,)), ((4, 1), (4, 1)), ((4,), None), ((3,), (3,))])
+def test_running_statistics_of_another_shape_reach_no_kernel(mean, var):
+    compiled()
+    x, *rest = values((4, 4, 5, 6), ("in", "ln", "bn"))[:5]
+    running = torch.zeros(mean), None if var is None else torch.ones(var)
+    assert kernels.choose_backend(x, *rest, *running) != "native"
+    with sn.backend("native"):
+        assert kernels.choose_backend(x, *rest, *running) == "reference"
+
+
+def test_tensors_without_values_of_their_own(backend):
+    """Lazily negated, without storage, on another default device: as by the plain formula."""
+    x, *rest = values((4, 4, 5, 6), ("in", "ln", "bn"))[:5]
+    dy = torch.randn_like(x)
+    results = []
+    for name in ("reference", backend):
+        with sn.backend(name), torch.device("meta"):
+            leaves = [t.clone().requires_grad_() for t in (x, *rest)]
+            y = kernels.switch_norm(*leaves)
+        found = [y.detach()]
+        with sn.backend(name):
+            for grad in (torch._neg_view(dy), torch._efficientzerotensor(dy.shape)):
+                found += torch.autograd.grad(y, leaves, grad, retain_graph=True)
+            found.append(kernels.switch_norm(torch._neg_view(x), *rest))
+            found.append(kernels.switch_norm(x, *rest[:2], torch._neg_view(rest[2]), rest[3]))
+        results.append(found)
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_inside_a_dispatch_mode_the_plain_formula_is_seen():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:5]
+    with FlopCounterMode(display=False):
+        assert kernels.choose_backend(x, *rest) == "reference"
+
+
+def test_gradients_of_running_statistics_are_not_lost(backend):
+    x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:7]
+    running_mean = rest[4].requires_grad_()
+    kernels.switch_norm(x, *rest, training=False).sum().backward()
+    assert running_mean.grad is not None
+
+
+def test_vectorised_backward(backend):
+    """jacobian(vectorize=True) sends batches of dy through the backward pass."""
+    x, *rest = values((2, 4, 3, 3), ALL, dtype=torch.float64)[:5]
+
+    def layer(x):
+        return kernels.switch_norm(x, *rest, statistics=ALL, num_groups=2)
+
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(layer, x, vectorize=True), jacobian(layer, x))
+
+
+def test_momentum_counts_in_training_alone(backend):
+    x, *rest = values((2, 4, 5, 6), ("in", "ln", "bn"))[:7]
+    y = kernels.switch_norm(x, *rest, training=False, momentum=None)
+    torch.testing.assert_close(y, functional.switch_norm(x, *rest, training=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_relu_lets_the_gradient_of_nan_pass(layout):
+    """As PyTorch's own: a bad value shows in the gradients, too."""
+    compiled()
+    x, *rest = values((2, 3, 4, 4), ("in", "ln"))[:5]
+    x[1, 0, 0, 0] = math.nan
+    options = kernels.Options(("in", "ln"), None, True, 0.1, 1e-5, 1)
+    for residual in (None, x.flip(0)):
+        grads = []
+        for name in ("reference", "native"):
+            leaves = [t.clone().requires_grad_() for t in rest]
+            own = lay_out(x.clone(), layout).requires_grad_()
+            with sn.backend(name):
+                y = kernels.switch_norm_act((own, *leaves, None, None), options, residual, True)
+            y.sum().backward()
+            grads.append([own.grad, *(leaf.grad for leaf in leaves)])
+        for plain, fused in zip(*grads):
+            torch.testing.assert_close(fused, plain, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_a_border_far_from_the_rest_costs_no_digits(backend):
+    """Sums are taken about a centre; the first positions need not be near the others."""
+    x = torch.randn(2, 8, 16384, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000
+    x[:, :, :64] = 0
+    for layout in LAYOUTS[:2]:
+        tensors = [x, *values((2, 8, 4), ("in",))[1:7], torch.randn_like(x)]
+        compare(tensors, torch.float32, layout, statistics=("in",), backend=backend)
+
+
+def test_a_copy_of_an_input_that_is_not_dense_is_not_kept(backend):
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if backend == "aten":
+        pytest.skip("aten keeps its copy")
+    x = torch.randn(8, 28, 64, 28).transpose(1, 2).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = sn.SwitchNorm2d(64)(x)
+    assert sum(kept.values()) <= 1.02 * x.nbytes
+    assert not any(isinstance(value, torch.Tensor) for value in vars(y.grad_fn).values())
+
+
 @pytest.mark.parametrize("broken", ["missing", "no library", "of other sources"])
 def test_without_the_compiled_library(broken, tmp_path, monkeypatch):
     compiled()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
-from .function import fused_switch_norm
+from .function import fused_switch_norm, is_transformed
 from .mixture import Options
 from .native import native_switch_norm, takes
 
@@ -125,7 +125,13 @@ def switch_norm_act(
 
 def _matches(residual: Tensor, x: Tensor) -> bool:
     same = residual.shape == x.shape and residual.dtype == x.dtype
-    return same and residual.device == x.device and type(residual) in _TENSORS
+    return (
+        same
+        and residual.device == x.device
+        and type(residual) in _TENSORS
+        and not residual.is_neg()
+        and not residual._is_zerotensor()
+    )
 
 
 def choose_backend(x: Tensor, *others: Tensor | None) -> str:
@@ -140,15 +146,24 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
         forced = _backend == "triton" and not torch.compiler.is_exporting()
         can = (x.is_cuda or _INTERPRET) and x.dtype in _FLOATS[1:]
         return "triton" if forced and can else "reference"
-    if torch.jit.is_tracing() or x.dtype not in _FLOATS or _is_transformed():
+    if torch.jit.is_tracing() or x.dtype not in _FLOATS or is_transformed():
+        return "reference"
+    if torch._C._len_torch_dispatch_stack() > 0:  # such as fake tensors, counters of operations
         return "reference"
     accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
     for tensor in (x, *others):
         if tensor is not None and not (
-            type(tensor) in _TENSORS and tensor.dtype in accepted and tensor.device == x.device
+            type(tensor) in _TENSORS
+            and tensor.dtype in accepted
+            and tensor.device == x.device
+            and not tensor.is_neg()  # lazily negated: its memory holds other values
+            and not tensor._is_zerotensor()
         ):
             return "reference"
-    if x.is_cpu and _backend in ("auto", "native") and takes(x):
+    running = others[4:6]
+    if any(t is not None and t.requires_grad for t in running):
+        return "reference"
+    if x.is_cpu and _backend in ("auto", "native") and takes(x, *(running or (None, None))):
         return "native"
     if x.is_cpu and _backend in ("auto", "aten"):
         single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
@@ -177,11 +192,3 @@ def _triton_works(device: torch.device) -> bool:
         warnings.warn(message, stacklevel=2)
         return False
     return True
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func transforms or forward-mode derivatives are under way."""
-    return (
-        torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )

@@ -98,7 +98,7 @@ class Rows:
     def moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Moments (2, N C), and memory of x's size and dtype if some has come free."""
         rows, length = x.shape
-        moments = torch.empty((2, rows), dtype=dtype)
+        moments = torch.empty((2, rows), dtype=dtype, device=x.device)
         if length >= 256 and x.dtype == dtype:
             pieces = _pieces(length, 1600)
             count, size = rows * pieces, length // pieces
@@ -139,7 +139,7 @@ class Rows:
             if pieces > 1:
                 sums = [s.view(rows, pieces).sum(1) for s in sums]
             return sums
-        sums = torch.empty((2, rows), dtype=mean.dtype)
+        sums = torch.empty((2, rows), dtype=mean.dtype, device=x.device)
         for block in _blocks(rows, length):
             part = as_dtype(dy[block], mean.dtype)
             torch.sum(part, 1, out=sums[0, block])
@@ -201,7 +201,7 @@ class Columns:
             moments = torch.stack([part for pair in zip(*pairs) for part in pair])
             moments = moments.view(2, batch, pieces, channels)
             return _join(moments, 2) if pieces > 1 else moments.squeeze(2), None
-        moments = torch.empty((2, batch, channels), dtype=dtype)
+        moments = torch.empty((2, batch, channels), dtype=dtype, device=x.device)
         if x.dtype == dtype:
             torch.mean(x, 1, out=moments[0])
         for block in _blocks(batch, length * channels):
@@ -238,7 +238,7 @@ class Columns:
             sums = torch.stack([part for pair in zip(*pairs) for part in pair])
             sums = sums.view(2, batch, pieces, channels)
             return (sums.sum(2) if pieces > 1 else sums.squeeze(2)).unbind(0)
-        sums = torch.empty((2, batch, channels), dtype=mean.dtype)
+        sums = torch.empty((2, batch, channels), dtype=mean.dtype, device=x.device)
         mean = mean.unsqueeze(1)
         for block in _blocks(batch, length * channels):
             part = as_dtype(dy[block], mean.dtype)

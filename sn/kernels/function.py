@@ -53,6 +53,21 @@ def dense_in_layout(x: Tensor) -> tuple[Tensor, bool]:
     return x.contiguous(), False
 
 
+def is_transformed() -> bool:
+    """Whether torch.func transforms, a vectorised backward or forward derivatives are under way."""
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def goes_by_formula(dy: Tensor) -> bool:
+    """Whether the backward pass must be the plain formula's: a second derivative will be asked
+    for, or `dy` is a batch of gradients (`is_grads_batched`, `jacobian(vectorize=True)`)."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or batched or is_transformed()
+
+
 def like_layout(dy: Tensor, last: bool) -> Tensor:
     """`dy`, dense in the layout of x."""
     if not last:
@@ -133,7 +148,7 @@ class _SwitchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         *inputs, mean, centre = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative will be asked for
+        if goes_by_formula(dy):
             return *reference_backward(ctx, dy, inputs)[:5], None, None, None
         x, *parameters = inputs[:5]
         dtype, layout, mixed = mean.dtype, ctx.layout, ctx.mixed
@@ -153,7 +168,7 @@ class _SwitchNorm(torch.autograd.Function):
             coefficients = (_tensor(array, dtype) for array in (mixed.scale, grads.p, q))
             layout.affine2(dy_view, view, *coefficients, layout.view(dx))
         logits = [
-            torch.tensor(values, dtype=t.dtype)
+            torch.tensor(values, dtype=t.dtype, device=t.device)
             for values, t in zip((grads.mean_logits, grads.var_logits), parameters)
         ]
         affine = [
@@ -168,12 +183,14 @@ def reference_backward(ctx, dy, inputs, y=None, relu=False) -> tuple[Tensor | No
 
     Through the plain formula; `y` is the output if ReLU followed the sum with a residual.
     """
-    plain = switch_norm(*inputs, **ctx.options._asdict())
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        plain = switch_norm(*inputs, **ctx.options._asdict())
     if relu:
-        dy = dy * ((plain if y is None else y) > 0)
+        dy = dy * ~((plain if y is None else y) <= 0)  # NaN passes, as in PyTorch
     needed = ctx.needs_input_grad[:5]
     wanted = [t for t, need in zip(inputs, needed) if need]
     if not wanted:
         return *[None] * 5, dy
-    grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=True, allow_unused=True))
+    grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=again, allow_unused=True))
     return *(next(grads) if need else None for need in needed), dy

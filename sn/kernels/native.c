@@ -18,10 +18,12 @@
 #endif
 
 /* Loops over a tensor are compiled for wide vectors too, and chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(SN_NO_CLONES)
-#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
-#else
+#if defined(SN_NO_CLONES) || !defined(__x86_64__) || !defined(__linux__) || !defined(__GLIBC__)
 #define CLONES
+#elif defined(__clang__) || __GNUC__ < 12
+#define CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -50,6 +52,14 @@ enum { NO_ACT, RELU_OF_X, RELU_OF_Y };  /* where the sign of the output comes fr
 #define SN_SOURCE 0 /* setup.py: a checksum of the sources */
 #endif
 unsigned sn_source(void) { return SN_SOURCE; }
+
+int sn_parallel(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -171,7 +181,8 @@ CLONES static void mix_sample(const Layer *s, const Mix *mix, int64_t n) {
     int64_t channels = s->channels, groups = s->gn < 0 ? 1 : s->num_groups;
     int64_t width = channels / groups, i = n * channels;
     const double *mean = mix->mean + i, *var = mix->var + i;
-    const double *bn_mean = bn_means(s, mix, n), *bn_var = bn_vars(s, mix, n);
+    const double *bn_mean = s->bn < 0 ? mean : bn_means(s, mix, n);
+    const double *bn_var = s->bn < 0 ? var : bn_vars(s, mix, n);
     double *rstd = mix->rstd + i, *offset = mix->offset + i;
     double u_in = s->in < 0 ? 0 : mix->u[s->in], w_bn = s->bn < 0 ? 0 : mix->w[s->bn];
     double u_bn = s->bn < 0 ? 0 : mix->u[s->bn], w_ln = 0, ln_mean = 0, ln_var = 0;
@@ -407,6 +418,16 @@ typedef uint16_t halves __attribute__((vector_size(16)));
 
 static const uint32_t TAIL[16] = {0,   0,   0,   0,   0,   0,   0,   0,
                                   ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
+
+/* Lanes of a vector in another order: `mask` is a vector type of as many whole numbers. */
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(mask, v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#endif
+#endif
+#ifndef SHUFFLE
+#define SHUFFLE(mask, v, ...) __builtin_shuffle(v, (mask){__VA_ARGS__})
+#endif
 
 INLINE floats load_floats(const float *x) {
     floats v;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .aten import as_dtype
-from .function import dense_in_layout, like_layout, reference_backward
+from .function import dense_in_layout, goes_by_formula, like_layout, reference_backward
 from .mixture import Options
 
 SOURCES = ("native.c", "native_passes.h")
@@ -46,6 +46,7 @@ def library() -> ctypes.CDLL | None:
     if (folder / SOURCES[0]).exists() and source != checksum(folder):
         warnings.warn(f"sn: {path} was built from other sources; {advice}", stacklevel=2)
         return None
+    found.parallel = bool(found.sn_parallel())
     found.sn_saved.argtypes, found.sn_saved.restype = [ctypes.c_void_p], ctypes.c_int64
     for suffix in _SUFFIXES.values():
         forward = getattr(found, f"sn_forward_{suffix}")
@@ -86,7 +87,7 @@ def _layer(
         shape[1],
         length,
         num_groups if "gn" in statistics else 1,
-        virtual_gpus if training else 1,
+        virtual_gpus if training and has_bn else 1,
         last,
         len(statistics),
         *(statistics.index(s) if s in statistics else -1 for s in ("in", "ln", "gn", "bn")),
@@ -104,9 +105,18 @@ def _functions(dtype: torch.dtype):
     return getattr(found, f"sn_forward_{suffix}"), getattr(found, f"sn_backward_{suffix}")
 
 
-def takes(x: Tensor) -> bool:
-    """Whether there is a library, with code for x's dtype."""
-    return x.dtype in _SUFFIXES and library() is not None
+def takes(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> bool:
+    """Whether there is a library, with code for x's dtype and such running statistics.
+
+    One that was compiled without OpenMP leaves more than two threads to PyTorch's kernels.
+    """
+    if x.dtype not in _SUFFIXES or library() is None:
+        return False
+    if running_mean is None or running_var is None:
+        fits = running_mean is running_var
+    else:
+        fits = running_mean.shape == running_var.shape == x.shape[1:2]
+    return fits and (library().parallel or torch.get_num_threads() <= 2)
 
 
 def native_switch_norm(
@@ -130,6 +140,11 @@ def native_switch_norm(
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _materialized(dy: Tensor) -> Tensor:
+    """`dy` with memory of its own values: no lazily negated tensor, no zero without storage."""
+    return dy.clone() if dy._is_zerotensor() else dy.resolve_neg()
 
 
 def _dense(tensors, x: Tensor) -> list[Tensor | None]:
@@ -156,12 +171,12 @@ def _forward(inputs, options: Options, relu: bool):
         x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running
     )
     y = torch.empty_like(x)
-    saved = torch.empty(size, dtype=torch.float64)
+    saved = torch.empty(size, dtype=torch.float64, device=x.device)
     parameters = _dense(inputs[1:7], x)
     failed = _functions(x.dtype)[0](
         ctypes.addressof(layer),
         torch.get_num_threads(),
-        momentum,
+        momentum if layer.update else 0.0,
         x.data_ptr(),
         _address(residual),
         y.data_ptr(),
@@ -188,7 +203,6 @@ class _SwitchNorm(torch.autograd.Function):
         y, x, layer, saved = _forward(inputs, options, relu)
         ctx.options, ctx.relu, ctx.layer = options, relu, layer
         ctx.residual = inputs[7] is not None
-        ctx.dense = x if x is not inputs[0] else None
         # The running statistics change with the next call; in training y does not depend on them.
         running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
         kept_y = y if relu and ctx.residual else None
@@ -198,13 +212,14 @@ class _SwitchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         *inputs, y, saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative will be asked for
+        if goes_by_formula(dy):
             *grads, dy = reference_backward(ctx, dy, inputs, y, ctx.relu)
             return *grads, None, None, dy if ctx.residual else None, None, None
-        x = inputs[0] if ctx.dense is None else ctx.dense
+        x, _ = dense_in_layout(inputs[0])  # where it is a copy, memory counts more than time
         layer, needed = ctx.layer, ctx.needs_input_grad
-        dy = like_layout(dy, bool(layer.last))
-        dx = torch.empty_like(x) if needed[0] or needed[7] else None  # one pass writes both
+        dy = like_layout(_materialized(dy), bool(layer.last))
+        both = ctx.relu and needed[7]  # one pass writes both
+        dx = torch.empty_like(x) if needed[0] or both else None
         d_residual = None
         if needed[7]:
             d_residual = torch.empty_like(x) if ctx.relu else dy

@@ -9,10 +9,10 @@ INLINE NAME(vector) NAME(load)(const T *x) { return LOAD_VECTOR(x); }
 
 INLINE double NAME(total)(NAME(vector) v) {
 #if LANES == 8
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+    v += SHUFFLE(NAME(mask), v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += SHUFFLE(NAME(mask), v, 2, 3, 0, 1, 6, 7, 4, 5);
 #else
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    v += SHUFFLE(NAME(mask), v, 2, 3, 0, 1);
 #endif
     return v[0] + v[1];
 }
@@ -120,18 +120,18 @@ CLONES static void NAME(row_apply)(const T *x, const T *residual, T *y, int64_t 
     else NAME(row_apply_as)(x, residual, y, length, a, k, b, 0, 0);
 }
 
-/* dy, or 0 where ReLU let nothing pass */
+/* dy, or 0 where ReLU let nothing pass; NaN passes, as in PyTorch */
 INLINE A NAME(masked)(T dy, A d, const T *y, int64_t i, A a, A b, int act) {
     A g = LOAD(dy);
-    if (act == RELU_OF_X) return a * d + b > 0 ? g : 0;
-    if (act == RELU_OF_Y) return LOAD(y[i]) > 0 ? g : 0;
+    if (act == RELU_OF_X) return a * d + b <= 0 ? 0 : g;
+    if (act == RELU_OF_Y) return LOAD(y[i]) <= 0 ? 0 : g;
     return g;
 }
 
 INLINE NAME(vector) NAME(load_masked)(const T *dy, NAME(vector) d, const T *y, A a, A b, int act) {
     NAME(vector) g = NAME(load)(dy);
-    if (act == RELU_OF_X) return (NAME(vector))((NAME(mask))g & (a * d + b > 0));
-    if (act == RELU_OF_Y) return (NAME(vector))((NAME(mask))g & (NAME(load)(y) > 0));
+    if (act == RELU_OF_X) return (NAME(vector))((NAME(mask))g & ~(a * d + b <= 0));
+    if (act == RELU_OF_Y) return (NAME(vector))((NAME(mask))g & ~(NAME(load)(y) <= 0));
     return g;
 }
 
@@ -205,8 +205,8 @@ CLONES static void NAME(row_apply2)(const T *dy, const T *x, const T *y, T *dx, 
 
 /* ---- columns: x is (rows, channels), an instance is a column ---- */
 
-/* Mean and sum of squared distances of every column, about the mean of the first rows.
-   `scratch` is 3 C. */
+/* Mean and sum of squared distances of every column. Blocks of rows are summed about the mean of
+   the block before, the first about its own, and joined by Chan's formula. `scratch` is 3 C. */
 CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64_t channels,
                                         int pairs, A *restrict scratch, double *restrict mean,
                                         double *restrict square) {
@@ -215,10 +215,7 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
     memset(k, 0, channels * sizeof(A));
     for (l = 0; l < first; l++)
         for (int64_t c = 0; c < channels; c++) k[c] += LOAD(x[l * channels + c]);
-    for (int64_t c = 0; c < channels; c++) {
-        k[c] /= first;
-        mean[c] = square[c] = 0;
-    }
+    for (int64_t c = 0; c < channels; c++) k[c] /= first;
     for (int64_t start = 0; start < rows; start += COLUMN_BLOCK) {
         int64_t end = smaller(rows, start + COLUMN_BLOCK);
         memset(s, 0, 2 * channels * sizeof(A));
@@ -236,15 +233,15 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
                 s[c] += d;
                 t[c] += d * d;
             }
+        double count = end - start, one = 1 / count, share = count / end, weight = share * start;
+        if (start == 0)
+            for (int64_t c = 0; c < channels; c++) mean[c] = square[c] = 0;
         for (int64_t c = 0; c < channels; c++) {
-            mean[c] += s[c];
-            square[c] += t[c];
+            double shift = s[c] * one, own = k[c] + shift, delta = own - mean[c];
+            mean[c] += delta * share;
+            square[c] += t[c] - shift * s[c] + delta * delta * weight;
+            k[c] = (A)own;
         }
-    }
-    for (int64_t c = 0; c < channels; c++) {
-        double shift = mean[c] / rows;
-        mean[c] = k[c] + shift;
-        square[c] -= shift * shift * rows;
     }
 }
 
