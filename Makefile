@@ -17,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard sn/kernels/native*.
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make install PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'from sn.kernels.native import library; print("compiled kernels for the CPU:", "yes" if library() else "no, there was no C compiler (gcc, clang); normalization is slower")'
 	@touch $@
 
 demo: install

@@ -140,6 +140,7 @@ def norm_forward(norm: Norm, tensors: Sequence[Tensor], x: Tensor) -> tuple[Tens
         return x, ()
     *gates, weight, bias = tensors
     groups = norm.num_groups
+    x = x.contiguous()  # PyTorch 2.11's kernels ask for it
     if norm.kind == "group":
         batch, size = x.shape
         y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, size, 1, groups, norm.eps)
@@ -168,7 +169,15 @@ def norm_backward(
     groups, (batch, size) = norm.num_groups, x.shape
     if norm.kind == "group":
         dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(
-            dy.contiguous(), x, *kept, weight, batch, size, 1, groups, [True, True, True]
+            dy.contiguous(),
+            x.contiguous(),
+            *kept,
+            weight,
+            batch,
+            size,
+            1,
+            groups,
+            [True, True, True],
         )
         return dx, (d_weight, d_bias)
     normed, rstd, mean_gap, var_gap, ratios = kept

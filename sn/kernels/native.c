@@ -414,6 +414,8 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, do
 typedef float floats __attribute__((vector_size(32)));
 typedef double doubles __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
+typedef int32_t ints __attribute__((vector_size(32)));  /* masks, as comparisons give them */
+typedef int64_t longs __attribute__((vector_size(32)));
 typedef uint16_t halves __attribute__((vector_size(16)));
 
 static const uint32_t TAIL[16] = {0,   0,   0,   0,   0,   0,   0,   0,
@@ -451,6 +453,7 @@ INLINE floats load_bfloat16s(const uint16_t *x) {
 #define LOAD(x) (x)
 #define STORE(x) (x)
 #define VECTOR floats
+#define MASK ints
 #define LANES 8
 #define LOAD_VECTOR(x) load_floats(x)
 #include "native_passes.h"
@@ -461,6 +464,7 @@ INLINE floats load_bfloat16s(const uint16_t *x) {
 #define LOAD(x) (x)
 #define STORE(x) (x)
 #define VECTOR doubles
+#define MASK longs
 #define LANES 4
 #define LOAD_VECTOR(x) load_doubles(x)
 #include "native_passes.h"
@@ -483,6 +487,7 @@ INLINE uint16_t to_bfloat16(float x) { /* to nearest, even */
 #define LOAD(x) from_bfloat16(x)
 #define STORE(x) to_bfloat16(x)
 #define VECTOR floats
+#define MASK ints
 #define LANES 8
 #define LOAD_VECTOR(x) load_bfloat16s(x)
 #include "native_passes.h"

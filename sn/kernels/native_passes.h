@@ -3,7 +3,7 @@
 /* ---- rows: an instance is x[0..count) ---- */
 
 typedef VECTOR NAME(vector);
-typedef __typeof__((NAME(vector)){0} > 0) NAME(mask);
+typedef MASK NAME(mask);
 
 INLINE NAME(vector) NAME(load)(const T *x) { return LOAD_VECTOR(x); }
 
@@ -612,6 +612,7 @@ int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, cons
 #undef T
 #undef LANES
 #undef VECTOR
+#undef MASK
 #undef LOAD_VECTOR
 #undef A
 #undef NAME
