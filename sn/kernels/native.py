@@ -88,7 +88,7 @@ def _layer(
         length,
         num_groups if "gn" in statistics else 1,
         virtual_gpus if training and has_bn else 1,
-        last,
+        last or length == 1,  # then both are the same, and a row is one long loop
         len(statistics),
         *(statistics.index(s) if s in statistics else -1 for s in ("in", "ln", "gn", "bn")),
         running and has_bn and not training,
