@@ -252,7 +252,7 @@ CLONES static void parts_of_sample(int64_t channels, const double *restrict weig
     }
 }
 
-/* One pooled statistic of `count` values in a row: its part of p, q; adds to the gates' gradients. */
+/* One pooled statistic of `count` values in a row: adds its part to p, q and the gates' gradients. */
 CLONES static void spread_row(int64_t count, const double *restrict mean, double pooled_mean,
                               double pooled_var, double w, double u,
                               const double *restrict mean_part, const double *restrict var_part,
@@ -404,7 +404,7 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, do
     softmax_backward(mix->u, grad_u, s->places);
 }
 
-/* ---- passes over a tensor, once for each dtype: T of the tensor, A of arithmetic, parameters ---- */
+/* ---- passes over a tensor, once for each dtype: T the tensor's, A the arithmetic's ---- */
 
 #define PASTE(a, b) a##_##b
 #define JOIN(a, b) PASTE(a, b)

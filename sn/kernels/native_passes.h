@@ -325,7 +325,8 @@ CLONES static void NAME(column_reduce)(const T *dy, const T *x, const T *y, int6
         NAME(column_reduce_as)(dy, x, y, rows, channels, a, k, b, RELU_OF_Y, pairs, scratch, total,
                                product);
     else
-        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, NO_ACT, pairs, scratch, total, product);
+        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, NO_ACT, pairs, scratch, total,
+                               product);
 }
 
 INLINE void NAME(column_apply2_as)(const T *restrict dy, const T *restrict x, const T *restrict y,
