@@ -70,7 +70,7 @@ TIMES = {"wall_s", "images_per_s", "steps_per_s", "date", "commit", "device", "s
 # entrypoint -> overrides that make its run long enough for 2,500 steps
 LONG = {
     "imagenet": ("schedule.epochs=500",),
-    "detection": ("schedule.images=5200", "evaluation.every_images=2000"),
+    "detection": ("schedule.images=5200", "evaluation.every_images=500"),
     "style_transfer": ("schedule.steps=2600",),
     "enas": ("epochs=400",),
     "enas_retrain": ("epochs=450",),
