@@ -124,14 +124,11 @@ def switch_norm_act(
 
 
 def _matches(residual: Tensor, x: Tensor) -> bool:
-    same = residual.shape == x.shape and residual.dtype == x.dtype
-    return (
-        same
-        and residual.device == x.device
-        and type(residual) in _TENSORS
-        and not residual.is_neg()
-        and not residual._is_zerotensor()
-    )
+    same = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    if not same or torch.compiler.is_compiling():  # the compiler cannot see through what follows
+        return same
+    lazy = residual.is_neg() or residual._is_zerotensor()
+    return type(residual) in _TENSORS and not lazy
 
 
 def choose_backend(x: Tensor, *others: Tensor | None) -> str:
