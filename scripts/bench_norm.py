@@ -35,7 +35,6 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 import sn  # noqa: E402
-from sn.kernels import BACKENDS  # noqa: E402
 
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -117,8 +116,7 @@ def contestants(device: str, only: list[str] | None = None) -> dict:
     """name -> callable(channels); bn is the measure of the others."""
     layers = {"bn": nn.BatchNorm2d, "sn": sn.SwitchNorm2d}
     for name in ("reference", "triton") if device == "cuda" else ("reference", "aten"):
-        if name in BACKENDS:  # the others are what `sn` is
-            layers[f"sn_{name}"] = partial(Forced, backend=name)
+        layers[f"sn_{name}"] = partial(Forced, backend=name)
     layers["official_style"] = OfficialStyle
     layers["gn"] = sn.make_norm("gn")
     layers["ln"] = sn.make_norm("ln")

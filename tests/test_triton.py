@@ -276,3 +276,20 @@ def test_compiles_for_sm_90(kernel, variant):
     assert ".local" not in ptx  # nothing spilled from the registers
     if variants[variant]["LAST"] and kernel not in ("pool", "pool_backward"):
         assert "ld.global.v4.b32" in ptx  # 128-bit accesses
+
+
+@runs
+def test_lazily_negated_and_batched_gradients():
+    """As by the plain formula: what the backward pass is given need not have values of its own."""
+    x, *rest = (t.to(DEVICE) for t in values((2, 4, 3, 3), ALL)[:5])
+    dy, results = torch.randn_like(x), []
+    for name in ("reference", "triton"):
+        with sn.backend(name):
+            own = x.clone().requires_grad_()
+            y = kernels.switch_norm(own, *rest, statistics=ALL, num_groups=2)
+        batch = torch.stack((dy, 2 * dy))
+        found = [torch.autograd.grad(y, own, torch._neg_view(dy), retain_graph=True)[0]]
+        found.append(torch.autograd.grad(y, own, batch, is_grads_batched=True)[0])
+        results.append(found)
+    for plain, fused in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)

@@ -106,32 +106,40 @@ def switch_norm_act(
             check_num_groups(options.num_groups, channels)
         if "bn" in options.statistics and options.training:
             check_virtual_gpus(options.virtual_gpus, x.shape[0])
-        if chosen == "triton":
-            from .cuda import triton_switch_norm
-
-            if residual is None or _matches(residual, x):
-                return triton_switch_norm(*tensors, options, residual, relu)
-            y = triton_switch_norm(*tensors, options)
-        elif chosen == "native":
-            if residual is None or _matches(residual, x):
-                return native_switch_norm(*tensors, options, residual, relu)
-            y = native_switch_norm(*tensors, options)
+        if chosen == "aten":
+            y = fused_switch_norm(tensors, options)
         else:
-            y = fused_switch_norm(*tensors, options)
+            fused = _with_activation(chosen)
+            if residual is None or _matches(residual, x):
+                return fused(tensors, options, residual, relu)
+            y = fused(tensors, options)
     if residual is not None:
         y = y + residual
     return y.relu_() if relu else y
 
 
+def _with_activation(backend: str):
+    if backend == "native":
+        return native_switch_norm
+    from .cuda import triton_switch_norm  # brings Triton
+
+    return triton_switch_norm
+
+
 def _matches(residual: Tensor, x: Tensor) -> bool:
-    same = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-    if not same or torch.compiler.is_compiling():  # the compiler cannot see through what follows
-        return same
-    lazy = residual.is_neg() or residual._is_zerotensor()
-    return type(residual) in _TENSORS and not lazy
+    same = residual.shape == x.shape and residual.dtype == x.dtype
+    return same and residual.device == x.device and type(residual) in _TENSORS
 
 
-def choose_backend(x: Tensor, *others: Tensor | None) -> str:
+def choose_backend(
+    x: Tensor,
+    mean_weight: Tensor | None = None,
+    var_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> str:
     """The implementation for `x` and the layer's parameters and buffers.
 
     The plain formula wherever something has to see through it (compilation, export, tracing,
@@ -148,7 +156,8 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
     if torch._C._len_torch_dispatch_stack() > 0:  # such as fake tensors, counters of operations
         return "reference"
     accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
-    for tensor in (x, *others):
+    running = running_mean, running_var
+    for tensor in (x, mean_weight, var_weight, weight, bias, *running):
         if tensor is not None and not (
             type(tensor) in _TENSORS
             and tensor.dtype in accepted
@@ -157,10 +166,9 @@ def choose_backend(x: Tensor, *others: Tensor | None) -> str:
             and not tensor._is_zerotensor()
         ):
             return "reference"
-    running = others[4:6]
     if any(t is not None and t.requires_grad for t in running):
         return "reference"
-    if x.is_cpu and _backend in ("auto", "native") and takes(x, *(running or (None, None))):
+    if x.is_cpu and _backend in ("auto", "native") and takes(x, *running):
         return "native"
     if x.is_cpu and _backend in ("auto", "aten"):
         single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .function import dense_in_layout, like_layout, reference_backward
+from .function import dense_in_layout, goes_by_formula, keep, like_layout, reference_backward
 from .mixture import Options
 
 TILE = 2048  # numbers that a program loads at a time
@@ -295,20 +295,16 @@ class _SwitchNorm(torch.autograd.Function):
         residual = None if residual is None else like_layout(residual, last)
         update = options.training and running_mean is not None and "bn" in options.statistics
         y, moments = forward(x, last, *inputs[1:], residual, options, relu, update)
-        ctx.options, ctx.relu, ctx.last, ctx.residual = options, relu, last, residual is not None
-        ctx.dense = x if x.data_ptr() != inputs[0].data_ptr() else None
-        running = [None if options.training or t is None else t.clone() for t in inputs[5:]]
-        kept_y = y if relu and residual is not None else None
-        ctx.save_for_backward(*inputs[:5], *running, kept_y, *moments)
+        ctx.last = last
+        keep(ctx, inputs, options, y, *moments, relu=relu, residual=residual is not None)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         *inputs, y, own, layer, group, batch = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative will be asked for
-            *grads, dy = reference_backward(ctx, dy, inputs, y, ctx.relu)
-            return *grads, None, None, dy if ctx.residual else None, None, None
-        x = inputs[0].detach() if ctx.dense is None else ctx.dense
+        if goes_by_formula(dy):
+            return *reference_backward(ctx, dy, inputs, y), None, None
+        x, _ = dense_in_layout(inputs[0].detach())
         *grads, d_residual = backward(
             like_layout(dy, ctx.last),
             x,
@@ -325,22 +321,16 @@ class _SwitchNorm(torch.autograd.Function):
 
 
 def triton_switch_norm(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     options: Options,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`switch_norm` for a tensor that is not empty, then `+ residual` and ReLU if asked for."""
-    inputs = (x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual)
+    """`switch_norm` of its seven `tensors`, x not empty; then `+ residual` and ReLU."""
+    inputs = (*tensors, residual)
     if torch.compiler.is_compiling():
         return _compiled(*inputs, options, relu)
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(inputs[0]):
         return _SwitchNorm.apply(*inputs, options, relu)
 
 

@@ -10,18 +10,8 @@ from .mixture import Mixed, Options, mix, mix_backward, softmax, to_array, to_te
 FAR = 8.0  # means further from zero than this, in mixed deviations, cost digits in a x + b
 
 
-def fused_switch_norm(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """`switch_norm` for a CPU tensor of shape (N, C, *spatial) that is not empty."""
-    inputs = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
+def fused_switch_norm(inputs: tuple[Tensor | None, ...], options: Options) -> Tensor:
+    """`switch_norm` of its seven `inputs`; x is a CPU tensor (N, C, *spatial) that is not empty."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5]):
         return _SwitchNorm.apply(*inputs, options)
     return _forward(*inputs, options)[0]
@@ -69,7 +59,11 @@ def goes_by_formula(dy: Tensor) -> bool:
 
 
 def like_layout(dy: Tensor, last: bool) -> Tensor:
-    """`dy`, dense in the layout of x."""
+    """`dy`, dense in the layout of x, with memory of its own values.
+
+    A lazily negated tensor has that of others, a zero tensor of autograd's none.
+    """
+    dy = dy.clone() if dy._is_zerotensor() else dy.resolve_neg()
     if not last:
         return dy.contiguous()
     return dy if _is_channels_last(dy) else _to_channels_last(dy)
@@ -96,7 +90,7 @@ def _tensor(array, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(x, mean_weight, var_weight, weight, bias, running_mean, running_var, options):
-    """Output, dense x, its layout, the mixture, the instances' means and their centre, if any."""
+    """Output, x's layout, the mixture, the instances' means and their centre, if any."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, last = dense_in_layout(x.detach())
     layout = Columns if last else Rows
@@ -129,7 +123,7 @@ def _forward(x, mean_weight, var_weight, weight, bias, running_mean, running_var
         y = torch.empty_like(x)
     layout.affine(view, _tensor(scale, dtype), _tensor(shift, dtype), layout.view(y))
     mixed = mixed._replace(shift=None)
-    return y, x, layout, mixed, pair[0], centre
+    return y, layout, mixed, pair[0], centre
 
 
 class _SwitchNorm(torch.autograd.Function):
@@ -137,23 +131,19 @@ class _SwitchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        y, x, ctx.layout, ctx.mixed, mean, centre = _forward(*inputs)
-        ctx.options = options = inputs[-1]
-        ctx.dense = x if x.data_ptr() != inputs[0].data_ptr() else None
-        # The running statistics change with the next call; in training y does not depend on them.
-        running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
-        ctx.save_for_backward(*inputs[:5], *running, mean, centre)
+        y, ctx.layout, ctx.mixed, mean, centre = _forward(*inputs)
+        keep(ctx, inputs[:7], inputs[7], y, mean, centre)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *inputs, mean, centre = ctx.saved_tensors
+        *inputs, y, mean, centre = ctx.saved_tensors
         if goes_by_formula(dy):
-            return *reference_backward(ctx, dy, inputs)[:5], None, None, None
+            return reference_backward(ctx, dy, inputs, y)
         x, *parameters = inputs[:5]
         dtype, layout, mixed = mean.dtype, ctx.layout, ctx.mixed
 
-        x = x.detach() if ctx.dense is None else ctx.dense
+        x, _ = dense_in_layout(x.detach())
         view, dy_view = layout.view(x), layout.view(like_layout(dy, layout is Columns))
         if centre is not None:
             view = as_dtype(view, dtype) - layout.per_instance(centre)
@@ -178,19 +168,32 @@ class _SwitchNorm(torch.autograd.Function):
         return dx, *logits, *affine, None, None, None
 
 
-def reference_backward(ctx, dy, inputs, y=None, relu=False) -> tuple[Tensor | None, ...]:
-    """The gradients of x, the parameters and a residual as a differentiable function.
+def keep(ctx, inputs, options: Options, y, *kept, relu=False, residual=False) -> None:
+    """Save for the backward pass: the first five `inputs`, in evaluation the running statistics,
+    y if ReLU followed the sum with a residual, and what else was `kept`.
 
-    Through the plain formula; `y` is the output if ReLU followed the sum with a residual.
+    x is saved as it came: a dense copy, where it needs one, is made again.
+    """
+    ctx.options, ctx.relu, ctx.residual = options, relu, residual
+    # The running statistics change with the next call; in training y does not depend on them.
+    running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
+    ctx.save_for_backward(*inputs[:5], *running, y if relu and residual else None, *kept)
+
+
+def reference_backward(ctx, dy, inputs, y) -> tuple[Tensor | None, ...]:
+    """The gradients of the seven inputs and of a residual as a differentiable function.
+
+    Through the plain formula, with what `keep` saved.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         plain = switch_norm(*inputs, **ctx.options._asdict())
-    if relu:
+    if ctx.relu:
         dy = dy * ~((plain if y is None else y) <= 0)  # NaN passes, as in PyTorch
     needed = ctx.needs_input_grad[:5]
     wanted = [t for t, need in zip(inputs, needed) if need]
-    if not wanted:
-        return *[None] * 5, dy
-    grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=again, allow_unused=True))
-    return *(next(grads) if need else None for need in needed), dy
+    grads = iter(())
+    if wanted:
+        grads = iter(torch.autograd.grad(plain, wanted, dy, create_graph=again, allow_unused=True))
+    grads = [next(grads) if need else None for need in needed]
+    return *grads, None, None, dy if ctx.residual else None

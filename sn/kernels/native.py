@@ -5,6 +5,7 @@ it, or where it does not fit, the ATen path is taken.
 """
 
 import ctypes
+import math
 import warnings
 import zlib
 from functools import lru_cache
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .aten import as_dtype
-from .function import dense_in_layout, goes_by_formula, like_layout, reference_backward
+from .function import dense_in_layout, goes_by_formula, keep, like_layout, reference_backward
 from .mixture import Options
 
 SOURCES = ("native.c", "native_passes.h")
@@ -78,9 +79,7 @@ def _layer(
     running: bool,
 ) -> tuple[_Layer, int]:
     """What the library is told of a call, and how many doubles it keeps for the backward pass."""
-    length = 1
-    for size in shape[2:]:
-        length *= size
+    length = math.prod(shape[2:])
     has_bn = "bn" in statistics
     layer = _Layer(
         shape[0],
@@ -120,19 +119,13 @@ def takes(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) ->
 
 
 def native_switch_norm(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     options: Options,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """`switch_norm` for a CPU tensor that is not empty, then `+ residual` and ReLU if asked for."""
-    inputs = (x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual)
+    """`switch_norm` of its seven `tensors`, x on the CPU and not empty; `+ residual`, ReLU."""
+    inputs = (*tensors, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _SwitchNorm.apply(*inputs, options, relu)
     return _forward(inputs, options, relu)[0]
@@ -140,11 +133,6 @@ def native_switch_norm(
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _materialized(dy: Tensor) -> Tensor:
-    """`dy` with memory of its own values: no lazily negated tensor, no zero without storage."""
-    return dy.clone() if dy._is_zerotensor() else dy.resolve_neg()
 
 
 def _dense(tensors, x: Tensor) -> list[Tensor | None]:
@@ -160,7 +148,7 @@ def _dense(tensors, x: Tensor) -> list[Tensor | None]:
 
 
 def _forward(inputs, options: Options, relu: bool):
-    """Output, dense x, its layer, what the library keeps."""
+    """Output, its layer, what the library keeps."""
     x, last = dense_in_layout(inputs[0])
     residual = inputs[7]
     if residual is not None:
@@ -191,7 +179,7 @@ def _forward(inputs, options: Options, relu: bool):
             if new is not old:
                 old.copy_(new)
         torch.autograd.graph.increment_version(inputs[5:7])
-    return y, x, layer, saved
+    return y, layer, saved
 
 
 class _SwitchNorm(torch.autograd.Function):
@@ -200,24 +188,18 @@ class _SwitchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, options, relu = arguments
-        y, x, layer, saved = _forward(inputs, options, relu)
-        ctx.options, ctx.relu, ctx.layer = options, relu, layer
-        ctx.residual = inputs[7] is not None
-        # The running statistics change with the next call; in training y does not depend on them.
-        running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
-        kept_y = y if relu and ctx.residual else None
-        ctx.save_for_backward(*inputs[:5], *running, kept_y, saved)
+        y, ctx.layer, saved = _forward(inputs, options, relu)
+        keep(ctx, inputs, options, y, saved, relu=relu, residual=inputs[7] is not None)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         *inputs, y, saved = ctx.saved_tensors
         if goes_by_formula(dy):
-            *grads, dy = reference_backward(ctx, dy, inputs, y, ctx.relu)
-            return *grads, None, None, dy if ctx.residual else None, None, None
-        x, _ = dense_in_layout(inputs[0])  # where it is a copy, memory counts more than time
+            return *reference_backward(ctx, dy, inputs, y), None, None
+        x, _ = dense_in_layout(inputs[0])
         layer, needed = ctx.layer, ctx.needs_input_grad
-        dy = like_layout(_materialized(dy), bool(layer.last))
+        dy = like_layout(dy, bool(layer.last))
         both = ctx.relu and needed[7]  # one pass writes both
         dx = torch.empty_like(x) if needed[0] or both else None
         d_residual = None
