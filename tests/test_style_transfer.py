@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from faults import assert_same
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
@@ -95,22 +96,6 @@ def record(folder):
         "config": (folder / "config.yaml").read_text(),
         "checkpoint": state,
     }
-
-
-def assert_same(ours, theirs, where="not equal"):
-    """Equal bit for bit, tensors included."""
-    if isinstance(theirs, torch.Tensor):
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), where
-    elif isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in theirs:
-            assert_same(ours[key], theirs[key], f"{where}: {key}")
-    elif isinstance(theirs, (list, tuple)):
-        assert len(ours) == len(theirs), f"{where}: {len(ours)} entries, not {len(theirs)}"
-        for index, (a, b) in enumerate(zip(ours, theirs)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert ours == theirs, where
 
 
 # --- records
