@@ -77,10 +77,30 @@ static int64_t segments(const Layer *s) {
     return (s->length + rows - 1) / rows;
 }
 
+/* One task: `rows` rows of sample n, from the value `at` of the tensor on. */
+typedef struct {
+    int64_t n, rows, at;
+} Segment;
+
+static Segment segment(const Layer *s, int64_t task) {
+    int64_t step = segment_rows(s), count = segments(s), n = task / count;
+    int64_t start = task % count * step;
+    return (Segment){n, smaller(step, s->length - start), (n * s->length + start) * s->channels};
+}
+
 /* Whether to sum two rows of (L, C) at a time: less work, but as two streams from memory they are
    slower than one. Measured. */
 static int row_pairs(const Layer *s, int64_t size) {
     return s->channels * size <= 512 || s->batch * s->channels * s->length * size <= 8 << 20;
+}
+
+/* Join a mean and a sum of squared distances of `count` values to those of `before` others, by
+   Chan's formula. */
+INLINE void join(double before, double count, double other, double more, double *mean,
+                 double *square) {
+    double share = count / (before + count), delta = other - *mean;
+    *mean += delta * share;
+    *square += more + delta * share * before * delta;
 }
 
 /* ---- numbers per (n, c) ---- */
@@ -252,7 +272,7 @@ CLONES static void parts_of_sample(int64_t channels, const double *restrict weig
     }
 }
 
-/* One pooled statistic of `count` values in a row: adds its part to p, q and the gates' gradients. */
+/* A pooled statistic of `count` values in a row: adds its part to p, q and the gates' gradients. */
 CLONES static void spread_row(int64_t count, const double *restrict mean, double pooled_mean,
                               double pooled_var, double w, double u,
                               const double *restrict mean_part, const double *restrict var_part,
@@ -275,26 +295,35 @@ CLONES static void spread_row(int64_t count, const double *restrict mean, double
     }
 }
 
-/* in of one sample, or bn of constants, which reaches the gates alone. */
-CLONES static void own_row(int64_t count, const double *restrict distance_from,
-                           const double *restrict mean, const double *restrict var, double w,
-                           double u, int pass, const double *restrict mean_part,
-                           const double *restrict var_part, double *restrict p, double *restrict q,
-                           double *gate_w, double *gate_u) {
-    double dot = 0, dot_var = 0;
-    if (pass) {
-        for (int64_t c = 0; c < count; c++) {
-            p[c] += u * var_part[c];
-            q[c] += w * mean_part[c];
-        }
-    } else {
-        #pragma omp simd reduction(+ : dot)
-        for (int64_t c = 0; c < count; c++) dot += mean_part[c] * (mean[c] - distance_from[c]);
+CLONES static double dot(int64_t count, const double *restrict a, const double *restrict b) {
+    double sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < count; c++) sum += a[c] * b[c];
+    return sum;
+}
+
+/* in of one sample. */
+CLONES static void own_row(int64_t count, const double *restrict var, double w, double u,
+                           const double *restrict mean_part, const double *restrict var_part,
+                           double *restrict p, double *restrict q, double *gate_u) {
+    for (int64_t c = 0; c < count; c++) {
+        p[c] += u * var_part[c];
+        q[c] += w * mean_part[c];
     }
-    #pragma omp simd reduction(+ : dot_var)
-    for (int64_t c = 0; c < count; c++) dot_var += var_part[c] * var[c];
-    *gate_w += dot;
-    *gate_u -= 0.5 * dot_var;
+    *gate_u -= 0.5 * dot(count, var_part, var);
+}
+
+/* bn of running statistics: constants, which reach the gates alone. */
+CLONES static void constant_row(int64_t count, const double *restrict mean,
+                                const double *restrict running_mean,
+                                const double *restrict running_var,
+                                const double *restrict mean_part,
+                                const double *restrict var_part, double *gate_w, double *gate_u) {
+    double sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < count; c++) sum += mean_part[c] * (mean[c] - running_mean[c]);
+    *gate_w += sum;
+    *gate_u -= 0.5 * dot(count, var_part, running_var);
 }
 
 /* bn of one group of `count` samples. */
@@ -372,9 +401,8 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, do
                         to->product + i, to->mean_part + i, to->var_part + i, to->p + i,
                         to->q + i, to->grad_weight, to->grad_bias);
         if (s->in >= 0)
-            own_row(channels, NULL, mean + i, var + i, each * mix->w[s->in], each * mix->u[s->in],
-                    1, mean_part, var_part, to->p + i, to->q + i, grad_w + s->in,
-                    grad_u + s->in);
+            own_row(channels, var + i, each * mix->w[s->in], each * mix->u[s->in], mean_part,
+                    var_part, to->p + i, to->q + i, grad_u + s->in);
         if (s->ln >= 0)
             spread_row(channels, mean + i, mix->ln[n], mix->ln[s->batch + n],
                        each * mix->w[s->ln], each * mix->u[s->ln], mean_part, var_part,
@@ -386,8 +414,8 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, do
                        to->var_part + j, to->p + j, to->q + j, grad_w + s->gn, grad_u + s->gn);
         }
         if (s->bn >= 0 && s->running)
-            own_row(channels, mix->bn, mean + i, mix->bn + channels, 0, 0, 0, mean_part, var_part,
-                    NULL, NULL, grad_w + s->bn, grad_u + s->bn);
+            constant_row(channels, mean + i, mix->bn, mix->bn + channels, mean_part, var_part,
+                         grad_w + s->bn, grad_u + s->bn);
     }
     if (s->bn >= 0 && !s->running) {
         int64_t count = s->batch / s->groups;

@@ -85,18 +85,17 @@ INLINE void NAME(centred)(const T *x, int64_t count, A centre, double *mean, dou
 CLONES static void NAME(row_moments)(const T *restrict x, int64_t rows, int64_t length,
                                      double *restrict mean, double *restrict var) {
     A centre[BATCH];
+    for (int64_t i = 0; i < rows; i++) mean[i] = var[i] = 0;
     for (int64_t start = 0; start < length; start += ROW_BLOCK) {
         int64_t count = smaller(length - start, ROW_BLOCK);
-        double one = 1.0 / count, share = (double)count / (start + count), other, square;
+        double one = 1.0 / count, other, square;
         int64_t step = count > SHORT ? 1 : rows;
         for (int64_t first = 0; first < rows; first += step) {
             for (int64_t i = first; i < first + step; i++)
                 centre[i] = (A)(NAME(sum)(x + i * length + start, count) * one);
             for (int64_t i = first; i < first + step; i++) {
                 NAME(centred)(x + i * length + start, count, centre[i], &other, &square);
-                double delta = start ? other - mean[i] : 0;
-                mean[i] = start ? mean[i] + delta * share : other;
-                var[i] = start ? var[i] + square + delta * delta * share * start : square;
+                join(start, count, other, square, mean + i, var + i);
             }
         }
     }
@@ -215,7 +214,10 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
     memset(k, 0, channels * sizeof(A));
     for (l = 0; l < first; l++)
         for (int64_t c = 0; c < channels; c++) k[c] += LOAD(x[l * channels + c]);
-    for (int64_t c = 0; c < channels; c++) k[c] /= first;
+    for (int64_t c = 0; c < channels; c++) {
+        k[c] /= first;
+        mean[c] = square[c] = 0;
+    }
     for (int64_t start = 0; start < rows; start += COLUMN_BLOCK) {
         int64_t end = smaller(rows, start + COLUMN_BLOCK);
         memset(s, 0, 2 * channels * sizeof(A));
@@ -233,28 +235,21 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
                 s[c] += d;
                 t[c] += d * d;
             }
-        double count = end - start, one = 1 / count, share = count / end, weight = share * start;
-        if (start == 0)
-            for (int64_t c = 0; c < channels; c++) mean[c] = square[c] = 0;
+        double count = end - start, one = 1 / count;
         for (int64_t c = 0; c < channels; c++) {
-            double shift = s[c] * one, own = k[c] + shift, delta = own - mean[c];
-            mean[c] += delta * share;
-            square[c] += t[c] - shift * s[c] + delta * delta * weight;
+            double shift = s[c] * one, own = k[c] + shift;
+            join(start, count, own, t[c] - shift * s[c], mean + c, square + c);
             k[c] = (A)own;
         }
     }
 }
 
-/* Join another segment's moments (by Chan's formula), of `count` rows to `before`. */
+/* Join another segment's moments, of `count` rows to `before`. */
 CLONES static void NAME(column_join)(int64_t channels, double before, double count,
                                      const double *restrict other, const double *restrict more,
                                      double *restrict mean, double *restrict square) {
-    double share = count / (before + count);
-    for (int64_t c = 0; c < channels; c++) {
-        double delta = other[c] - mean[c];
-        mean[c] += delta * share;
-        square[c] += more[c] + delta * delta * share * before;
-    }
+    for (int64_t c = 0; c < channels; c++)
+        join(before, count, other[c], more[c], mean + c, square + c);
 }
 
 INLINE void NAME(column_apply_as)(const T *restrict x, const T *restrict residual, T *restrict y,
@@ -419,11 +414,10 @@ static void NAME(instance_moments)(const Layer *s, const T *x, const NAME(Work) 
     int64_t step = segment_rows(s), count = segments(s), tasks = s->batch * count;
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t start = task % count * step, rows = smaller(step, length - start);
+        Segment part = segment(s, task);
         double *own = work->partial + 2 * task * channels;
-        NAME(column_moments)(x + (task / count * length + start) * channels, rows, channels,
-                             row_pairs(s, sizeof(T)), work->scratch + 3 * THREAD * channels, own,
-                             own + channels);
+        NAME(column_moments)(x + part.at, part.rows, channels, row_pairs(s, sizeof(T)),
+                             work->scratch + 3 * THREAD * channels, own, own + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < s->batch; n++) {
@@ -486,14 +480,13 @@ int NAME(sn_forward)(const Layer *s, int threads, double momentum, const T *x, c
                             work.a[i], work.k[i], work.b[i], relu);
         }
     } else {
-        int64_t step = segment_rows(s), count = segments(s), tasks = s->batch * count;
+        int64_t tasks = s->batch * segments(s);
         #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t j = 0; j < tasks; j++) {
-            int64_t task = tasks - 1 - j, n = task / count, start = task % count * step;
-            int64_t at = (n * length + start) * channels;
-            NAME(column_apply)(x + at, residual == NULL ? NULL : residual + at, y + at,
-                               smaller(step, length - start), channels, work.a + n * channels,
-                               work.k + n * channels, work.b + n * channels, relu);
+            Segment part = segment(s, tasks - 1 - j);
+            int64_t at = part.at, i = part.n * channels;
+            NAME(column_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, part.rows,
+                               channels, work.a + i, work.k + i, work.b + i, relu);
         }
     }
     free(memory);
@@ -513,16 +506,15 @@ static void NAME(sums)(const Layer *s, const T *dy, const T *x, const T *y,
         }
         return;
     }
-    int64_t step = segment_rows(s), count = segments(s), tasks = s->batch * count;
+    int64_t count = segments(s), tasks = s->batch * count;
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int64_t n = task / count, start = task % count * step, at = (n * length + start) * channels;
+        Segment part = segment(s, task);
+        int64_t at = part.at, i = part.n * channels;
         double *own = work->partial + 2 * task * channels;
-        NAME(column_reduce)(dy + at, x + at, y == NULL ? NULL : y + at,
-                            smaller(step, length - start), channels, work->a + n * channels,
-                            work->k + n * channels, work->b + n * channels, act,
-                            row_pairs(s, sizeof(T)), work->scratch + 3 * THREAD * channels, own,
-                            own + channels);
+        NAME(column_reduce)(dy + at, x + at, y == NULL ? NULL : y + at, part.rows, channels,
+                            work->a + i, work->k + i, work->b + i, act, row_pairs(s, sizeof(T)),
+                            work->scratch + 3 * THREAD * channels, own, own + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = 0; n < s->batch; n++)
@@ -594,15 +586,14 @@ int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, cons
                              work.k[i], work.b[i], work.p[i], work.q[i], act);
         }
     } else if (dx != NULL) {
-        int64_t step = segment_rows(s), count = segments(s), tasks = s->batch * count;
+        int64_t tasks = s->batch * segments(s);
         #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t j = 0; j < tasks; j++) {
-            int64_t task = tasks - 1 - j, n = task / count, start = task % count * step;
-            int64_t at = (n * length + start) * channels, i = n * channels;
+            Segment part = segment(s, tasks - 1 - j);
+            int64_t at = part.at, i = part.n * channels;
             NAME(column_apply2)(dy + at, x + at, y == NULL ? NULL : y + at, dx + at,
-                                d_residual == NULL ? NULL : d_residual + at,
-                                smaller(step, length - start), channels, work.a + i, work.k + i,
-                                work.b + i, work.p + i, work.q + i, act);
+                                d_residual == NULL ? NULL : d_residual + at, part.rows, channels,
+                                work.a + i, work.k + i, work.b + i, work.p + i, work.q + i, act);
         }
     }
     free(wide);
