@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import sn
 from sn.training import distributed, entry, style_data
-from sn.training.checkpoint import fitting, load_checkpoint, save_checkpoint
+from sn.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from sn.training.data import BadImages
 from sn.training.entry import above, number, one_of, optional, switch, whole
 from sn.training.guard import FiniteGuard, check_finite, gradient_norm
@@ -408,11 +408,8 @@ def resume(run: Run) -> Progress:
             f"{[state['identity'][key] for key in changed]} there, "
             f"{[run.identity()[key] for key in changed]} now; choose another output_dir="
         )
-    with fitting(path):
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
+    parts = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
+    progress = restore(path, state, parts, Progress)
     run.guard.skipped = progress.skipped_steps
     return progress
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import sn
 from sn.training import detectors, distributed, entry
-from sn.training.checkpoint import fitting, load_checkpoint, load_weights, save_checkpoint
+from sn.training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
 from sn.training.coco import (
     DetectionData,
     GroupedSampler,
@@ -621,11 +621,8 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was started from other weights than those of "
             f"init.path={run.cfg.init.path}; choose another output_dir="
         )
-    with fitting(path):
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
+    parts = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
+    progress = restore(path, state, parts, Progress)
     run.guard.skipped = progress.skipped_steps
     return progress
 

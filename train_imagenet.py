@@ -25,7 +25,7 @@ from tqdm import tqdm
 import sn
 from sn.batch_average import batch_statistics_layers
 from sn.training import bilevel, distributed, entry
-from sn.training.checkpoint import fitting, keep_best, load_checkpoint, save_checkpoint
+from sn.training.checkpoint import keep_best, load_checkpoint, restore, save_checkpoint
 from sn.training.data import (
     BadImages,
     ImageData,
@@ -612,11 +612,8 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was trained on other data: {state['data']} there, "
             f"{run.data.describe()} now; choose another output_dir="
         )
-    with fitting(path):
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
+    parts = {"model": run.model, "optimizer": run.optimizer, "scaler": run.scaler}
+    progress = restore(path, state, parts, Progress)
     run.guard.skipped = progress.skipped_steps
     return progress
 

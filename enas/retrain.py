@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sn.training import distributed, entry
-from sn.training.checkpoint import fitting, load_checkpoint, save_checkpoint
+from sn.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from sn.training.data import ImageData, build_data, load_cifar10_test
 from sn.training.entry import above, number, one_of, optional, switch, whole
 from sn.training.evaluation import evaluate
@@ -355,10 +355,8 @@ def resume(run: Run) -> Progress:
             raise ValueError(
                 f"{run.cfg.output_dir} holds a run with another {key}; choose another output_dir="
             )
-    with fitting(path):
-        run.model.load_state_dict(state["model"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
+    parts = {"model": run.model, "optimizer": run.optimizer}
+    progress = restore(path, state, parts, Progress)
     run.guard.skipped = progress.skipped_steps
     return progress
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sn.recurrent import LSTM_NORMS, LSTM_PLACES
 from sn.training import distributed, entry
-from sn.training.checkpoint import fitting, load_checkpoint, save_checkpoint
+from sn.training.checkpoint import load_checkpoint, restore, save_checkpoint
 from sn.training.data import ImageData, build_data
 from sn.training.entry import above, number, one_of, optional, switch, whole
 from sn.training.guard import FiniteGuard, gradient_norm
@@ -588,13 +588,10 @@ def resume(run: Run) -> Progress:
             f"{run.cfg.output_dir} was searched on other data: {state['data']} there, "
             f"{run.data.describe()} now; choose another output_dir="
         )
-    with fitting(path):
-        run.child.load_state_dict(state["child"])
-        run.child_optimizer.load_state_dict(state["child_optimizer"])
-        if run.controller is not None:
-            run.controller.load_state_dict(state["controller"])
-            run.controller_optimizer.load_state_dict(state["controller_optimizer"])
-        progress = Progress(**state["progress"])
+    parts = {"child": run.child, "child_optimizer": run.child_optimizer}
+    if run.controller is not None:
+        parts |= {"controller": run.controller, "controller_optimizer": run.controller_optimizer}
+    progress = restore(path, state, parts, Progress)
     run.guard.skipped = progress.skipped_steps
     return progress
 

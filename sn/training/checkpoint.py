@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -105,6 +106,17 @@ def fitting(path: str | Path) -> Iterator[None]:
             f"checkpoint {path} does not fit this run: {reason[:300]}; "
             "choose another output_dir=, or delete it to start anew"
         ) from None
+
+
+def restore(path: str | Path, state: dict, parts: dict[str, Any], progress: type) -> Any:
+    """Put `state`, read from `path`, into `parts` by their keys; return `progress` of its own.
+
+    Raises ValueError if something does not fit.
+    """
+    with fitting(path):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return progress(**state["progress"])
 
 
 def load_weights(path: str | Path) -> dict:
