@@ -7,17 +7,19 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := .venv/.installed
 
 .PHONY: install demo lint test test-slow
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard sn/kernels/native*.[ch])
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard sn/kernels/*.[ch] sn/kernels/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make install PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'from sn.kernels.native import library; print("compiled kernels for the CPU:", "yes" if library() else "no, there was no C compiler (gcc, clang); normalization is slower")'
+	$(INSTALL) 'setuptools>=77' torch
+	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c 'from sn.kernels.native import extension, library; print("compiled kernels for the CPU:", "yes" if extension() else "without C++ (g++, clang++ and Python.h); small maps are slower" if library() else "no, there was no C compiler (gcc, clang); normalization is slower")'
 	@touch $@
 
 demo: install

@@ -1,9 +1,12 @@
 """The compiled part: passes over a tensor on the CPU, sn/kernels/native.c (else: pyproject.toml).
 
 Optional: without a C compiler the package installs all the same, and is slower. It is C without
-Python or torch, so it fits every version of both.
+Python or torch, so it fits every version of both. Where torch can be imported during the build
+(`pip install --no-build-isolation`, as `make install` does) autograd.cpp is built too, for that
+version of it: with it small maps take less time.
 """
 
+import re
 import zlib
 from pathlib import Path
 
@@ -11,19 +14,24 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("sn/kernels")
-SOURCES = [KERNELS / "native.c", KERNELS / "native_passes.h"]
+SOURCES = [KERNELS / n for n in ("autograd.cpp", "native.c", "native.h", "native_passes.h")]
 BASE = ["-O3", "-g0", "-std=gnu11", "-Wno-psabi", "-Wno-unknown-pragmas"]
-WAYS = [  # compiler and linker flags, the best first: not every compiler has all of it
-    ([*BASE, "-fopenmp"], ["-fopenmp"]),
-    ([*BASE, "-fopenmp", "-DSN_NO_CLONES"], ["-fopenmp"]),
-    ([*BASE, "-DSN_NO_CLONES"], []),
-]
+WAYS = {  # compiler and linker flags, the best first: not every compiler has all of it
+    ".c": [
+        ([*BASE, "-fopenmp"], ["-fopenmp"]),
+        ([*BASE, "-fopenmp", "-DSN_NO_CLONES"], ["-fopenmp"]),
+        ([*BASE, "-DSN_NO_CLONES"], []),
+    ],
+    ".cpp": [(["-O2", "-g0", f"-std=c++{year}"], []) for year in (20, 17)],
+}
+CHECKSUM = zlib.crc32(b"".join(source.read_bytes() for source in SOURCES))
 
 
 class BuildWithAnyCompiler(build_ext):
     def build_extension(self, extension):
         failure = None
-        for extension.extra_compile_args, extension.extra_link_args in WAYS:
+        ways = WAYS[Path(extension.sources[0]).suffix]
+        for extension.extra_compile_args, extension.extra_link_args in ways:
             try:
                 return super().build_extension(extension)
             except Exception as error:
@@ -34,16 +42,32 @@ class BuildWithAnyCompiler(build_ext):
         return extension.export_symbols  # those of C, not the init function of a Python module
 
 
-checksum = zlib.crc32(b"".join(source.read_bytes() for source in SOURCES))
-setup(
-    ext_modules=[
-        Extension(
-            "sn.kernels._native",
-            [str(SOURCES[0])],
-            depends=[str(SOURCES[1])],
-            define_macros=[("SN_SOURCE", f"{checksum}u")],
-            optional=True,
+def extension(name: str, source: str, **options) -> Extension:
+    return Extension(
+        f"sn.kernels.{name}",
+        [str(KERNELS / source)],
+        depends=[str(source) for source in SOURCES],
+        define_macros=[("SN_SOURCE", f"{CHECKSUM}u"), ("SN_MODULE", name)],
+        optional=True,
+        **options,
+    )
+
+
+extensions = [extension("_native", "native.c")]
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    home = Path(torch.__file__).parent
+    extensions.append(
+        extension(
+            "_autograd_" + re.sub(r"\W", "_", torch.__version__),
+            "autograd.cpp",
+            include_dirs=[str(home / "include"), str(home / "include/torch/csrc/api/include")],
+            library_dirs=[str(home / "lib")],
+            libraries=["torch_python", "torch_cpu", "c10"],
         )
-    ],
-    cmdclass={"build_ext": BuildWithAnyCompiler},
-)
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithAnyCompiler})

@@ -95,8 +95,12 @@ class SwitchNormBase(nn.Module):
 
     def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input(x)
-        counts = self.training and self.track_running_stats and x.numel() > 0
-        momentum = count_batch(self) if counts else 0.0
+        counter, momentum = None, 0.0
+        if self.training and self.track_running_stats and x.numel() > 0:
+            if self.unbiased or self.momentum is None:
+                momentum = count_batch(self)
+            else:
+                counter, momentum = self.num_batches_tracked, self.momentum
         tensors = (
             x,
             *self._logits(),
@@ -114,7 +118,7 @@ class SwitchNormBase(nn.Module):
             self.virtual_gpus,
         )
         if not self.unbiased:
-            return switch_norm_act(tensors, options, residual, relu)
+            return switch_norm_act(tensors, options, residual, relu, counter)
         y = functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
         y = y if residual is None else y + residual
         return y.relu_() if relu else y

@@ -33,13 +33,28 @@ def compiled():
         pytest.skip("the package was installed without a C compiler")
 
 
-@pytest.fixture(params=["aten", "native"])
-def backend(request):
-    """Each of the CPU's two, forced."""
-    if request.param == "native":
-        compiled()
-    with sn.backend(request.param):
-        yield request.param
+def use_native(by: str, monkeypatch):
+    """Its usual call by the extension in C++, or all of it by Python."""
+    compiled()
+    if by == "Python":
+        monkeypatch.setattr(kernels.native, "extension", lambda: None)
+    elif kernels.native.extension() is None:
+        pytest.skip("the package was installed without a C++ compiler")
+
+
+@pytest.fixture(params=["C++", "Python"])
+def native(request, monkeypatch):
+    use_native(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["aten", "native C++", "native Python"])
+def backend(request, monkeypatch):
+    """Each of the CPU's two, forced; the latter both ways."""
+    name, _, by = request.param.partition(" ")
+    if by:
+        use_native(by, monkeypatch)
+    with sn.backend(name):
+        yield name
 
 
 def values(shape, statistics, offset=0.0, gates=1.0, dtype=torch.float32, seed=0):
@@ -330,8 +345,7 @@ def test_errors_are_those_of_the_reference():
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 6), (3, 8, 1, 1), (5, 4, 1)], ids=str)
-def test_instances_of_one_value(shape, dtype, layout):
-    compiled()
+def test_instances_of_one_value(native, shape, dtype, layout):
     options = {"statistics": ALL, "num_groups": 2, "backend": "native"}
     for training in (True, False):
         compare(values(shape, ALL), dtype, layout, training=training, **options)
@@ -341,9 +355,8 @@ def test_instances_of_one_value(shape, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_fused_activation_and_residual(with_residual, relu, dtype, layout):
+def test_fused_activation_and_residual(native, with_residual, relu, dtype, layout):
     """Against autograd through the plain formula, the sum and ReLU; also without some gradients."""
-    compiled()
     tensors = values((4, 6, 9, 14), ALL, dtype=dtype)
     extra = values((4, 6, 9, 14), ALL, dtype=dtype, seed=1)[0] if with_residual else None
     options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 2)
@@ -368,8 +381,7 @@ def test_fused_activation_and_residual(with_residual, relu, dtype, layout):
             torch.testing.assert_close(fused, plain, **rounding)
 
 
-def test_second_derivatives_through_activation_and_residual():
-    compiled()
+def test_second_derivatives_through_activation_and_residual(native):
     *leaves, residual = values((2, 4, 3, 3), ALL, dtype=torch.float64)[:6]
     residual = values((2, 4, 3, 3), ALL, dtype=torch.float64, seed=1)[0]
     leaves = [t.requires_grad_() for t in (*leaves[:5], residual)]
@@ -396,12 +408,101 @@ def test_the_number_of_threads_changes_no_bit(layout):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-def test_a_changed_running_statistic_is_noticed_by_autograd():
+def test_a_changed_buffer_is_noticed_by_autograd(native):
     """The compiled step counts as an operation in place."""
     layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 5, 6)
-    before = layer.running_mean._version
+    buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    before = [buffer._version for buffer in buffers]
     layer(x)
-    assert layer.running_mean._version > before
+    assert all(buffer._version > old for buffer, old in zip(buffers, before))
+    assert layer.num_batches_tracked == 1
+
+
+def test_batches_are_counted_in_any_dtype(native):
+    layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 5, 6)
+    layer.num_batches_tracked = layer.num_batches_tracked.int()
+    layer(x), layer.eval()(x), layer.train()(x)
+    assert layer.num_batches_tracked == 2 and layer.num_batches_tracked.dtype == torch.int32
+
+
+def test_an_input_changed_after_the_call_is_an_error(native):
+    layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 5, 6, requires_grad=True)
+    h = x * 1
+    y = layer(h)
+    h += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = layer(x)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    use_native("C++", monkeypatch)
+    return kernels.native.extension()
+
+
+def quick(x, statistics=ALL, num_groups=2, training=True, virtual_gpus=1, change=None, **others):
+    """Whether the extension takes a call; `change` maps places of `tensors` to other tensors."""
+    tensors = [x, *values(tuple(x.shape), statistics)[1:7]]
+    for place, other in (change or {}).items():
+        tensors[place] = other
+    options = kernels.Options(statistics, num_groups, training, 0.1, 1e-5, virtual_gpus)
+    return kernels.native.quick_switch_norm(tuple(tensors), options, **others) is not None
+
+
+def test_what_the_extension_takes(extension):
+    """Otherwise the tests of the two ways would silently be tests of one."""
+    for shape in ((4, 6), (4, 6, 5), (4, 6, 5, 7), (4, 6, 2, 3, 4), (1, 6, 1, 1)):
+        x = torch.randn(shape)
+        assert quick(x) and quick(x, training=False) and quick(x.bfloat16())
+        assert quick(x, residual=torch.randn(shape), relu=True, counter=torch.tensor(0))
+        assert quick(x, ("in", "ln"), change={5: None, 6: None}) and not quick(x, ("in", "ln"))
+    for layout, shape in (("channels_last", (4, 6, 5, 7)), ("channels_last", (4, 6, 2, 3, 4))):
+        assert quick(lay_out(torch.randn(shape), layout))
+    layer, x = sn.SwitchNorm2d(4), torch.randn(2, 4, 5, 6)
+    assert "SwitchNorm" in layer(x).grad_fn.name() and "Cpp" in layer(x).grad_fn.name()
+
+
+def test_what_the_extension_leaves_to_others(extension):
+    x = torch.randn(4, 6, 5, 7)
+    for other in (
+        x[..., ::2],
+        lay_out(x, "transposed"),
+        x.half(),
+        x.to("meta"),
+        x.to_sparse(),
+        x[:0],
+        x[0, 0, 0],
+        torch._neg_view(x),
+        torch._efficientzerotensor(x.shape),
+        x.as_subclass(type("Own", (torch.Tensor,), {})),
+    ):
+        tensors = [other, *values((4, 6, 5, 7), ALL)[1:7]]
+        options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 1)
+        assert kernels.native.quick_switch_norm(tuple(tensors), options) is None
+    for options in (
+        {"num_groups": 4},
+        {"num_groups": 2.0},
+        {"num_groups": 0},
+        {"num_groups": None},
+    ):
+        assert not quick(x, **options)
+    assert not quick(x, virtual_gpus=3) and not quick(x, residual=x[:, :1])
+    ones, six = torch.ones(4), torch.ones(6)
+    for change in (
+        {1: ones[:3]},
+        {2: torch.ones(4, 1)},
+        {3: torch.ones(5)},
+        {4: six.double()},
+        {5: six.clone().requires_grad_()},
+        {5: None},
+        {6: None},
+        {6: torch.ones(12)[::2]},
+    ):
+        assert not quick(x, change=change), change
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -477,9 +578,8 @@ def test_momentum_counts_in_training_alone(backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_relu_lets_the_gradient_of_nan_pass(layout):
+def test_relu_lets_the_gradient_of_nan_pass(native, layout):
     """As PyTorch's own: a bad value shows in the gradients, too."""
-    compiled()
     x, *rest = values((2, 3, 4, 4), ("in", "ln"))[:5]
     x[1, 0, 0, 0] = math.nan
     options = kernels.Options(("in", "ln"), None, True, 0.1, 1e-5, 1)

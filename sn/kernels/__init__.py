@@ -2,6 +2,7 @@
 
     native.c           the CPU's passes and mixture, compiled when the package is installed
     native.py          its calls as autograd function
+    autograd.cpp       the same for the usual call, compiled for the PyTorch that is installed
     aten.py            the passes without a compiler, from PyTorch's own kernels
     mixture.py         everything on (N, C) numbers, forward and backward
     function.py        the two as one autograd function
@@ -25,7 +26,7 @@ from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .function import fused_switch_norm, is_transformed
 from .mixture import Options
-from .native import native_switch_norm, takes
+from .native import native_switch_norm, quick_switch_norm, takes
 
 BACKENDS = ("auto", "reference", "native", "aten", "triton")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -90,13 +91,21 @@ def switch_norm_act(
     options: Options,
     residual: Tensor | None = None,
     relu: bool = False,
+    counter: Tensor | None = None,
 ) -> Tensor:
     """relu(switch_norm(*tensors) + residual), in one go where there are kernels for it.
 
     `tensors` are the seven of `switch_norm`, `options.statistics` in canonical order. Where there
-    are no kernels for the residual and ReLU these follow as PyTorch's operations.
+    are no kernels for the residual and ReLU these follow as PyTorch's operations. `counter`, if
+    any, is increased by 1.
     """
+    if _backend in ("auto", "native") and not _seen_through():
+        y = quick_switch_norm(tensors, options, residual, relu, counter)
+        if y is not None:
+            return y
     chosen = choose_backend(*tensors)
+    if counter is not None and chosen != "native":
+        counter.add_(1)
     if chosen == "reference":
         y = functional.switch_norm(*tensors, **options._asdict())
     else:
@@ -106,24 +115,21 @@ def switch_norm_act(
             check_num_groups(options.num_groups, channels)
         if "bn" in options.statistics and options.training:
             check_virtual_gpus(options.virtual_gpus, x.shape[0])
-        if chosen == "aten":
-            y = fused_switch_norm(tensors, options)
+        matches = residual is None or _matches(residual, x)
+        fused = (residual, relu) if matches else (None, False)  # which of these the kernel does
+        if chosen == "native":
+            y = native_switch_norm(tensors, options, *fused, counter)
+        elif chosen == "triton":
+            from .cuda import triton_switch_norm  # brings Triton
+
+            y = triton_switch_norm(tensors, options, *fused)
         else:
-            fused = _with_activation(chosen)
-            if residual is None or _matches(residual, x):
-                return fused(tensors, options, residual, relu)
-            y = fused(tensors, options)
+            matches, y = False, fused_switch_norm(tensors, options)
+        if matches:
+            return y
     if residual is not None:
         y = y + residual
     return y.relu_() if relu else y
-
-
-def _with_activation(backend: str):
-    if backend == "native":
-        return native_switch_norm
-    from .cuda import triton_switch_norm  # brings Triton
-
-    return triton_switch_norm
 
 
 def _matches(residual: Tensor, x: Tensor) -> bool:
@@ -151,32 +157,41 @@ def choose_backend(
         forced = _backend == "triton" and not torch.compiler.is_exporting()
         can = (x.is_cuda or _INTERPRET) and x.dtype in _FLOATS[1:]
         return "triton" if forced and can else "reference"
-    if torch.jit.is_tracing() or x.dtype not in _FLOATS or is_transformed():
-        return "reference"
-    if torch._C._len_torch_dispatch_stack() > 0:  # such as fake tensors, counters of operations
+    if x.dtype not in _FLOATS or _seen_through():
         return "reference"
     accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
-    running = running_mean, running_var
-    for tensor in (x, mean_weight, var_weight, weight, bias, *running):
+    on_cpu = x.is_cpu
+    for tensor in (x, mean_weight, var_weight, weight, bias, running_mean, running_var):
         if tensor is not None and not (
             type(tensor) in _TENSORS
             and tensor.dtype in accepted
-            and tensor.device == x.device
+            and (tensor.is_cpu if on_cpu else tensor.device == x.device)
             and not tensor.is_neg()  # lazily negated: its memory holds other values
             and not tensor._is_zerotensor()
         ):
             return "reference"
-    if any(t is not None and t.requires_grad for t in running):
-        return "reference"
-    if x.is_cpu and _backend in ("auto", "native") and takes(x, *running):
+    for tensor in (running_mean, running_var):
+        if tensor is not None and tensor.requires_grad:
+            return "reference"
+    if on_cpu and _backend in ("auto", "native") and takes(x, running_mean, running_var):
         return "native"
-    if x.is_cpu and _backend in ("auto", "aten"):
+    if on_cpu and _backend in ("auto", "aten"):
         single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
         return "reference" if single else "aten"
     # Not auto: the kernels have been interpreted and compiled, but not yet run on a GPU.
     if _backend != "triton" or x.dtype is torch.float64 or x.shape[1] > 16384:
         return "reference"
     return "triton" if _triton_works(x.device) else "reference"
+
+
+def _seen_through() -> bool:
+    """Whether something wants to see the plain formula's operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or is_transformed()
+        or torch._C._len_torch_dispatch_stack() > 0  # such as fake tensors, counters of operations
+    )
 
 
 @lru_cache(maxsize=64)

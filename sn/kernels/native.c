@@ -34,17 +34,7 @@
 #define SEGMENT 65536    /* values of a sample (L, C) that are one task, at least */
 #define LEAST 32768      /* values a thread is worth */
 
-/* The layout of `Layer` in native.py. */
-typedef struct {
-    int64_t batch, channels, length;
-    int64_t num_groups;                 /* of gn */
-    int64_t groups;                     /* virtual GPUs of bn */
-    int64_t last;                       /* channels last: (N, L, C) instead of (N, C, L) */
-    int64_t places, in, ln, gn, bn;     /* their number; the place of each gate, -1: not there */
-    int64_t running;                    /* bn takes the running statistics */
-    int64_t update;                     /* of the running statistics */
-    double eps;
-} Layer;
+#include "native.h"
 
 enum { NO_ACT, RELU_OF_X, RELU_OF_Y };  /* where the sign of the output comes from */
 

@@ -1,25 +1,33 @@
 """The layer on the CPU by the compiled library of native.c, as one autograd function.
 
 The library is built when the package is installed where there is a C compiler (setup.py). Without
-it, or where it does not fit, the ATen path is taken.
+it, or where it does not fit, the ATen path is taken. The usual call goes through autograd.cpp, if
+that was built too: the same function without Python, which costs more than a small map.
 """
 
 import ctypes
+import importlib
 import math
+import re
+import struct
 import warnings
 import zlib
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from ..functional import STATISTICS
 from .aten import as_dtype
 from .function import dense_in_layout, goes_by_formula, keep, like_layout, reference_backward
 from .mixture import Options
 
-SOURCES = ("native.c", "native_passes.h")
+SOURCES = ("autograd.cpp", "native.c", "native.h", "native_passes.h")
+# `Forward` and `Backward` of native.h: one packed argument costs less than fourteen.
+_FORWARD, _BACKWARD = struct.Struct("=QqqdQQQQQQQQQQQ"), struct.Struct("=QqqQQQQQQQQQQQQ")
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
@@ -44,23 +52,42 @@ def library() -> ctypes.CDLL | None:
     except (OSError, AttributeError) as error:
         warnings.warn(f"sn: {path} cannot be loaded ({error}); {advice}", stacklevel=2)
         return None
-    if (folder / SOURCES[0]).exists() and source != checksum(folder):
+    if (folder / "native.c").exists() and source != checksum(folder):
         warnings.warn(f"sn: {path} was built from other sources; {advice}", stacklevel=2)
         return None
+    found.source = source
     found.parallel = bool(found.sn_parallel())
     found.sn_saved.argtypes, found.sn_saved.restype = [ctypes.c_void_p], ctypes.c_int64
     for suffix in _SUFFIXES.values():
-        forward = getattr(found, f"sn_forward_{suffix}")
-        forward.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_double]
-        forward.argtypes += [ctypes.c_void_p] * 10 + [ctypes.c_int]
-        backward = getattr(found, f"sn_backward_{suffix}")
-        backward.argtypes = [ctypes.c_void_p, ctypes.c_int]
-        backward.argtypes += [ctypes.c_void_p] * 12 + [ctypes.c_int]
+        for name in ("forward", "backward"):
+            getattr(found, f"sn_{name}_{suffix}").argtypes = [ctypes.c_char_p]
     return found
 
 
+@lru_cache(maxsize=1)
+def extension() -> ModuleType | None:
+    """autograd.cpp, compiled for this PyTorch from the library's sources; None if there is none."""
+    found = library()
+    if found is None:
+        return None
+    name = "_autograd_" + re.sub(r"\W", "_", torch.__version__)
+    try:
+        module = importlib.import_module(f".{name}", __package__)
+    except ImportError:
+        return None
+    if module.source != found.source:
+        return None
+    names = ["sn_saved"]
+    names += [
+        f"sn_{way}_{suffix}" for way in ("forward", "backward") for suffix in _SUFFIXES.values()
+    ]
+    addresses = [ctypes.cast(getattr(found, name), ctypes.c_void_p).value for name in names]
+    module.setup(*addresses, found.parallel, _formula)
+    return module
+
+
 class _Layer(ctypes.Structure):
-    """`Layer` of native.c."""
+    """`Layer` of native.h."""
 
     _names = ("batch", "channels", "length", "num_groups", "groups", "last", "places")
     _names += ("in", "ln", "gn", "bn", "running", "update")
@@ -77,8 +104,9 @@ def _layer(
     eps: float,
     virtual_gpus: int,
     running: bool,
-) -> tuple[_Layer, int]:
-    """What the library is told of a call, and how many doubles it keeps for the backward pass."""
+) -> tuple[_Layer, int, int]:
+    """What the library is told of a call, its address, and how many doubles are kept for the
+    backward pass."""
     length = math.prod(shape[2:])
     has_bn = "bn" in statistics
     layer = _Layer(
@@ -94,7 +122,33 @@ def _layer(
         running and has_bn and training,
         eps,
     )
-    return layer, library().sn_saved(ctypes.addressof(layer))
+    address = ctypes.addressof(layer)
+    return layer, address, library().sn_saved(address)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _template(
+    statistics: tuple[str, ...],
+    num_groups: int | None,
+    training: bool,
+    eps: float,
+    virtual_gpus: int,
+    running: bool,
+) -> bytes | None:
+    """What the extension is told of a call but for the shape; None if there is an error to raise."""
+    if type(virtual_gpus) is not int or "gn" in statistics and type(num_groups) is not int:
+        return None
+    layer = (
+        torch.Size((1, 1)),
+        False,
+        statistics,
+        num_groups,
+        training,
+        eps,
+        virtual_gpus,
+        running,
+    )
+    return bytes(_layer(*layer)[0])
 
 
 @lru_cache(maxsize=8)
@@ -118,21 +172,61 @@ def takes(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) ->
     return fits and (library().parallel or torch.get_num_threads() <= 2)
 
 
+def quick_switch_norm(
+    tensors: tuple[Tensor | None, ...],
+    options: Options,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    counter: Tensor | None = None,
+) -> Tensor | None:
+    """`native_switch_norm` by the extension; None if it is not there or not for such arguments."""
+    module = extension()
+    if module is None:
+        return None
+    statistics, num_groups, training, momentum, eps, virtual_gpus = options
+    running = tensors[5] is not None
+    template = _template(statistics, num_groups, training, eps, virtual_gpus, running)
+    if template is None:
+        return None
+    return module.run(*tensors, residual, counter, template, momentum, relu)
+
+
+def _formula(dy, layer: bytes, relu: int, residual: int, inputs):
+    """The extension's gradients where they are to be differentiable: see `reference_backward`."""
+    layer = _Layer.from_buffer_copy(layer)
+    statistics = tuple(s for s in STATISTICS if getattr(layer, s) >= 0)
+    *inputs, y = inputs
+    ctx = SimpleNamespace(
+        options=Options(
+            statistics, layer.num_groups, not layer.running, 0.0, layer.eps, layer.groups
+        ),
+        relu=relu,
+        residual=residual,
+        needs_input_grad=[t is not None and t.requires_grad for t in inputs],
+    )
+    return reference_backward(ctx, dy, inputs, y)
+
+
 def native_switch_norm(
     tensors: tuple[Tensor | None, ...],
     options: Options,
     residual: Tensor | None = None,
     relu: bool = False,
+    counter: Tensor | None = None,
 ) -> Tensor:
-    """`switch_norm` of its seven `tensors`, x on the CPU and not empty; `+ residual`, ReLU."""
+    """`switch_norm` of its seven `tensors`, x on the CPU and not empty; `+ residual`, ReLU.
+
+    `counter`, if any, is increased by 1.
+    """
     inputs = (*tensors, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _SwitchNorm.apply(*inputs, options, relu)
-    return _forward(inputs, options, relu)[0]
+        return _SwitchNorm.apply(*inputs, options, relu, counter)
+    return _forward(inputs, options, relu, counter)[0]
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _addresses(tensors) -> list[int]:
+    """Those of the values; 0 where there is no tensor."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _dense(tensors, x: Tensor) -> list[Tensor | None]:
@@ -147,7 +241,7 @@ def _dense(tensors, x: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _forward(inputs, options: Options, relu: bool):
+def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
     """Output, its layer, what the library keeps."""
     x, last = dense_in_layout(inputs[0])
     residual = inputs[7]
@@ -155,23 +249,25 @@ def _forward(inputs, options: Options, relu: bool):
         residual = like_layout(residual, last)
     statistics, num_groups, training, momentum, eps, virtual_gpus = options
     running = inputs[5] is not None
-    layer, size = _layer(
+    layer, address, size = _layer(
         x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running
     )
     y = torch.empty_like(x)
     saved = torch.empty(size, dtype=torch.float64, device=x.device)
     parameters = _dense(inputs[1:7], x)
-    failed = _functions(x.dtype)[0](
-        ctypes.addressof(layer),
+    if counter is not None and not (
+        type(counter) is Tensor and counter.dtype is torch.int64 and counter.is_cpu
+    ):
+        counter.add_(1)
+        counter = None
+    call = _FORWARD.pack(
+        address,
         torch.get_num_threads(),
-        momentum if layer.update else 0.0,
-        x.data_ptr(),
-        _address(residual),
-        y.data_ptr(),
-        saved.data_ptr(),
-        *map(_address, parameters),
         relu,
+        momentum if layer.update else 0.0,
+        *_addresses((x, residual, y, saved, *parameters, counter)),
     )
+    failed = _functions(x.dtype)[0](call)
     if failed:
         raise MemoryError(f"no memory for the statistics of an input of shape {tuple(x.shape)}")
     if layer.update:
@@ -179,6 +275,8 @@ def _forward(inputs, options: Options, relu: bool):
             if new is not old:
                 old.copy_(new)
         torch.autograd.graph.increment_version(inputs[5:7])
+    if counter is not None:
+        torch.autograd.graph.increment_version(counter)
     return y, layer, saved
 
 
@@ -187,8 +285,8 @@ class _SwitchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, options, relu = arguments
-        y, ctx.layer, saved = _forward(inputs, options, relu)
+        *inputs, options, relu, counter = arguments
+        y, ctx.layer, saved = _forward(inputs, options, relu, counter)
         keep(ctx, inputs, options, y, saved, relu=relu, residual=inputs[7] is not None)
         return y
 
@@ -196,7 +294,7 @@ class _SwitchNorm(torch.autograd.Function):
     def backward(ctx, dy):
         *inputs, y, saved = ctx.saved_tensors
         if goes_by_formula(dy):
-            return *reference_backward(ctx, dy, inputs, y), None, None
+            return *reference_backward(ctx, dy, inputs, y), None, None, None
         x, _ = dense_in_layout(inputs[0])
         layer, needed = ctx.layer, ctx.needs_input_grad
         dy = like_layout(dy, bool(layer.last))
@@ -207,19 +305,15 @@ class _SwitchNorm(torch.autograd.Function):
             d_residual = torch.empty_like(x) if ctx.relu else dy
         parameters = _dense(inputs[1:5], x)
         grads = [None if t is None else torch.empty_like(t) for t in parameters]
-        failed = _functions(x.dtype)[1](
+        written = d_residual if ctx.relu else None
+        call = _BACKWARD.pack(
             ctypes.addressof(layer),
             torch.get_num_threads(),
-            dy.data_ptr(),
-            x.data_ptr(),
-            _address(y),
-            _address(dx),
-            _address(d_residual) if ctx.relu else None,
-            saved.data_ptr(),
-            *map(_address, (*parameters[2:], *grads)),
             ctx.relu,
+            *_addresses((dy, x, y, dx, written, saved, *parameters[2:], *grads)),
         )
+        failed = _functions(x.dtype)[1](call)
         if failed:
             raise MemoryError(f"no memory for the gradients of an input of shape {tuple(x.shape)}")
         grads = [g if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs[1:5])]
-        return dx, *grads, None, None, d_residual, None, None
+        return dx, *grads, None, None, d_residual, None, None, None

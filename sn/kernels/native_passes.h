@@ -442,20 +442,22 @@ static void NAME(update)(const Layer *s, const double *new, double momentum, A *
     }
 }
 
-/* y = relu(switch_norm(x) + residual), with what the backward pass needs in `saved`, of sn_saved
-   doubles, and the running statistics' step. What there is not is NULL. 1: out of memory. */
-int NAME(sn_forward)(const Layer *s, int threads, double momentum, const T *x, const T *residual,
-                     T *y, double *saved, const A *mean_logits, const A *var_logits,
-                     const A *weight, const A *bias, A *running_mean, A *running_var, int relu) {
+/* y = relu(switch_norm(x) + residual), with what the backward pass needs, and the running
+   statistics' step. 1: out of memory. */
+int NAME(sn_forward)(const Forward *call) {
+    const Layer *s = call->layer;
+    const T *x = call->x, *residual = call->residual;
+    T *y = call->y;
+    A *running_mean = call->running_mean, *running_var = call->running_var;
+    int threads = useful_threads(s, call->threads), relu = call->relu != 0;
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
     Mix mix;
     NAME(Work) work;
-    threads = useful_threads(s, threads);
     void *memory = NAME(allocate_work)(s, &work, threads, 0);
     if (memory == NULL) return 1;
-    lay_out(s, saved, &mix);
-    NAME(widen)(mean_logits, s->places, 0, mix.w);
-    NAME(widen)(var_logits, s->places, 0, mix.u);
+    lay_out(s, call->saved, &mix);
+    NAME(widen)(call->mean_logits, s->places, 0, mix.w);
+    NAME(widen)(call->var_logits, s->places, 0, mix.u);
     if (s->running) {
         NAME(widen)(running_mean, channels, 0, mix.bn);
         NAME(widen)(running_var, channels, 0, mix.bn + channels);
@@ -468,10 +470,11 @@ int NAME(sn_forward)(const Layer *s, int threads, double momentum, const T *x, c
     else NAME(instance_moments)(s, x, &work, mix.mean, mix.var, threads);
     mix_moments(s, &mix, threads);
     if (s->update) {
-        NAME(update)(s, mix.bn, momentum, running_mean);
-        NAME(update)(s, mix.bn + s->groups * channels, momentum, running_var);
+        NAME(update)(s, mix.bn, call->momentum, running_mean);
+        NAME(update)(s, mix.bn + s->groups * channels, call->momentum, running_var);
     }
-    NAME(all_coefficients)(s, &mix, weight, bias, &work, threads);
+    if (call->counter != NULL) *call->counter += 1;
+    NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, threads);
     if (!s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t j = 0; j < size; j++) {
@@ -542,19 +545,20 @@ CLONES static void NAME(about_k)(int64_t size, const A *restrict k, const double
     }
 }
 
-/* Gradients of all inputs. `y` is given if ReLU followed a sum, `d_residual` may be then; both it
-   and `dx` may be NULL. 1: out of memory. */
-int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, const T *y, T *dx,
-                      T *d_residual, double *saved, const A *weight, const A *bias,
-                      A *grad_mean_logits, A *grad_var_logits, A *grad_weight, A *grad_bias,
-                      int relu) {
+/* Gradients of all inputs. 1: out of memory. */
+int NAME(sn_backward)(const Backward *call) {
+    const Layer *s = call->layer;
+    const T *dy = call->dy, *x = call->x, *y = call->y;
+    T *dx = call->dx, *d_residual = call->d_residual;
+    A *grad_mean_logits = call->grad_mean_logits, *grad_var_logits = call->grad_var_logits;
+    A *grad_weight = call->grad_weight, *grad_bias = call->grad_bias;
+    int threads = useful_threads(s, call->threads);
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
-    int act = !relu ? NO_ACT : y == NULL ? RELU_OF_X : RELU_OF_Y;
+    int act = !call->relu ? NO_ACT : y == NULL ? RELU_OF_X : RELU_OF_Y;
     double grad_w[4], grad_u[4];
     Mix mix;
     Gradients grads;
     NAME(Work) work;
-    threads = useful_threads(s, threads);
     void *wide = allocate_gradients(s, &grads);
     void *memory = NAME(allocate_work)(s, &work, threads, 1);
     if (wide == NULL || memory == NULL) {
@@ -562,9 +566,9 @@ int NAME(sn_backward)(const Layer *s, int threads, const T *dy, const T *x, cons
         free(memory);
         return 1;
     }
-    lay_out(s, saved, &mix);
-    NAME(widen)(weight, channels, 1, grads.weight);
-    NAME(all_coefficients)(s, &mix, weight, bias, &work, threads);
+    lay_out(s, call->saved, &mix);
+    NAME(widen)(call->weight, channels, 1, grads.weight);
+    NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, threads);
     NAME(sums)(s, dy, x, y, &work, grads.total, grads.product, act, threads);
     NAME(about_mean)(size, work.k, mix.mean, grads.total, grads.product);
     mix_backward(s, &mix, &grads, grad_w, grad_u);

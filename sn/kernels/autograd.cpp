@@ -1,0 +1,287 @@
+// The layer's usual call on the CPU as an autograd function in C++: native.py without Python.
+//
+// On small maps starting a call takes longer than computing it. `run` returns None for whatever is
+// not usual, of wrong shapes too, and native.py does that. Built when the package is installed
+// where PyTorch can be imported (setup.py), for that version of it.
+
+#include <Python.h>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <cstring>
+
+extern "C" {
+#include "native.h"
+}
+
+namespace {
+
+using at::Tensor;
+using Maybe = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// What `setup` was given: the functions of native.c, and native.py's `formula`.
+enum Kind { F32, F64, BF16, KINDS };
+int (*forward_of[KINDS])(const Forward*);
+int (*backward_of[KINDS])(const Backward*);
+int64_t (*saved_of)(const Layer*);
+bool parallel;
+PyObject* formula;
+
+// Kept in front of what native.c saves, as doubles that are none.
+struct Head {
+  Layer layer;
+  int64_t relu, residual, residual_needed;
+};
+constexpr int64_t HEAD = sizeof(Head) / sizeof(double);
+static_assert(sizeof(Head) % sizeof(double) == 0);
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+int kind_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return F32;
+    case at::kDouble: return F64;
+    case at::kBFloat16: return BF16;
+    default: return KINDS;
+  }
+}
+
+// Dense on the CPU and nothing else: not wrapped by a transform, negated lazily, without values.
+bool is_plain(const Tensor& t) {
+  static const auto usual =
+      c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                           c10::DispatchKey::AutocastCPU, c10::DispatchKey::ADInplaceOrView});
+  return (t.key_set() | usual) == usual;
+}
+
+bool is_vector(const Tensor& t, int64_t size, at::ScalarType dtype) {
+  return t.dim() == 1 && t.size(0) == size && t.scalar_type() == dtype && is_plain(t) &&
+         t.is_contiguous();
+}
+
+at::MemoryFormat format_of(const Tensor& x, bool last) {
+  if (!last) return at::MemoryFormat::Contiguous;
+  return x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+}
+
+void* address(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+void* address(const Maybe& t) { return t ? t->data_ptr() : nullptr; }
+
+struct Call {
+  Head head;
+  at::MemoryFormat format;
+  double momentum;
+  Maybe counter;
+};
+
+struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
+  // Output and what the backward pass needs.
+  static std::pair<Tensor, Tensor> compute(const Call& call, const Tensor& x,
+                                           const Tensor& mean_weight, const Tensor& var_weight,
+                                           const Maybe& weight, const Maybe& bias,
+                                           const Maybe& running_mean, const Maybe& running_var,
+                                           const Maybe& residual) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Layer* layer = &call.head.layer;
+    Tensor y = at::empty_like(x);
+    Tensor saved = at::empty({HEAD + saved_of(layer)}, at::kDouble);
+    double* memory = saved.data_ptr<double>();
+    std::memcpy(memory, &call.head, sizeof(Head));
+    Tensor other = residual ? residual->contiguous(call.format) : Tensor();
+    Forward given = {layer, at::get_num_threads(), call.head.relu, call.momentum,
+                     x.data_ptr(), address(other), y.data_ptr(), memory + HEAD,
+                     mean_weight.data_ptr(), var_weight.data_ptr(), address(weight),
+                     address(bias), address(running_mean), address(running_var),
+                     static_cast<int64_t*>(address(call.counter))};
+    int failed;
+    {
+      WithoutGil released;
+      failed = forward_of[kind_of(x)](&given);
+    }
+    TORCH_CHECK_WITH(OutOfMemoryError, !failed,
+                     "no memory for the statistics of an input of shape ", x.sizes());
+    for (const Maybe* t : {&running_mean, &running_var})
+      if (layer->update) (*t)->unsafeGetTensorImpl()->bump_version();
+    if (call.counter) call.counter->unsafeGetTensorImpl()->bump_version();
+    return {y, saved};
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Call& call, const Tensor& x,
+                        const Tensor& mean_weight, const Tensor& var_weight, const Maybe& weight,
+                        const Maybe& bias, const Maybe& running_mean, const Maybe& running_var,
+                        const Maybe& residual) {
+    auto [y, saved] = compute(call, x, mean_weight, var_weight, weight, bias, running_mean,
+                              running_var, residual);
+    // They change with the next call; in training y does not depend on them.
+    bool constant = call.head.layer.running;
+    bool keeps_y = call.head.relu && residual;
+    ctx->save_for_backward({x, mean_weight, var_weight, weight.value_or(Tensor()),
+                            bias.value_or(Tensor()), constant ? running_mean->clone() : Tensor(),
+                            constant ? running_var->clone() : Tensor(),
+                            keeps_y ? y : Tensor(), saved});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list inputs = ctx->get_saved_variables();
+    Tensor saved = inputs[8], y = inputs[7], dy = grads[0];
+    double* memory = saved.data_ptr<double>();
+    Head head;
+    std::memcpy(&head, memory, sizeof(Head));
+    if (at::GradMode::is_enabled() || !is_plain(dy) || dy._fw_grad(0).defined())
+      return by_formula(head, dy, inputs);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    // A vector per instance has one layout: there the library is told that channels are last.
+    auto format = format_of(inputs[0], head.layer.last && head.layer.length > 1);
+    Tensor x = inputs[0].contiguous(format), weight = inputs[3], bias = inputs[4];
+    dy = dy.contiguous(format);
+    Tensor dx, d_residual;
+    bool both = head.relu && head.residual_needed;  // one pass writes both
+    if (inputs[0].requires_grad() || both) dx = at::empty_like(x);
+    if (head.residual_needed) d_residual = head.relu ? at::empty_like(x) : dy;
+    variable_list small;
+    for (int i = 1; i < 5; i++)
+      small.push_back(inputs[i].defined() ? at::empty_like(inputs[i]) : Tensor());
+    Backward given = {&head.layer, at::get_num_threads(), head.relu, dy.data_ptr(),
+                      x.data_ptr(), address(y), address(dx), both ? address(d_residual) : nullptr,
+                      memory + HEAD, address(weight), address(bias), address(small[0]),
+                      address(small[1]), address(small[2]), address(small[3])};
+    int failed = backward_of[kind_of(x)](&given);
+    TORCH_CHECK_WITH(OutOfMemoryError, !failed,
+                     "no memory for the gradients of an input of shape ", x.sizes());
+    return {Tensor(), dx, small[0], small[1], small[2], small[3], Tensor(), Tensor(), d_residual};
+  }
+
+  // The gradients as a differentiable function, by the plain formula.
+  static variable_list by_formula(const Head& head, const Tensor& dy, const variable_list& inputs) {
+    pybind11::gil_scoped_acquire gil;
+    THPObjectPtr tensors(PyTuple_New(8)), layer(PyBytes_FromStringAndSize(
+                                              reinterpret_cast<const char*>(&head.layer),
+                                              sizeof(Layer)));
+    for (int i = 0; i < 8; i++) PyTuple_SET_ITEM(tensors.get(), i, THPVariable_Wrap(inputs[i]));
+    THPObjectPtr wrapped(THPVariable_Wrap(dy));
+    THPObjectPtr found(PyObject_CallFunction(
+        formula, "OOiiO", wrapped.get(), layer.get(), static_cast<int>(head.relu),
+        static_cast<int>(head.residual), tensors.get()));
+    if (!found) throw python_error();
+    variable_list result(9);
+    for (int i = 0; i < 8; i++) {
+      PyObject* item = PyTuple_GET_ITEM(found.get(), i);
+      if (item != Py_None) result[i + 1] = THPVariable_Unpack(item);
+    }
+    return result;
+  }
+};
+
+// Fill `to`; whether `object` is what it may be. None is no tensor.
+bool take(PyObject* object, Maybe* to) {
+  if (object == Py_None) return true;
+  if (!THPVariable_CheckExact(object)) return false;
+  *to = THPVariable_Unpack(object);
+  return is_plain(**to);
+}
+
+bool needs_grad(const Maybe& t) { return t && t->requires_grad(); }
+
+// run(x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual, counter,
+//     layer, momentum, relu): `layer` is a `Layer` without a shape, as bytes.
+PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 12, "run takes 12 arguments, got ", count);
+  Maybe t[9];
+  for (int i = 0; i < 9; i++)
+    if (!take(arguments[i], t + i)) Py_RETURN_NONE;
+  const Tensor& x = *t[0];
+  int kind = kind_of(x);
+  if (kind == KINDS || x.dim() < 2 || x.numel() == 0) Py_RETURN_NONE;
+  if (!parallel && at::get_num_threads() > 2) Py_RETURN_NONE;
+  int64_t channels = x.size(1), batch = x.size(0), length = x.numel() / (batch * channels);
+
+  Call call;
+  bool last = !x.is_contiguous();
+  if (last && (x.dim() < 4 || x.dim() > 5)) Py_RETURN_NONE;
+  call.format = format_of(x, last);
+  if (last && !x.is_contiguous(call.format)) Py_RETURN_NONE;
+  Layer& layer = call.head.layer;
+  std::memcpy(&layer, PyBytes_AS_STRING(arguments[9]), sizeof(Layer));
+  layer.batch = batch;
+  layer.channels = channels;
+  layer.length = length;
+  layer.last = last || length == 1;
+  if (batch % layer.groups || layer.num_groups < 1 || channels % layer.num_groups) Py_RETURN_NONE;
+
+  auto dtype = kind == F64 ? at::kDouble : at::kFloat;
+  for (int i = 1; i < 3; i++)
+    if (!t[i] || !is_vector(*t[i], layer.places, dtype)) Py_RETURN_NONE;
+  for (int i = 3; i < 7; i++)
+    if (t[i] && !is_vector(*t[i], channels, dtype)) Py_RETURN_NONE;
+  bool running = layer.running || layer.update;
+  for (int i = 5; i < 7; i++)
+    if (needs_grad(t[i]) || (running ? !t[i] : t[i].has_value())) Py_RETURN_NONE;
+  if (t[7] && (t[7]->sizes() != x.sizes() || t[7]->scalar_type() != x.scalar_type()))
+    Py_RETURN_NONE;
+  if (t[8] && (t[8]->scalar_type() != at::kLong || t[8]->numel() != 1)) Py_RETURN_NONE;
+
+  call.counter = t[8];
+  call.momentum = layer.update ? PyFloat_AsDouble(arguments[10]) : 0.0;
+  if (PyErr_Occurred()) throw python_error();
+  call.head.relu = PyObject_IsTrue(arguments[11]);
+  call.head.residual = t[7].has_value();
+  call.head.residual_needed = needs_grad(t[7]);
+  bool needed = at::GradMode::is_enabled() &&
+                (x.requires_grad() || t[1]->requires_grad() || t[2]->requires_grad() ||
+                 needs_grad(t[3]) || needs_grad(t[4]) || needs_grad(t[7]));
+  if (!needed)
+    return THPVariable_Wrap(
+        SwitchNorm::compute(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]).first);
+  return THPVariable_Wrap(
+      SwitchNorm::apply(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]));
+  END_HANDLE_TH_ERRORS
+}
+
+// setup(addresses of sn_saved, the forward and the backward functions, parallel, formula)
+PyObject* setup(PyObject*, PyObject* arguments) {
+  unsigned long long at[1 + 2 * KINDS];
+  int together;
+  PyObject* callable;
+  if (!PyArg_ParseTuple(arguments, "KKKKKKKpO", at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6,
+                        &together, &callable))
+    return nullptr;
+  saved_of = reinterpret_cast<decltype(saved_of)>(at[0]);
+  for (int kind = 0; kind < KINDS; kind++) {
+    forward_of[kind] = reinterpret_cast<int (*)(const Forward*)>(at[1 + kind]);
+    backward_of[kind] = reinterpret_cast<int (*)(const Backward*)>(at[1 + KINDS + kind]);
+  }
+  parallel = together;
+  Py_INCREF(callable);
+  Py_XSETREF(formula, callable);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
+    {"setup", setup, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "autograd", nullptr, -1, methods};
+
+PyObject* create() {
+  PyObject* made = PyModule_Create(&module);
+  if (made) PyModule_AddIntConstant(made, "source", SN_SOURCE);
+  return made;
+}
+
+}  // namespace
+
+#define JOINED(prefix, name) prefix##name
+#define INIT(name) JOINED(PyInit_, name)
+PyMODINIT_FUNC INIT(SN_MODULE)() { return create(); }

@@ -1,0 +1,38 @@
+/* What the functions of native.c are given: native.py packs it, autograd.cpp fills it. */
+
+#pragma once
+#include <stdint.h>
+
+typedef struct {
+    int64_t batch, channels, length;
+    int64_t num_groups;                 /* of gn */
+    int64_t groups;                     /* virtual GPUs of bn */
+    int64_t last;                       /* channels last: (N, L, C) instead of (N, C, L) */
+    int64_t places, in, ln, gn, bn;     /* their number; the place of each gate, -1: not there */
+    int64_t running;                    /* bn takes the running statistics */
+    int64_t update;                     /* of the running statistics */
+    double eps;
+} Layer;
+
+/* What there is not is NULL. */
+typedef struct {
+    const Layer *layer;
+    int64_t threads, relu;
+    double momentum;
+    const void *x, *residual;
+    void *y;
+    double *saved;                      /* sn_saved of them, for the backward pass */
+    const void *mean_logits, *var_logits, *weight, *bias;
+    void *running_mean, *running_var;   /* updated if the layer says so */
+    int64_t *counter;                   /* of batches */
+} Forward;
+
+typedef struct {
+    const Layer *layer;
+    int64_t threads, relu;
+    const void *dy, *x, *y;             /* y if ReLU followed a sum */
+    void *dx, *d_residual;              /* the latter only if y is given */
+    double *saved;
+    const void *weight, *bias;
+    void *grad_mean_logits, *grad_var_logits, *grad_weight, *grad_bias;
+} Backward;
