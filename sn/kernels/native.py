@@ -135,7 +135,7 @@ def _template(
     virtual_gpus: int,
     running: bool,
 ) -> bytes | None:
-    """What the extension is told of a call but for the shape; None if there is an error to raise."""
+    """What the extension is told of a call but its shape; None if there is an error to raise."""
     if type(virtual_gpus) is not int or "gn" in statistics and type(num_groups) is not int:
         return None
     layer = (
