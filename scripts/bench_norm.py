@@ -483,7 +483,7 @@ def chart(result: dict, path: Path) -> None:
         axis.set_ylabel("forward + backward\nover nn.BatchNorm2d")
         axis.set_title(f"{layout}, {result['environment']['dtype']}", fontsize=9)
         axis.grid(axis="y", lw=0.3)
-    axes[0, 0].legend(fontsize=7, ncol=4)
+    axes[0, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.suptitle(f"{result['environment']['device']}, torch {result['environment']['torch']}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
