@@ -14,7 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("sn/kernels")
-SOURCES = [KERNELS / n for n in ("autograd.cpp", "native.c", "native.h", "native_passes.h")]
+SOURCES = sorted(path for path in KERNELS.iterdir() if path.suffix in (".c", ".cpp", ".h"))
 BASE = ["-O3", "-g0", "-std=gnu11", "-Wno-psabi", "-Wno-unknown-pragmas"]
 WAYS = {  # compiler and linker flags, the best first: not every compiler has all of it
     ".c": [
@@ -56,7 +56,7 @@ def extension(name: str, source: str, **options) -> Extension:
 extensions = [extension("_native", "native.c")]
 try:
     import torch
-except ImportError:
+except Exception:  # not there, or not whole
     pass
 else:
     home = Path(torch.__file__).parent

@@ -438,6 +438,79 @@ def test_an_input_changed_after_the_call_is_an_error(native):
         y.sum().backward()
 
 
+def save_elsewhere(t):
+    """A hook that loses the layout, as torch's save_on_cpu does."""
+    return torch.empty(t.shape, dtype=t.dtype).copy_(t)
+
+
+def save_rounded(t):
+    return t.bfloat16()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_hooks_on_what_is_saved(backend, with_residual, layout):
+    tensors = values((4, 6, 9, 14), ALL)
+    other = lay_out(values((4, 6, 9, 14), ALL, seed=1)[0], layout) if with_residual else None
+    options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 1)
+    found = []
+    for pack, unpack in (
+        (lambda t: t, lambda t: t),
+        (save_elsewhere, lambda t: t),
+        (lambda t: (t.dtype, save_rounded(t)), lambda p: p[1].to(p[0])),
+        (save_rounded, lambda t: t),
+    ):
+        leaves = [t.clone().requires_grad_() for t in tensors[:5]]
+        own = lay_out(leaves[0], layout)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = kernels.switch_norm_act((own, *leaves[1:], None, None), options, other, True)
+        if len(found) == 3 and backend == "native":
+            with pytest.raises(RuntimeError, match="another dtype"):
+                y.backward(tensors[-1])
+        elif len(found) < 3:
+            y.backward(tensors[-1])
+            found.append([leaf.grad for leaf in leaves])
+    for plain, moved, rounded in zip(*found):
+        torch.testing.assert_close(moved, plain, rtol=1e-6, atol=1e-6)
+        assert (rounded - plain).norm() < 0.3 * plain.norm()
+
+
+def test_an_input_detached_after_the_call(native):
+    """As after PyTorch's operations: the graph is that of the call."""
+    layer, leaf = sn.SwitchNorm2d(4), torch.randn(2, 4, 5, 6, requires_grad=True)
+    dy = torch.randn(2, 4, 5, 6)
+    grads = []
+    for detached in (False, True):
+        h = leaf * 2
+        y = layer(h)
+        if detached:
+            h.detach_()
+        grads += torch.autograd.grad(y, leaf, dy)
+    torch.testing.assert_close(*grads)
+
+
+def test_buffers_of_inference_mode(native):
+    with torch.inference_mode():
+        layer = sn.SwitchNorm2d(4)
+        layer(torch.randn(2, 4, 5, 6))
+    with torch.no_grad():
+        layer(torch.randn(2, 4, 5, 6))
+    assert layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("broken", ["missing", "of other sources"])
+def test_without_the_extension(broken, extension, monkeypatch):
+    native = kernels.native
+    monkeypatch.setattr(native, "extension", native.extension.__wrapped__)
+    assert native.extension() is extension
+    if broken == "missing":  # built for another PyTorch
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    else:
+        monkeypatch.setattr(extension, "source", 0)
+    assert native.extension() is None
+    assert "Cpp" not in sn.SwitchNorm2d(4)(torch.randn(2, 4, 5, 6)).grad_fn.name()
+
+
 @pytest.fixture
 def extension(monkeypatch):
     use_native("C++", monkeypatch)
@@ -479,6 +552,7 @@ def test_what_the_extension_leaves_to_others(extension):
         torch._neg_view(x),
         torch._efficientzerotensor(x.shape),
         x.as_subclass(type("Own", (torch.Tensor,), {})),
+        None,
     ):
         tensors = [other, *values((4, 6, 5, 7), ALL)[1:7]]
         options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 1)
@@ -490,7 +564,9 @@ def test_what_the_extension_leaves_to_others(extension):
         {"num_groups": None},
     ):
         assert not quick(x, **options)
-    assert not quick(x, virtual_gpus=3) and not quick(x, residual=x[:, :1])
+    for virtual_gpus in (3, 0, -1, 2.0):
+        assert not quick(x, virtual_gpus=virtual_gpus)
+    assert not quick(x, residual=x[:, :1])
     ones, six = torch.ones(4), torch.ones(6)
     for change in (
         {1: ones[:3]},
@@ -617,8 +693,9 @@ def test_without_the_compiled_library(broken, tmp_path, monkeypatch):
     compiled()
     native = kernels.native
     name = "_native" + native.EXTENSION_SUFFIXES[0]
-    for source in native.SOURCES:
-        (tmp_path / source).write_bytes((Path(native.__file__).parent / source).read_bytes())
+    for source in Path(native.__file__).parent.iterdir():
+        if source.suffix in (".c", ".cpp", ".h"):
+            (tmp_path / source.name).write_bytes(source.read_bytes())
     if broken == "no library":
         (tmp_path / name).write_bytes(b"not a library")
     if broken == "of other sources":

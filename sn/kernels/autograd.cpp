@@ -1,8 +1,8 @@
 // The layer's usual call on the CPU as an autograd function in C++: native.py without Python.
 //
 // On small maps starting a call takes longer than computing it. `run` returns None for whatever is
-// not usual, of wrong shapes too, and native.py does that. Built when the package is installed
-// where PyTorch can be imported (setup.py), for that version of it.
+// not usual, wrong shapes too, and changes nothing then: kernels/__init__.py goes on. Built when the
+// package is installed where PyTorch can be imported (setup.py), for that version of it.
 
 #include <Python.h>
 
@@ -14,6 +14,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <cstring>
+#include <string>
 
 extern "C" {
 #include "native.h"
@@ -34,13 +35,11 @@ int64_t (*saved_of)(const Layer*);
 bool parallel;
 PyObject* formula;
 
-// Kept in front of what native.c saves, as doubles that are none.
+// What the backward pass is told, apart from tensors.
 struct Head {
   Layer layer;
-  int64_t relu, residual, residual_needed;
+  int64_t relu, residual_needed;
 };
-constexpr int64_t HEAD = sizeof(Head) / sizeof(double);
-static_assert(sizeof(Head) % sizeof(double) == 0);
 
 struct WithoutGil {
   PyThreadState* state = PyEval_SaveThread();
@@ -94,12 +93,10 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Layer* layer = &call.head.layer;
     Tensor y = at::empty_like(x);
-    Tensor saved = at::empty({HEAD + saved_of(layer)}, at::kDouble);
-    double* memory = saved.data_ptr<double>();
-    std::memcpy(memory, &call.head, sizeof(Head));
+    Tensor saved = at::empty({saved_of(layer)}, at::kDouble);
     Tensor other = residual ? residual->contiguous(call.format) : Tensor();
     Forward given = {layer, at::get_num_threads(), call.head.relu, call.momentum,
-                     x.data_ptr(), address(other), y.data_ptr(), memory + HEAD,
+                     x.data_ptr(), address(other), y.data_ptr(), saved.data_ptr<double>(),
                      mean_weight.data_ptr(), var_weight.data_ptr(), address(weight),
                      address(bias), address(running_mean), address(running_var),
                      static_cast<int64_t*>(address(call.counter))};
@@ -129,33 +126,48 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
                             bias.value_or(Tensor()), constant ? running_mean->clone() : Tensor(),
                             constant ? running_var->clone() : Tensor(),
                             keeps_y ? y : Tensor(), saved});
+    ctx->saved_data["head"] =
+        std::string(reinterpret_cast<const char*>(&call.head), sizeof(Head));
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list inputs = ctx->get_saved_variables();
-    Tensor saved = inputs[8], y = inputs[7], dy = grads[0];
-    double* memory = saved.data_ptr<double>();
+    Tensor x = inputs[0], y = inputs[7], saved = inputs[8], dy = grads[0];
     Head head;
-    std::memcpy(&head, memory, sizeof(Head));
-    if (at::GradMode::is_enabled() || !is_plain(dy) || dy._fw_grad(0).defined())
-      return by_formula(head, dy, inputs);
+    std::memcpy(&head, ctx->saved_data["head"].toStringRef().data(), sizeof(Head));
+    const Layer* layer = &head.layer;
+    bool transformed = c10::impl::tls_is_dispatch_key_included(
+        c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+    if (at::GradMode::is_enabled() || transformed || !is_plain(dy) || dy._fw_grad(0).defined())
+      return by_formula(ctx, head, dy, inputs);
+    // Hooks may have changed what was saved: its layout is mended, more is an error.
+    TORCH_CHECK(x.scalar_type() == dy.scalar_type() && x.sizes() == dy.sizes() &&
+                    saved.scalar_type() == at::kDouble && saved.numel() == saved_of(layer) &&
+                    is_plain(x) && is_plain(saved) && (!y.defined() || y.sizes() == x.sizes()),
+                "what the layer saved came back with another dtype, shape or device: ",
+                x.toString(), x.sizes(), " and ", saved.toString(), saved.sizes());
     at::AutoDispatchBelowADInplaceOrView guard;
-    // A vector per instance has one layout: there the library is told that channels are last.
-    auto format = format_of(inputs[0], head.layer.last && head.layer.length > 1);
-    Tensor x = inputs[0].contiguous(format), weight = inputs[3], bias = inputs[4];
+    // Instances of one value have one layout: there the library is told that channels are last.
+    auto format = format_of(x, layer->last && layer->length > 1);
+    auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    x = x.contiguous(format);
     dy = dy.contiguous(format);
+    saved = saved.contiguous();
+    if (y.defined()) y = y.to(x.scalar_type()).contiguous(format);
+    for (int i = 1; i < 5; i++)
+      if (inputs[i].defined()) inputs[i] = inputs[i].to(dtype).contiguous();
     Tensor dx, d_residual;
     bool both = head.relu && head.residual_needed;  // one pass writes both
-    if (inputs[0].requires_grad() || both) dx = at::empty_like(x);
+    if (ctx->needs_input_grad(0) || both) dx = at::empty_like(x);
     if (head.residual_needed) d_residual = head.relu ? at::empty_like(x) : dy;
     variable_list small;
     for (int i = 1; i < 5; i++)
       small.push_back(inputs[i].defined() ? at::empty_like(inputs[i]) : Tensor());
-    Backward given = {&head.layer, at::get_num_threads(), head.relu, dy.data_ptr(),
-                      x.data_ptr(), address(y), address(dx), both ? address(d_residual) : nullptr,
-                      memory + HEAD, address(weight), address(bias), address(small[0]),
-                      address(small[1]), address(small[2]), address(small[3])};
+    Backward given = {layer, at::get_num_threads(), head.relu, dy.data_ptr(), x.data_ptr(),
+                      address(y), address(dx), both ? address(d_residual) : nullptr,
+                      saved.data_ptr<double>(), address(inputs[3]), address(inputs[4]),
+                      address(small[0]), address(small[1]), address(small[2]), address(small[3])};
     int failed = backward_of[kind_of(x)](&given);
     TORCH_CHECK_WITH(OutOfMemoryError, !failed,
                      "no memory for the gradients of an input of shape ", x.sizes());
@@ -163,17 +175,26 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
   }
 
   // The gradients as a differentiable function, by the plain formula.
-  static variable_list by_formula(const Head& head, const Tensor& dy, const variable_list& inputs) {
+  static variable_list by_formula(AutogradContext* ctx, const Head& head, const Tensor& dy,
+                                  const variable_list& inputs) {
     pybind11::gil_scoped_acquire gil;
-    THPObjectPtr tensors(PyTuple_New(8)), layer(PyBytes_FromStringAndSize(
-                                              reinterpret_cast<const char*>(&head.layer),
-                                              sizeof(Layer)));
+    THPObjectPtr tensors(PyTuple_New(8)), needed(PyTuple_New(5));
     for (int i = 0; i < 8; i++) PyTuple_SET_ITEM(tensors.get(), i, THPVariable_Wrap(inputs[i]));
+    for (int i = 0, edge = 0; i < 5; i++) {
+      bool need = inputs[i].defined() && ctx->needs_input_grad(edge++);
+      PyTuple_SET_ITEM(needed.get(), i, PyBool_FromLong(need));
+    }
     THPObjectPtr wrapped(THPVariable_Wrap(dy));
+    THPObjectPtr layer(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&head.layer),
+                                                 sizeof(Layer)));
     THPObjectPtr found(PyObject_CallFunction(
-        formula, "OOiiO", wrapped.get(), layer.get(), static_cast<int>(head.relu),
-        static_cast<int>(head.residual), tensors.get()));
-    if (!found) throw python_error();
+        formula, "OOiiOO", wrapped.get(), layer.get(), static_cast<int>(head.relu),
+        static_cast<int>(head.residual_needed), needed.get(), tensors.get()));
+    if (!found) {
+      python_error error;
+      error.persist();
+      throw error;
+    }
     variable_list result(9);
     for (int i = 0; i < 8; i++) {
       PyObject* item = PyTuple_GET_ITEM(found.get(), i);
@@ -201,6 +222,7 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Maybe t[9];
   for (int i = 0; i < 9; i++)
     if (!take(arguments[i], t + i)) Py_RETURN_NONE;
+  if (!t[0]) Py_RETURN_NONE;
   const Tensor& x = *t[0];
   int kind = kind_of(x);
   if (kind == KINDS || x.dim() < 2 || x.numel() == 0) Py_RETURN_NONE;
@@ -218,7 +240,8 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   layer.channels = channels;
   layer.length = length;
   layer.last = last || length == 1;
-  if (batch % layer.groups || layer.num_groups < 1 || channels % layer.num_groups) Py_RETURN_NONE;
+  if (layer.groups < 1 || batch % layer.groups) Py_RETURN_NONE;
+  if (layer.num_groups < 1 || channels % layer.num_groups) Py_RETURN_NONE;
 
   auto dtype = kind == F64 ? at::kDouble : at::kFloat;
   for (int i = 1; i < 3; i++)
@@ -231,16 +254,17 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (t[7] && (t[7]->sizes() != x.sizes() || t[7]->scalar_type() != x.scalar_type()))
     Py_RETURN_NONE;
   if (t[8] && (t[8]->scalar_type() != at::kLong || t[8]->numel() != 1)) Py_RETURN_NONE;
+  for (int i : {5, 6, 8})  // those of inference mode have no versions
+    if (t[i] && t[i]->is_inference()) Py_RETURN_NONE;
 
   call.counter = t[8];
   call.momentum = layer.update ? PyFloat_AsDouble(arguments[10]) : 0.0;
   if (PyErr_Occurred()) throw python_error();
   call.head.relu = PyObject_IsTrue(arguments[11]);
-  call.head.residual = t[7].has_value();
   call.head.residual_needed = needs_grad(t[7]);
-  bool needed = at::GradMode::is_enabled() &&
-                (x.requires_grad() || t[1]->requires_grad() || t[2]->requires_grad() ||
-                 needs_grad(t[3]) || needs_grad(t[4]) || needs_grad(t[7]));
+  bool needed = false;
+  for (const Maybe& each : t) needed |= needs_grad(each);
+  needed &= at::GradMode::is_enabled();
   if (!needed)
     return THPVariable_Wrap(
         SwitchNorm::compute(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]).first);

@@ -143,8 +143,8 @@ class _SwitchNorm(torch.autograd.Function):
         x, *parameters = inputs[:5]
         dtype, layout, mixed = mean.dtype, ctx.layout, ctx.mixed
 
-        x, _ = dense_in_layout(x.detach())
-        view, dy_view = layout.view(x), layout.view(like_layout(dy, layout is Columns))
+        x, dy = (like_layout(t, layout is Columns) for t in (x.detach(), dy))
+        view, dy_view = layout.view(x), layout.view(dy)
         if centre is not None:
             view = as_dtype(view, dtype) - layout.per_instance(centre)
         total, product = (to_array(s.view_as(mean)) for s in layout.reduce(dy_view, view, mean))

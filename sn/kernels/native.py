@@ -25,15 +25,15 @@ from .aten import as_dtype
 from .function import dense_in_layout, goes_by_formula, keep, like_layout, reference_backward
 from .mixture import Options
 
-SOURCES = ("autograd.cpp", "native.c", "native.h", "native_passes.h")
 # `Forward` and `Backward` of native.h: one packed argument costs less than fourteen.
 _FORWARD, _BACKWARD = struct.Struct("=QqqdQQQQQQQQQQQ"), struct.Struct("=QqqQQQQQQQQQQQQ")
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
 def checksum(folder: Path) -> int:
-    """Of the sources in `folder`."""
-    return zlib.crc32(b"".join((folder / name).read_bytes() for name in SOURCES))
+    """Of the sources in `folder`, as setup.py takes it."""
+    sources = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".cpp", ".h"))
+    return zlib.crc32(b"".join(path.read_bytes() for path in sources))
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +135,7 @@ def _template(
     virtual_gpus: int,
     running: bool,
 ) -> bytes | None:
-    """What the extension is told of a call but its shape; None if there is an error to raise."""
+    """What the extension is told of a call but its shape; None if that is for others to judge."""
     if type(virtual_gpus) is not int or "gn" in statistics and type(num_groups) is not int:
         return None
     layer = (
@@ -191,19 +191,24 @@ def quick_switch_norm(
     return module.run(*tensors, residual, counter, template, momentum, relu)
 
 
-def _formula(dy, layer: bytes, relu: int, residual: int, inputs):
+def check_saved(x: Tensor, saved: Tensor, dy: Tensor, size: int) -> None:
+    """Raise RuntimeError unless a call's x and `size` doubles came back as they were saved."""
+    same = x.dtype == dy.dtype and x.shape == dy.shape and x.device == saved.device == dy.device
+    if not (same and saved.dtype == torch.float64 and saved.shape == (size,)):
+        raise RuntimeError(
+            "what the layer saved came back with another dtype, shape or device: "
+            f"{x.dtype} {tuple(x.shape)} and {saved.dtype} {tuple(saved.shape)}"
+        )
+
+
+def _formula(dy, layer: bytes, relu: int, residual: int, needed, inputs):
     """The extension's gradients where they are to be differentiable: see `reference_backward`."""
     layer = _Layer.from_buffer_copy(layer)
     statistics = tuple(s for s in STATISTICS if getattr(layer, s) >= 0)
+    training = not layer.running
+    options = Options(statistics, layer.num_groups, training, 0.0, layer.eps, layer.groups)
+    ctx = SimpleNamespace(options=options, relu=relu, residual=residual, needs_input_grad=needed)
     *inputs, y = inputs
-    ctx = SimpleNamespace(
-        options=Options(
-            statistics, layer.num_groups, not layer.running, 0.0, layer.eps, layer.groups
-        ),
-        relu=relu,
-        residual=residual,
-        needs_input_grad=[t is not None and t.requires_grad for t in inputs],
-    )
     return reference_backward(ctx, dy, inputs, y)
 
 
@@ -269,7 +274,9 @@ def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
     )
     failed = _functions(x.dtype)[0](call)
     if failed:
-        raise MemoryError(f"no memory for the statistics of an input of shape {tuple(x.shape)}")
+        raise torch.OutOfMemoryError(
+            f"no memory for the statistics of an input of shape {tuple(x.shape)}"
+        )
     if layer.update:
         for old, new in zip(inputs[5:7], parameters[4:]):
             if new is not old:
@@ -295,9 +302,11 @@ class _SwitchNorm(torch.autograd.Function):
         *inputs, y, saved = ctx.saved_tensors
         if goes_by_formula(dy):
             return *reference_backward(ctx, dy, inputs, y), None, None, None
-        x, _ = dense_in_layout(inputs[0])
         layer, needed = ctx.layer, ctx.needs_input_grad
-        dy = like_layout(dy, bool(layer.last))
+        # Hooks may have changed what was saved: its layout is mended, more is an error.
+        x, dy = (like_layout(t, bool(layer.last)) for t in (inputs[0], dy))
+        y = y if y is None else like_layout(y.to(x.dtype), bool(layer.last))
+        check_saved(x, saved, dy, library().sn_saved(ctypes.addressof(layer)))
         both = ctx.relu and needed[7]  # one pass writes both
         dx = torch.empty_like(x) if needed[0] or both else None
         d_residual = None
@@ -314,6 +323,8 @@ class _SwitchNorm(torch.autograd.Function):
         )
         failed = _functions(x.dtype)[1](call)
         if failed:
-            raise MemoryError(f"no memory for the gradients of an input of shape {tuple(x.shape)}")
+            raise torch.OutOfMemoryError(
+                f"no memory for the gradients of an input of shape {tuple(x.shape)}"
+            )
         grads = [g if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs[1:5])]
         return dx, *grads, None, None, d_residual, None, None, None
