@@ -52,6 +52,7 @@ def test_bad_gradient_is_named():
 def test_the_layer_is_found_by_running_again():
     """All weights are finite, one layer overflows: GN and LN networks hold no bad statistic."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].weight.data.fill_(1)
     model[2].weight.data.fill_(3e38)
     x = torch.ones(1, 2)
     assert first_bad_layer(model, lambda: model(x)) == "2"
