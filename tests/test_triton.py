@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import ALL, MODES, SUBSETS, compare, lay_out, values
+from test_kernels import ALL, LAYOUTS, MODES, SUBSETS, compare, lay_out, values
 
 import sn
 from sn import functional, kernels
@@ -293,3 +293,19 @@ def test_lazily_negated_and_batched_gradients():
         results.append(found)
     for plain, fused in zip(*results):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+@runs
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_hooks_that_lose_the_layout(layout):
+    """As torch's save_on_cpu does."""
+    x, *rest = (t.to(DEVICE) for t in values((2, 4, 3, 5), ALL)[:5])
+    other, dy = lay_out(torch.randn_like(x), layout), torch.randn_like(x)
+    options, results = kernels.Options(ALL, 2, True, 0.1, 1e-5, 1), []
+    for pack in (lambda t: t, lambda t: torch.empty(t.shape, dtype=t.dtype).to(t.device).copy_(t)):
+        own = x.clone().requires_grad_()
+        with sn.backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            tensors = (lay_out(own, layout), *rest, None, None)
+            y = kernels.switch_norm_act(tensors, options, other, True)
+        results.append(torch.autograd.grad(y, own, dy)[0])
+    torch.testing.assert_close(*results)

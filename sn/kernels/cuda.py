@@ -304,9 +304,11 @@ class _SwitchNorm(torch.autograd.Function):
         *inputs, y, own, layer, group, batch = ctx.saved_tensors
         if goes_by_formula(dy):
             return *reference_backward(ctx, dy, inputs, y), None, None
-        x, _ = dense_in_layout(inputs[0].detach())
+        # Hooks may have changed the layout of what was saved.
+        x, dy = (like_layout(t, ctx.last) for t in (inputs[0].detach(), dy))
+        y = y if y is None else like_layout(y, ctx.last)
         *grads, d_residual = backward(
-            like_layout(dy, ctx.last),
+            dy,
             x,
             ctx.last,
             y,
