@@ -554,9 +554,7 @@ def test_what_the_extension_leaves_to_others(extension):
         x.as_subclass(type("Own", (torch.Tensor,), {})),
         None,
     ):
-        tensors = [other, *values((4, 6, 5, 7), ALL)[1:7]]
-        options = kernels.Options(ALL, 2, True, 0.1, 1e-5, 1)
-        assert kernels.native.quick_switch_norm(tuple(tensors), options) is None
+        assert not quick(x, change={0: other})
     for options in (
         {"num_groups": 4},
         {"num_groups": 2.0},
@@ -693,9 +691,8 @@ def test_without_the_compiled_library(broken, tmp_path, monkeypatch):
     compiled()
     native = kernels.native
     name = "_native" + native.EXTENSION_SUFFIXES[0]
-    for source in Path(native.__file__).parent.iterdir():
-        if source.suffix in (".c", ".cpp", ".h"):
-            (tmp_path / source.name).write_bytes(source.read_bytes())
+    for source in native.sources(Path(native.__file__).parent):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
     if broken == "no library":
         (tmp_path / name).write_bytes(b"not a library")
     if broken == "of other sources":

@@ -30,10 +30,13 @@ _FORWARD, _BACKWARD = struct.Struct("=QqqdQQQQQQQQQQQ"), struct.Struct("=QqqQQQQ
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
+def sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".c", ".cpp", ".h"))
+
+
 def checksum(folder: Path) -> int:
     """Of the sources in `folder`, as setup.py takes it."""
-    sources = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".cpp", ".h"))
-    return zlib.crc32(b"".join(path.read_bytes() for path in sources))
+    return zlib.crc32(b"".join(path.read_bytes() for path in sources(folder)))
 
 
 @lru_cache(maxsize=1)
@@ -94,61 +97,40 @@ class _Layer(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in _names), ("eps", ctypes.c_double)]
 
 
-@lru_cache(maxsize=1024)
-def _layer(
-    shape: torch.Size,
-    last: bool,
+@lru_cache(maxsize=256)
+def _description(
     statistics: tuple[str, ...],
     num_groups: int | None,
     training: bool,
     eps: float,
     virtual_gpus: int,
     running: bool,
-) -> tuple[_Layer, int, int]:
-    """What the library is told of a call, its address, and how many doubles are kept for the
-    backward pass."""
-    length = math.prod(shape[2:])
+) -> bytes:
+    """A `Layer` without the shape of its input."""
     has_bn = "bn" in statistics
     layer = _Layer(
-        shape[0],
-        shape[1],
-        length,
-        num_groups if "gn" in statistics else 1,
-        virtual_gpus if training and has_bn else 1,
-        last or length == 1,  # then both are the same, and a row is one long loop
-        len(statistics),
-        *(statistics.index(s) if s in statistics else -1 for s in ("in", "ln", "gn", "bn")),
-        running and has_bn and not training,
-        running and has_bn and training,
-        eps,
+        num_groups=num_groups if "gn" in statistics else 1,
+        groups=virtual_gpus if training and has_bn else 1,
+        places=len(statistics),
+        running=running and has_bn and not training,
+        update=running and has_bn and training,
+        eps=eps,
     )
-    address = ctypes.addressof(layer)
-    return layer, address, library().sn_saved(address)
+    for statistic in STATISTICS:
+        place = statistics.index(statistic) if statistic in statistics else -1
+        setattr(layer, statistic, place)
+    return bytes(layer)
 
 
-@lru_cache(maxsize=256, typed=True)
-def _template(
-    statistics: tuple[str, ...],
-    num_groups: int | None,
-    training: bool,
-    eps: float,
-    virtual_gpus: int,
-    running: bool,
-) -> bytes | None:
-    """What the extension is told of a call but its shape; None if that is for others to judge."""
-    if type(virtual_gpus) is not int or "gn" in statistics and type(num_groups) is not int:
-        return None
-    layer = (
-        torch.Size((1, 1)),
-        False,
-        statistics,
-        num_groups,
-        training,
-        eps,
-        virtual_gpus,
-        running,
-    )
-    return bytes(_layer(*layer)[0])
+@lru_cache(maxsize=1024)
+def _layer(shape: torch.Size, last: bool, *description) -> _Layer:
+    """What the library is told of a call; `address` of it, `size` in doubles of what it keeps."""
+    layer = _Layer.from_buffer_copy(_description(*description))
+    layer.batch, layer.channels, layer.length = shape[0], shape[1], math.prod(shape[2:])
+    layer.last = last or layer.length == 1  # then both are the same, and a row is one long loop
+    layer.address = ctypes.addressof(layer)
+    layer.size = library().sn_saved(layer.address)
+    return layer
 
 
 @lru_cache(maxsize=8)
@@ -179,19 +161,22 @@ def quick_switch_norm(
     relu: bool = False,
     counter: Tensor | None = None,
 ) -> Tensor | None:
-    """`native_switch_norm` by the extension; None if it is not there or not for such arguments."""
+    """`native_switch_norm` by the extension; None if it is not there or not for such arguments.
+
+    `counter`, if any, is increased by 1.
+    """
     module = extension()
     if module is None:
         return None
     statistics, num_groups, training, momentum, eps, virtual_gpus = options
+    if type(virtual_gpus) is not int or "gn" in statistics and type(num_groups) is not int:
+        return None  # for the checks to judge
     running = tensors[5] is not None
-    template = _template(statistics, num_groups, training, eps, virtual_gpus, running)
-    if template is None:
-        return None
-    return module.run(*tensors, residual, counter, template, momentum, relu)
+    layer = _description(statistics, num_groups, training, eps, virtual_gpus, running)
+    return module.run(*tensors, residual, counter, layer, momentum, relu)
 
 
-def check_saved(x: Tensor, saved: Tensor, dy: Tensor, size: int) -> None:
+def _check_saved(x: Tensor, saved: Tensor, dy: Tensor, size: int) -> None:
     """Raise RuntimeError unless a call's x and `size` doubles came back as they were saved."""
     same = x.dtype == dy.dtype and x.shape == dy.shape and x.device == saved.device == dy.device
     if not (same and saved.dtype == torch.float64 and saved.shape == (size,)):
@@ -254,11 +239,9 @@ def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
         residual = like_layout(residual, last)
     statistics, num_groups, training, momentum, eps, virtual_gpus = options
     running = inputs[5] is not None
-    layer, address, size = _layer(
-        x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running
-    )
+    layer = _layer(x.shape, last, statistics, num_groups, training, eps, virtual_gpus, running)
     y = torch.empty_like(x)
-    saved = torch.empty(size, dtype=torch.float64, device=x.device)
+    saved = torch.empty(layer.size, dtype=torch.float64, device=x.device)
     parameters = _dense(inputs[1:7], x)
     if counter is not None and not (
         type(counter) is Tensor and counter.dtype is torch.int64 and counter.is_cpu
@@ -266,7 +249,7 @@ def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
         counter.add_(1)
         counter = None
     call = _FORWARD.pack(
-        address,
+        layer.address,
         torch.get_num_threads(),
         relu,
         momentum if layer.update else 0.0,
@@ -306,7 +289,7 @@ class _SwitchNorm(torch.autograd.Function):
         # Hooks may have changed what was saved: its layout is mended, more is an error.
         x, dy = (like_layout(t, bool(layer.last)) for t in (inputs[0], dy))
         y = y if y is None else like_layout(y.to(x.dtype), bool(layer.last))
-        check_saved(x, saved, dy, library().sn_saved(ctypes.addressof(layer)))
+        _check_saved(x, saved, dy, layer.size)
         both = ctx.relu and needed[7]  # one pass writes both
         dx = torch.empty_like(x) if needed[0] or both else None
         d_residual = None
@@ -316,7 +299,7 @@ class _SwitchNorm(torch.autograd.Function):
         grads = [None if t is None else torch.empty_like(t) for t in parameters]
         written = d_residual if ctx.relu else None
         call = _BACKWARD.pack(
-            ctypes.addressof(layer),
+            layer.address,
             torch.get_num_threads(),
             ctx.relu,
             *_addresses((dy, x, y, dx, written, saved, *parameters[2:], *grads)),
