@@ -23,15 +23,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import sn
-from sn.training import distributed, entry, style_data
-from sn.training.checkpoint import load_checkpoint, restore, save_checkpoint
-from sn.training.data import BadImages
-from sn.training.entry import above, number, one_of, optional, switch, whole
-from sn.training.guard import FiniteGuard, check_finite, gradient_norm
-from sn.training.record import Recorder, environment
-from sn.training.schedule import mix_seed
-from sn.training.stopping import Preempted, StopSignal, Watchdog
-from sn.training.style import (
+from sn.training.classification.data import BadImages
+from sn.training.run import distributed, entry
+from sn.training.run.checkpoint import load_checkpoint, restore, save_checkpoint
+from sn.training.run.entry import above, number, one_of, optional, switch, whole
+from sn.training.run.guard import FiniteGuard, check_finite, gradient_norm
+from sn.training.run.record import Recorder, environment
+from sn.training.run.schedule import mix_seed
+from sn.training.run.stopping import Preempted, StopSignal, Watchdog
+from sn.training.style import photos as style_data
+from sn.training.style.networks import (
     LOSS_WEIGHTS,
     RELUS,
     LossNetwork,
@@ -44,7 +45,7 @@ from sn.training.style import (
     style_loss,
     total_variation,
 )
-from sn.training.stylize import export_onnx, load_style_net, onnx_difference, stylize
+from sn.training.style.stylize import export_onnx, load_style_net, onnx_difference, stylize
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("content", "style", "tv")

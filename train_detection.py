@@ -27,9 +27,9 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 import sn
-from sn.training import detectors, distributed, entry
-from sn.training.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
-from sn.training.coco import (
+from sn.training.classification.data import read_image
+from sn.training.detection import detectors
+from sn.training.detection.data import (
     DetectionData,
     GroupedSampler,
     TrainingImages,
@@ -37,20 +37,21 @@ from sn.training.coco import (
     load_detection_data,
     training_loader,
 )
-from sn.training.coco_evaluation import (
+from sn.training.detection.evaluation import (
     coco_results,
     detect,
     evaluate_detections,
     evaluation_batches,
     gather,
 )
-from sn.training.data import read_image
-from sn.training.detection_pictures import draw_detections, grid, save_picture
-from sn.training.entry import above, is_number, number, one_of, optional, switch, whole
-from sn.training.guard import FiniteGuard, gradient_norm
-from sn.training.record import Recorder, environment, write_text
-from sn.training.schedule import lr_factor_by_images, mix_seed
-from sn.training.stopping import Preempted, StopSignal, Watchdog
+from sn.training.detection.pictures import draw_detections, grid, save_picture
+from sn.training.run import distributed, entry
+from sn.training.run.checkpoint import load_checkpoint, load_weights, restore, save_checkpoint
+from sn.training.run.entry import above, is_number, number, one_of, optional, switch, whole
+from sn.training.run.guard import FiniteGuard, gradient_norm
+from sn.training.run.record import Recorder, environment, write_text
+from sn.training.run.schedule import lr_factor_by_images, mix_seed
+from sn.training.run.stopping import Preempted, StopSignal, Watchdog
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COCO_IMAGES = (117_266, 5_000)  # of train2017 with objects, of val2017

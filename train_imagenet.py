@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 import sn
 from sn.batch_average import batch_statistics_layers
-from sn.training import bilevel, distributed, entry
-from sn.training.checkpoint import keep_best, load_checkpoint, restore, save_checkpoint
-from sn.training.data import (
+from sn.training.classification import bilevel
+from sn.training.classification.data import (
     BadImages,
     ImageData,
     SettingSampler,
@@ -36,13 +35,15 @@ from sn.training.data import (
     evaluation_batches,
     make_loader,
 )
-from sn.training.entry import above, is_number, number, one_of, optional, switch, whole
-from sn.training.evaluation import evaluate
-from sn.training.guard import FiniteGuard, check_finite, gradient_norm
-from sn.training.models import build_model
-from sn.training.record import Recorder, environment
-from sn.training.schedule import base_lr, lr_factor, mix_seed
-from sn.training.stopping import Preempted, StopSignal, Watchdog
+from sn.training.classification.evaluation import evaluate
+from sn.training.classification.models import build_model
+from sn.training.run import distributed, entry
+from sn.training.run.checkpoint import keep_best, load_checkpoint, restore, save_checkpoint
+from sn.training.run.entry import above, is_number, number, one_of, optional, switch, whole
+from sn.training.run.guard import FiniteGuard, check_finite, gradient_norm
+from sn.training.run.record import Recorder, environment
+from sn.training.run.schedule import base_lr, lr_factor, mix_seed
+from sn.training.run.stopping import Preempted, StopSignal, Watchdog
 
 AUTOCAST = {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_SIZE = (1_281_167, 50_000)

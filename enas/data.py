@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sn.training.data import ArrayImages, ImageData
-from sn.training.schedule import mix_seed
+from sn.training.classification.data import ArrayImages, ImageData
+from sn.training.run.schedule import mix_seed
 
 
 class DeviceImages:

@@ -19,15 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sn.training import distributed, entry
-from sn.training.checkpoint import load_checkpoint, restore, save_checkpoint
-from sn.training.data import ImageData, build_data, load_cifar10_test
-from sn.training.entry import above, number, one_of, optional, switch, whole
-from sn.training.evaluation import evaluate
-from sn.training.guard import FiniteGuard, gradient_norm
-from sn.training.record import Recorder, environment
-from sn.training.schedule import cosine_restarts, mix_seed
-from sn.training.stopping import Preempted, StopSignal, Watchdog
+from sn.training.classification.data import ImageData, build_data, load_cifar10_test
+from sn.training.classification.evaluation import evaluate
+from sn.training.run import distributed, entry
+from sn.training.run.checkpoint import load_checkpoint, restore, save_checkpoint
+from sn.training.run.entry import above, number, one_of, optional, switch, whole
+from sn.training.run.guard import FiniteGuard, gradient_norm
+from sn.training.run.record import Recorder, environment
+from sn.training.run.schedule import cosine_restarts, mix_seed
+from sn.training.run.stopping import Preempted, StopSignal, Watchdog
 
 from .child import Child
 from .data import DeviceImages

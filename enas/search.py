@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sn.recurrent import LSTM_NORMS, LSTM_PLACES
-from sn.training import distributed, entry
-from sn.training.checkpoint import load_checkpoint, restore, save_checkpoint
-from sn.training.data import ImageData, build_data
-from sn.training.entry import above, number, one_of, optional, switch, whole
-from sn.training.guard import FiniteGuard, gradient_norm
-from sn.training.record import Recorder, environment
-from sn.training.schedule import cosine_restarts, mix_seed
-from sn.training.stopping import Preempted, StopSignal, Watchdog
+from sn.training.classification.data import ImageData, build_data
+from sn.training.run import distributed, entry
+from sn.training.run.checkpoint import load_checkpoint, restore, save_checkpoint
+from sn.training.run.entry import above, number, one_of, optional, switch, whole
+from sn.training.run.guard import FiniteGuard, gradient_norm
+from sn.training.run.record import Recorder, environment
+from sn.training.run.schedule import cosine_restarts, mix_seed
+from sn.training.run.stopping import Preempted, StopSignal, Watchdog
 
 from .child import Child
 from .controller import Baseline, Controller, Samples, reinforce_loss

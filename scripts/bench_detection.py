@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 import sn
-from sn.training.detectors import ARCHITECTURES, PARTS, build_detector
-from sn.training.record import environment
+from sn.training.detection.detectors import ARCHITECTURES, PARTS, build_detector
+from sn.training.run.record import environment
 
 NORMS = ("frozen_bn", "bn", "gn", "sn")
 SMALL = {  # the proxies' model

@@ -21,14 +21,13 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from bench_norm import MALLOC, environment
+from torch import Tensor, nn
+
+import sn
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from bench_norm import MALLOC, environment  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import sn  # noqa: E402
 
 NORMS = ("none", "ln", "gn", "sn_ln_gn")
 MODULES = "sn_ln_gn, modules"

@@ -27,14 +27,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sn
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-
-import sn  # noqa: E402
 
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
@@ -358,7 +357,7 @@ def resnet50(norm, fused: bool = False) -> nn.Module:
 
     model = build(norm_layer=norm)
     if fused:
-        from sn.training.models import fuse_activations
+        from sn.training.classification.models import fuse_activations
 
         fuse_activations(model)
     return model

@@ -19,16 +19,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import sn  # noqa: E402
-from sn.training.record import environment  # noqa: E402
-from sn.training.style import (  # noqa: E402
+import sn
+from sn.training.run.record import environment
+from sn.training.style.networks import (
     LossNetwork,
     build_style_net,
     content_loss,
@@ -37,6 +34,7 @@ from sn.training.style import (  # noqa: E402
     style_loss,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTENT = "relu2_2"
 STYLE = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 NETWORKS = ("bn", "in", "sn", "peer")

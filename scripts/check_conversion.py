@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 import sn
 from sn.batch_average import batch_statistics_layers
 from sn.modules import SwitchNormBase
-from sn.training.record import environment, read_jsonl
+from sn.training.run.record import environment, read_jsonl
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EQUAL = 1e-3

@@ -10,8 +10,8 @@ that build the network with the official layer's unbiased variances.
 import argparse
 import sys
 
-from sn.training.checkpoint import save_checkpoint
-from sn.training.official import convert_official, read_official, unfilled_statistics
+from sn.training.classification.official import convert_official, read_official, unfilled_statistics
+from sn.training.run.checkpoint import save_checkpoint
 
 
 def main() -> None:

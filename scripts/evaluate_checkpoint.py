@@ -20,9 +20,7 @@ from torch import nn
 
 import sn
 from sn.batch_average import batch_statistics_layers
-from sn.training import distributed
-from sn.training.checkpoint import load_weights
-from sn.training.data import (
+from sn.training.classification.data import (
     ImageData,
     TransformedImages,
     batch_average_batches,
@@ -30,9 +28,11 @@ from sn.training.data import (
     evaluation_batches,
     make_loader,
 )
-from sn.training.evaluation import evaluate
-from sn.training.models import build_model
-from sn.training.official import read_official
+from sn.training.classification.evaluation import evaluate
+from sn.training.classification.models import build_model
+from sn.training.classification.official import read_official
+from sn.training.run import distributed
+from sn.training.run.checkpoint import load_weights
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -51,7 +51,7 @@ print(torch.__version__, triton.__version__, torch.cuda.get_device_properties(0)
 if [[ -e $OUT/environment.failed ]]; then
     exit 1
 fi
-step tests_triton 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_triton.py
+step tests_triton 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_triton.py
 step bench_bf16_last 240 "${bench[@]}" --dtype bfloat16 --sets resnet50 --layouts channels_last \
     --quick --only sn sn+relu bn+relu gn --output "$OUT/bench_bf16_last"
 step networks_bf16 180 "${bench[@]}" --dtype bfloat16 --layouts channels_last --networks \

@@ -17,9 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
-from results import ROOT, fail, load_runs
+from common.records import ROOT, fail, load_runs
 
 RECORDS = ("config.yaml", "metrics.jsonl", "importance.jsonl", "summary.json")
 REQUIRED = ("config.yaml", "metrics.jsonl", "summary.json")

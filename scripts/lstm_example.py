@@ -9,19 +9,15 @@ of one `sn.SwitchNormLSTM` is classified. `none` is torch's nn.LSTM itself. Prin
 """
 
 import argparse
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-import sn  # noqa: E402
-from sn.recurrent import LSTM_NORMS  # noqa: E402
-from sn.training.data import build_data  # noqa: E402
+import sn
+from sn.recurrent import LSTM_NORMS
+from sn.training.classification.data import build_data
 
 
 class RowReader(nn.Module):

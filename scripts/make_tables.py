@@ -10,11 +10,9 @@ Source: Tables 4.1-4.4 and Sec. 4.1, from results/paper.yaml.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
-from results import (
+from common.records import (
     ROOT,
     RUNS_HELP,
     Run,

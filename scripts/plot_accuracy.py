@@ -18,9 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
-from results import (
+from common.records import (
     COLORS,
     FIGURE_SETTINGS,
     ROOT,

@@ -23,10 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
-from results import (
+from common.records import (
     COLORS,
     ROOT,
     RUNS_HELP,
@@ -41,6 +38,7 @@ from results import (
     load_runs,
     mean_and_sd,
 )
+from matplotlib.ticker import MaxNLocator
 
 # in this order everywhere; "random" is the sampler without a controller
 LABELS = {

@@ -23,10 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
-from results import (
+from common.records import (
     COLORS,
     FIGURE_SETTINGS,
     ROOT,
@@ -46,6 +43,7 @@ from results import (
     setting_label,
     sort_settings,
 )
+from matplotlib.patches import Patch
 
 WEIGHTS = {
     "mean": "mean weights",

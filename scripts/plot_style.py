@@ -22,9 +22,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sn" / "training"))
-from results import (
+from common.records import (
     COLORS,
     ROOT,
     RUNS_HELP,
@@ -218,9 +216,8 @@ def describe(cells: dict[str, list[Run]]) -> str:
 
 def draw_grid(groups: dict, args: argparse.Namespace, path: Path) -> None:
     """Fig 6: a row per photograph and style, the style inset, a column per norm."""
-    sys.path.insert(0, str(ROOT))
-    from sn.training.style_data import read_image, resize_long_side, to_pil, to_tensor
-    from sn.training.stylize import load_style_net, stylize
+    from sn.training.style.photos import read_image, resize_long_side, to_pil, to_tensor
+    from sn.training.style.stylize import load_style_net, stylize
 
     rows, columns = [], []
     for cells in groups.values():

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from sn.training.checkpoint import load_checkpoint
-from sn.training.record import environment
-from sn.training.stopping import Watchdog
+from sn.training.run.checkpoint import load_checkpoint
+from sn.training.run.record import environment
+from sn.training.run.stopping import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = tempfile.mkdtemp()  # what the runs draw for themselves

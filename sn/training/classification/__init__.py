@@ -1,0 +1,1 @@
+"""Image classification: data, models, evaluation, bilevel control parameters."""

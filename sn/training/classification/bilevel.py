@@ -1,0 +1,117 @@
+"""Gates trained on other images than the weights, as architectures are in DARTS.
+
+min over gates of L_val(weights*(gates), gates), with weights* = argmin L_train(weights, gates).
+Section 3.4 of the paper holds that SN needs no such thing; this is for testing that.
+Source: Liu et al., DARTS, arXiv 1806.09055, section 2.3.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from ..run.distributed import in_group, sum_over_processes
+from ..run.schedule import mix_seed
+
+ORDERS = {"bilevel_first": 1, "bilevel": 2}  # the config's `gates`, beside "joint"
+
+
+def split_images(images: Sequence, seed: int) -> tuple[Subset, Subset]:
+    """Two random halves of a training set: for the weights, and for the gates.
+
+    Raises ValueError for fewer than two images.
+    """
+    if len(images) < 2:
+        raise ValueError(f"bilevel gates split the training set in two; it has {len(images)}")
+    generator = torch.Generator().manual_seed(mix_seed(seed, len(images), 2))
+    order = torch.randperm(len(images), generator=generator).tolist()
+    half = len(images) // 2
+    return Subset(images, sorted(order[:half])), Subset(images, sorted(order[half : 2 * half]))
+
+
+def gate_gradients(
+    train_loss: Callable[[], Tensor],
+    val_loss: Callable[[], Tensor],
+    gates: Sequence[nn.Parameter],
+    weights: Sequence[nn.Parameter],
+    optimizer: torch.optim.SGD,
+    model: nn.Module,
+    order: int = 2,
+) -> list[Tensor]:
+    """The gradient of the validation loss with respect to `gates`, one tensor for each.
+
+    First order takes the weights as they are. Second order takes them after the step of `optimizer`
+    (its lr, momentum and decay) that `train_loss` asks for, with the Hessian's product by central
+    differences of 0.01 / |v|. The losses are called on `model` as it is; afterwards its weights and
+    buffers are what they were and no `.grad` is touched. All processes of a group get their mean.
+
+    Differs: DARTS' code keeps the running statistics of the probing passes.
+    """
+    with _kept(model):
+        if order == 1:
+            return _mean_over_processes(_gradients(val_loss(), gates))
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        start = [weight.detach().clone() for weight in weights]
+        with _restored(weights, start):
+            steps = _mean_over_processes(_gradients(train_loss(), weights))
+            with torch.no_grad():
+                for weight, step in zip(weights, steps):
+                    group = groups[weight]
+                    step = step + group["weight_decay"] * weight
+                    momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
+                    if momentum is not None:
+                        step = step + group["momentum"] * momentum
+                    weight.sub_(group["lr"] * step)
+            found = _gradients(val_loss(), [*gates, *weights])
+            found = _mean_over_processes(found)
+            direct, vector = found[: len(gates)], found[len(gates) :]
+            # the lr of each weight is part of d weights' / d gates
+            vector = [groups[w]["lr"] * v for w, v in zip(weights, vector)]
+            length = torch.stack([v.double().square().sum() for v in vector]).sum().sqrt().item()
+            if length == 0:
+                return direct
+            width = 0.01 / length
+            sides = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for weight, value, v in zip(weights, start, vector):
+                        weight.copy_(value + sign * width * v)
+                sides.append(_mean_over_processes(_gradients(train_loss(), gates)))
+    return [d - (plus - minus) / (2 * width) for d, plus, minus in zip(direct, *sides)]
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
+
+
+def _mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    if not in_group():
+        return tensors
+    flat = sum_over_processes(torch.cat([t.flatten() for t in tensors]))
+    flat /= torch.distributed.get_world_size()
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors)]
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Buffers, running statistics above all, are afterwards what they were."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.copy_(value)
+
+
+@contextmanager
+def _restored(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, values):
+                weight.copy_(value)

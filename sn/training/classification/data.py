@@ -1,0 +1,467 @@
+"""Data sets, and loaders whose batches depend on (seed, epoch, image) but not on the machine."""
+
+import hashlib
+import io
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import datasets
+from torchvision.transforms import v2
+
+from ..run.schedule import mix_seed, steps_per_epoch
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# eigenvalues and eigenvectors of ImageNet's RGB values (Krizhevsky et al. 2012)
+PCA_VALUES = (0.2175, 0.0188, 0.0045)
+PCA_VECTORS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+class Lighting(torch.nn.Module):
+    """AlexNet's PCA lighting noise on a (3, H, W) image in [0, 1]."""
+
+    def __init__(self, std: float):
+        super().__init__()
+        self.std = std
+        self.axes = torch.tensor(PCA_VECTORS) * torch.tensor(PCA_VALUES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + (self.axes @ (torch.randn(3) * self.std)).view(3, 1, 1)
+
+
+@dataclass
+class ImageData:
+    """A classification task. `train` and `val` are sequences of (image, label).
+
+    `sha256` is of the images, or of an image folder's listing with file sizes.
+    """
+
+    name: str
+    train: Sequence
+    val: Sequence
+    num_classes: int
+    augmentation: "Augmentation"
+    evaluation: "Augmentation"
+    sha256: str
+
+    def describe(self) -> dict:
+        """Name, sizes and hash, as they stand in a run's record."""
+        return {
+            "name": self.name,
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+            "classes": self.num_classes,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass
+class Augmentation:
+    """The transform at a fraction of the run: `usual`, then `last` for its last fraction."""
+
+    usual: Callable
+    last: Callable | None = None
+    last_fraction: float = 0.0
+
+    def at(self, progress: float) -> Callable:
+        end = progress + self.last_fraction >= 1 - 1e-9
+        return self.last if self.last and self.last_fraction and end else self.usual
+
+
+class ArrayImages:
+    """uint8 images (N, 3, H, W) in memory with their labels."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.labels = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The image at `path` in RGB. Raises ValueError, naming the file, if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                levels = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+class BadImages:
+    """Counts unreadable images over all processes, data workers and resumptions of a run.
+
+    They share the text file `path`, one bad image a line, each once. Past `limit` of them `add`
+    raises its error, naming the limit by `key`. Without a path nothing is counted and every bad
+    image is past the limit.
+    """
+
+    def __init__(
+        self, path: str | Path | None = None, limit: int = 0, key: str = "data.max_bad_images"
+    ):
+        self.path, self.limit, self.key = path and Path(path), limit, key
+
+    def lines(self) -> list[str]:
+        """What the file holds."""
+        if self.path is None or not self.path.exists():
+            return []
+        return self.path.read_text(encoding="utf-8").splitlines()
+
+    def add(self, error: ValueError) -> None:
+        """Note a bad image, described by `error`; raise ValueError if that is one too many."""
+        if not self.limit or self.path is None:
+            raise error
+        line = str(error).replace("\n", " ")
+        known = self.lines()
+        if line not in known:
+            print(f"warning: {line}; skipped", file=sys.stderr, flush=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")  # one short write: whole, whoever else appends
+            known = list(dict.fromkeys(self.lines()))
+        if len(known) > self.limit:
+            raise ValueError(
+                f"{len(known)} unreadable images, more than {self.key}={self.limit}; "
+                f"the last: {line}; all of them in {self.path}"
+            )
+
+
+class FileImages:
+    """RGB images read from (path, label) samples.
+
+    One that cannot be read is noted in `bad`. While that lets it pass, the next readable image
+    stands in for it, or in an evaluation (`substitute=False`) a black one with label -1, which
+    does not count.
+    """
+
+    def __init__(
+        self, samples: list[tuple[str, int]], substitute: bool = True, bad: BadImages | None = None
+    ):
+        self.samples, self.substitute = samples, substitute
+        self.bad = bad or BadImages()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        for position in range(index, index + len(self.samples)):
+            path, label = self.samples[position % len(self.samples)]
+            try:
+                return read_image(path), label
+            except ValueError as error:
+                self.bad.add(error)
+            if not self.substitute:
+                return Image.new("RGB", (1, 1)), -1
+        raise ValueError(f"none of {len(self.samples)} images can be read, from {path} on")
+
+
+class TransformedImages(Dataset):
+    """Images by (epoch, index); a transform's random numbers depend on these and `seed` alone."""
+
+    def __init__(self, images: Sequence, augmentation: Augmentation, epochs: int, seed: int = 0):
+        self.images, self.augmentation = images, augmentation
+        self.epochs, self.seed = epochs, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        image, label = self.images[index]
+        transform = self.augmentation.at(epoch / self.epochs)
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+        try:
+            return transform(image), label
+        finally:
+            torch.set_rng_state(state)
+
+
+class SettingSampler(Sampler):
+    """This process's (epoch, index) batches of a (GPUs, images per GPU) setting.
+
+    Each epoch is a permutation drawn from (seed, epoch), repeated from its start until all GPUs
+    have full batches: `steps` x `gpus` x `images_per_gpu`. A process takes the images of its
+    gpus / world_size virtual GPUs, GPU after GPU. Set `epoch` and `first_step` before iterating.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        gpus: int,
+        images_per_gpu: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_images, self.gpus, self.images_per_gpu = num_images, gpus, images_per_gpu
+        self.seed = seed
+        share = gpus // world_size
+        self.own = slice(rank * share, (rank + 1) * share)
+        self.steps = steps_per_epoch(num_images, gpus, images_per_gpu)
+        self.epoch = self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        total = self.steps * self.gpus * self.images_per_gpu
+        order = order.repeat(-(-total // self.num_images))[:total]
+        order = order.view(self.steps, self.gpus, self.images_per_gpu)
+        for step in range(self.first_step, self.steps):
+            yield [(self.epoch, index) for index in order[step, self.own].flatten().tolist()]
+
+
+def evaluation_batches(
+    num_images: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[tuple[int, int]]]:
+    """Batches of this process's share; over all processes every image comes once."""
+    own = [(0, index) for index in range(rank, num_images, world_size)]
+    return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+
+
+def batch_average_batches(
+    num_images: int, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1
+) -> list[list[tuple[int, int]]]:
+    """This process's share of up to `batches` random full batches, capped by the data.
+
+    With fewer images than `batch_size` there is one batch of them all.
+    """
+    generator = torch.Generator().manual_seed(mix_seed(seed, num_images))
+    order = torch.randperm(num_images, generator=generator).tolist()
+    batch_size = min(batch_size, num_images)
+    count = min(batches, num_images // batch_size)
+    return [
+        [(0, index) for index in order[b * batch_size : (b + 1) * batch_size]]
+        for b in range(rank, count, world_size)
+    ]
+
+
+def make_loader(dataset: Dataset, batches, workers: int, device: torch.device) -> DataLoader:
+    """A DataLoader over given batches of (epoch, index) keys."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+    )
+
+
+def build_data(name: str, **options) -> ImageData:
+    """Load the data set `name`: digits, cifar10, or an ImageFolder under any other name.
+
+    Raises FileNotFoundError or ValueError, saying what layout is expected, if it is not there.
+    """
+    train_images = options.get("train_images")
+    if train_images is not None and train_images < 1:
+        raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
+    loaders = {"digits": load_digits, "cifar10": load_cifar10}
+    if name in loaders:
+        return loaders[name](**options)
+    return load_image_folder(name, **options)
+
+
+def load_digits(train_images: int | None = None) -> ImageData:
+    """scikit-learn's 1,797 handwritten 8x8 digits as (3, 8, 8); 360 random ones are held out.
+
+    Source: bundled with scikit-learn (UCI Optical Recognition of Handwritten Digits, test part).
+    """
+    from sklearn.datasets import load_digits as bundled
+
+    digits = bundled()
+    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 0..16 to 0..255
+    images = np.repeat(images[:, None], 3, axis=1)
+    order = np.random.RandomState(0).permutation(len(images))  # the same split for every run
+    held_out, rest = order[:360], order[360:]
+    mean, std = (0.3053,) * 3, (0.3760,) * 3  # of the images
+    return _in_memory(
+        "digits",
+        (images[rest], digits.target[rest]),
+        (images[held_out], digits.target[held_out]),
+        train_images,
+        [v2.RandomCrop(8, padding=1)],
+        mean,
+        std,
+    )
+
+
+def load_cifar10(root: str, download: bool = False, train_images: int | None = None) -> ImageData:
+    """CIFAR-10 from `root`/cifar-10-batches-py; the last 5,000 training images are held out.
+
+    Raises FileNotFoundError if the five training batches are not there.
+    """
+    if download:
+        datasets.CIFAR10(root, train=True, download=True)
+    folder = Path(root) / "cifar-10-batches-py"
+    files = [folder / f"data_batch_{i}" for i in range(1, 6)]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no CIFAR-10 in data.root={root}: {missing[0]} is missing; expected torchvision's "
+            "layout <root>/cifar-10-batches-py/data_batch_1..5 (data.download=true fetches it)"
+        )
+    batches = [_load_cifar_batch(file) for file in files]
+    images = np.concatenate([images for images, _ in batches])
+    labels = np.concatenate([labels for _, labels in batches])
+    if len(images) <= 5000:
+        raise ValueError(f"{folder} has {len(images)} training images; 5,000 are held out of them")
+    train, val = slice(0, len(images) - 5000), slice(len(images) - 5000, None)
+    return _in_memory(
+        "cifar10",
+        (images[train], labels[train]),
+        (images[val], labels[val]),
+        train_images,
+        [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()],
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+    )
+
+
+def load_cifar10_test(root: str) -> ArrayImages:
+    """CIFAR-10's test images, from `root`/cifar-10-batches-py/test_batch, for a last evaluation.
+
+    Raises FileNotFoundError if they are not there.
+    """
+    path = Path(root) / "cifar-10-batches-py" / "test_batch"
+    if not path.is_file():
+        raise FileNotFoundError(f"no CIFAR-10 test images in data.root={root}: {path} is missing")
+    return ArrayImages(*_load_cifar_batch(path))
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickler for files of dicts, lists, strings and numpy arrays; refuses everything else."""
+
+    allowed = {"_reconstruct", "ndarray", "dtype", "_frombuffer", "scalar", "encode"}
+
+    def find_class(self, module: str, name: str):
+        if name in self.allowed and (module.split(".")[0] == "numpy" or module == "_codecs"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refused {module}.{name}: not a plain array")
+
+
+def _load_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        images = np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(batch["labels"]).reshape(-1)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{path} is not a CIFAR-10 batch: {error!r}") from None
+    if len(images) != len(labels):
+        raise ValueError(f"{path}: {len(images)} images but {len(labels)} labels")
+    if labels.dtype.kind not in "iu" or len(labels) and not 0 <= labels.min() <= labels.max() <= 9:
+        raise ValueError(f"{path}: labels are not all whole numbers from 0 to 9")
+    return images, labels
+
+
+def _in_memory(name, train, val, train_images, augmentation, mean, std) -> ImageData:
+    if train_images is not None and train_images > len(train[0]):
+        raise ValueError(f"data.train_images={train_images}, but {name} has {len(train[0])}")
+    train = tuple(part[:train_images] for part in train)
+    sha256 = hashlib.sha256()
+    for part in (*train, *val):
+        sha256.update(np.ascontiguousarray(part).tobytes())
+    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    return ImageData(
+        name,
+        ArrayImages(*train),
+        ArrayImages(*val),
+        10,
+        Augmentation(v2.Compose([*augmentation, *normalise])),
+        Augmentation(v2.Compose(normalise)),
+        sha256.hexdigest(),
+    )
+
+
+def load_image_folder(
+    name: str,
+    root: str,
+    train_images: int | None = None,
+    image_size: int = 224,
+    resize: int = 256,
+    lighting: float = 0.1,
+    color_jitter: float = 0.0,
+    last_crop: str = "center",
+    last_fraction: float = 0.0,
+    bad: BadImages | None = None,
+) -> ImageData:
+    """ImageNet, or any `root`/{train,val}/<class>/<image>.
+
+    In the last `last_fraction` of the run the random scale gives way to a `last_crop` ("center" or
+    "random") of the resized image. Source: official trainers, section 4.1.
+
+    Raises FileNotFoundError or ValueError if the folders or their classes are not as expected.
+    """
+    if last_crop not in ("center", "random"):
+        raise ValueError(f"unknown data.last_crop={last_crop!r}; choose center or random")
+    if not 1 <= image_size <= resize:
+        raise ValueError(f"data.image_size={image_size} must be 1..data.resize={resize}")
+    train, val = (_image_folder(Path(root) / part, root) for part in ("train", "val"))
+    if train.classes != val.classes:
+        only = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(
+            f"data.root={root}: train has {len(train.classes)} classes, val {len(val.classes)}; "
+            f"in only one of them: {only[:5]}"
+        )
+    train_samples = _spread(train.samples, train_images)
+    listing = hashlib.sha256()
+    for part, samples in (("train", train_samples), ("val", val.samples)):
+        for path, _ in samples:
+            relative = Path(path).relative_to(Path(root)).as_posix()
+            listing.update(f"{part} {relative} {Path(path).stat().st_size}\n".encode())
+
+    to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    noise = [v2.RandomHorizontalFlip()]
+    if color_jitter:
+        noise.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    noise += [*to_float, *([Lighting(lighting)] if lighting else []), normalise]
+    crop = v2.CenterCrop if last_crop == "center" else v2.RandomCrop
+    usual = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), *noise])
+    shrink = v2.Resize(resize, antialias=True)
+    return ImageData(
+        name,
+        FileImages(train_samples, bad=bad),
+        FileImages(val.samples, substitute=False, bad=bad),
+        len(train.classes),
+        Augmentation(usual, v2.Compose([shrink, crop(image_size), *noise]), last_fraction),
+        Augmentation(v2.Compose([shrink, v2.CenterCrop(image_size), *to_float, normalise])),
+        listing.hexdigest(),
+    )
+
+
+def _image_folder(folder: Path, root: str) -> datasets.ImageFolder:
+    layout = "expected <root>/train/<class>/<image> and <root>/val/<class>/<image>"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.root={root}: no folder {folder}; {layout}")
+    try:
+        return datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.root={root}: {error}; {layout}") from None
+
+
+def _spread(samples: list, count: int | None) -> list:
+    """`count` of `samples` at even distances, so that every class keeps its share."""
+    if count is None:
+        return samples
+    if count > len(samples):
+        raise ValueError(f"data.train_images={count}, but there are {len(samples)}")
+    return [samples[i * len(samples) // count] for i in range(count)]

@@ -1,0 +1,51 @@
+"""Top-1 and top-5 over a validation set, each image once whatever the number of processes."""
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..run.distributed import sum_over_processes, untrained_statistics
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[str, float]:
+    """Return {"loss", "top1", "top5"}, the last two in percent; the model's mode is restored.
+
+    `batches` holds this process's share of the images, `to_device` moves images or labels; an image
+    with a negative label does not count. Raises ValueError if none counts. Warns about layers whose
+    running statistics no training step has updated (mean 0, variance 1).
+    """
+    untrained = untrained_statistics(model)
+    if untrained:
+        warnings.warn(
+            f"{len(untrained)} layers are evaluated with untrained running statistics (mean 0, "
+            f"variance 1), first {untrained[0]!r}; train a step or call sn.batch_average",
+            stacklevel=2,
+        )
+    training = model.training
+    model.eval()
+    totals = None
+    for images, labels in batches:
+        labels = to_device(labels)
+        logits = model(to_device(images)).double()
+        logits, labels = logits[labels >= 0], labels[labels >= 0]
+        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        batch = torch.stack(
+            [
+                F.cross_entropy(logits, labels, reduction="sum"),
+                ranks[:, 0].sum().double(),
+                ranks.any(1).sum().double(),
+                torch.tensor(float(len(labels)), device=logits.device, dtype=torch.float64),
+            ]
+        )
+        totals = batch if totals is None else totals + batch
+    model.train(training)
+    if totals is None:  # more processes than images
+        totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
+    loss, top1, top5, count = sum_over_processes(totals).tolist()
+    if count == 0:
+        raise ValueError("there is no image to evaluate on")
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}

@@ -1,0 +1,1 @@
+"""Detection on COCO files: data, detectors, evaluation, pictures."""

@@ -1,0 +1,591 @@
+"""COCO-format detection data: checked files, targets, augmentation, grouped batches, and digits.
+
+Source: the COCO format (cocodataset.org); 2017 folder layout.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ..classification.data import read_image
+from ..run.schedule import mix_seed
+
+LAYOUT = (
+    "expected <root>/annotations/instances_{train,val}2017.json and <root>/{train,val}2017/, or "
+    "data.train_json, data.train_folder, data.val_json, data.val_folder relative to the root"
+)
+
+
+class CocoFile:
+    """A COCO annotation file and its pictures' folder, every entry checked.
+
+    `content` holds images, annotations and categories as in the file, restricted to `categories`
+    (names; None: all): what is evaluated against, crowds and degenerate boxes included. Labels are
+    1, 2, ... in the order of category ids.
+
+    Raises FileNotFoundError or ValueError naming the file and the entry's id.
+    """
+
+    def __init__(self, path: Path, folder: Path, categories: Sequence[str] | None = None):
+        self.path, self.folder = path, folder
+        text = _read(path, folder)
+        self.sha256 = hashlib.sha256(text).hexdigest()
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content, dict) or not isinstance(content.get(key), list):
+                raise ValueError(f"{path} is no COCO file: it has no list {key!r}")
+        self.info = content.get("info")
+        chosen = self._categories(content["categories"], categories)
+        self.category_ids = [category["id"] for category in chosen]
+        self.names = [category["name"] for category in chosen]
+        self.labels = {id: label for label, id in enumerate(self.category_ids, 1)}
+        self._check_images(content["images"])
+        every = {category["id"] for category in content["categories"]}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for annotation in content["annotations"]:
+            self._check_annotation(annotation, every, sizes)
+        self.content = {
+            "images": content["images"],
+            "annotations": [a for a in content["annotations"] if a["category_id"] in self.labels],
+            "categories": chosen,
+        }
+
+    def _categories(self, categories: list, wanted: Sequence[str] | None) -> list[dict]:
+        for category in categories:
+            if not _has(category, {"id": int, "name": str}):
+                raise ValueError(f"{self.path}: a category without id and name: {category}")
+        categories = sorted(categories, key=lambda category: category["id"])
+        ids, names = ([category[key] for category in categories] for key in ("id", "name"))
+        if len(set(ids)) < len(ids) or not ids:
+            raise ValueError(f"{self.path}: category ids {ids[:10]} are not distinct, or none")
+        if wanted is None:
+            return categories
+        if unknown := [name for name in wanted if name not in names]:
+            raise ValueError(f"data.categories: {unknown} not in {self.path}; it has {names}")
+        return [category for category in categories if category["name"] in wanted]
+
+    def _check_images(self, images: list) -> None:
+        seen = set()
+        for image in images:
+            if not _has(image, {"id": int, "file_name": str, "width": int, "height": int}):
+                raise ValueError(
+                    f"{self.path}: image {_id(image)} lacks id, file_name, width or height"
+                )
+            if image["id"] in seen:
+                raise ValueError(f"{self.path}: two images have id {image['id']}")
+            seen.add(image["id"])
+
+    def _check_annotation(self, annotation, categories: set, sizes: dict) -> None:
+        where = f"{self.path}: annotation {_id(annotation)}"
+        if not _has(annotation, {"id": int, "image_id": int, "category_id": int, "bbox": list}):
+            raise ValueError(f"{where} lacks id, image_id, category_id or bbox")
+        if annotation["image_id"] not in sizes:
+            raise ValueError(f"{where} is of image {annotation['image_id']}, which is not there")
+        if annotation["category_id"] not in categories:
+            raise ValueError(
+                f"{where} has category_id {annotation['category_id']}; there are "
+                f"{sorted(categories)[:10]}{' ...' if len(categories) > 10 else ''}"
+            )
+        box = annotation["bbox"]
+        if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
+            raise ValueError(f"{where} has bbox {box}; expected four numbers x, y, width, height")
+        area = max(0.0, box[2]) * max(0.0, box[3])
+        for key, default in (("iscrowd", 0), ("area", area)):
+            if annotation.get(key) is None:
+                annotation[key] = default
+            elif not isinstance(annotation[key], (int, float)):
+                raise ValueError(f"{where} has {key}={annotation[key]!r}; expected a number")
+
+
+def _read(path: Path, folder: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotation file {path}; {LAYOUT}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of images {folder}; {LAYOUT}")
+    return path.read_bytes()
+
+
+def _has(entry, types: dict[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in types.items())
+
+
+def _id(entry):
+    return entry.get("id", "without id") if isinstance(entry, dict) else f"{entry!r}"
+
+
+def clipped_box(annotation: dict, width: int, height: int) -> tuple[float, ...] | None:
+    """(x1, y1, x2, y2) within the image; None for a box without area there."""
+    x, y, w, h = annotation["bbox"]
+    x1, y1, x2, y2 = max(0, x), max(0, y), min(width, x + w), min(height, y + h)
+    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+
+
+def decode_mask(annotation: dict, width: int, height: int, path: Path) -> np.ndarray:
+    """The (height, width) uint8 mask of polygons or RLE, compressed or not."""
+    return rle.decode(compressed_mask(annotation, width, height, path))
+
+
+def compressed_mask(annotation: dict, width: int, height: int, path: Path) -> dict:
+    """COCO's compressed RLE of polygons (empty without a whole one) or of RLE.
+
+    Raises ValueError, naming file and id, for what is neither, or of another size.
+    """
+    where = f"{path}: annotation {annotation['id']}"
+    shape = annotation.get("segmentation")
+    try:
+        if isinstance(shape, list):
+            polygons = [p for p in shape if len(p) >= 6]
+            if polygons:
+                shape = rle.merge(rle.frPyObjects(polygons, height, width))
+            else:
+                shape = rle.encode(np.zeros((height, width), np.uint8, order="F"))
+            size = (height, width)
+        else:
+            if isinstance(shape["counts"], list):
+                shape = rle.frPyObjects(shape, height, width)
+            size = rle.decode(shape).shape  # raises where the counts do not fit
+    except Exception as error:  # pycocotools raises plain Exception, TypeError, IndexError, ...
+        raise ValueError(f"{where} has no mask that can be read: {error!r}") from None
+    if size != (height, width):
+        raise ValueError(f"{where} has a mask of {size}, its image is {(height, width)}")
+    counts = shape["counts"]
+    return shape | {"counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+
+
+class CocoImages:
+    """(image, target) of a CocoFile's images: uint8 (3, H, W), and boxes, labels, masks.
+
+    Targets leave out crowds and boxes without area. `trained` keeps the images that have a target
+    left. `limit` takes that many at even distances. Boxes are (x1, y1, x2, y2) in pixels. With
+    `masks`, those that are evaluated against are read at once, into compressed RLE.
+
+    Raises ValueError naming path and id for a picture that cannot be read or has another size, or
+    a mask that cannot be read.
+    """
+
+    def __init__(self, file: CocoFile, masks: bool, trained: bool, limit: int | None = None):
+        self.file, self.masks = file, masks
+        by_image = {image["id"]: [] for image in file.content["images"]}
+        self.crowds = self.degenerate = 0
+        images = {image["id"]: image for image in file.content["images"]}
+        for annotation in file.content["annotations"]:
+            image = images[annotation["image_id"]]
+            if annotation["iscrowd"]:
+                self.crowds += 1
+            elif clipped_box(annotation, image["width"], image["height"]) is None:
+                self.degenerate += 1
+            else:
+                by_image[annotation["image_id"]].append(annotation)
+        kept = [image for image in images.values() if by_image[image["id"]] or not trained]
+        self.empty = len(images) - len(kept)
+        if not kept:
+            raise ValueError(f"{file.path} has no image to use")
+        if limit is not None:
+            if limit > len(kept):
+                raise ValueError(f"{limit} images asked for, but {file.path} has {len(kept)}")
+            kept = [kept[i * len(kept) // limit] for i in range(limit)]
+        self.images = kept
+        self.annotations = [by_image[image["id"]] for image in kept]
+        if masks and not trained:
+            for annotation in self.content()["annotations"]:
+                image = images[annotation["image_id"]]
+                size = (image["width"], image["height"])
+                annotation["segmentation"] = compressed_mask(annotation, *size, file.path)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def content(self) -> dict:
+        """What these images are evaluated against, in COCO's format."""
+        ids = {image["id"] for image in self.images}
+        content = self.file.content
+        annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+        return content | {"images": self.images, "annotations": annotations}
+
+    def landscape(self) -> list[bool]:
+        return [image["width"] >= image["height"] for image in self.images]
+
+    def picture(self, index: int) -> Tensor:
+        """The uint8 image (3, H, W)."""
+        image = self.images[index]
+        path = self.file.folder / image["file_name"]
+        where = f"image {image['id']} of {self.file.path}"
+        try:
+            picture = read_image(path)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if picture.size != (image["width"], image["height"]):
+            raise ValueError(
+                f"{where} has {picture.size} pixels in {path}, but "
+                f"{(image['width'], image['height'])} in the annotations"
+            )
+        return F.pil_to_tensor(picture)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        picture = tv_tensors.Image(self.picture(index))
+        width, height = self.images[index]["width"], self.images[index]["height"]
+        annotations, masks = self.annotations[index], []
+        if self.masks:
+            decoded = [decode_mask(a, width, height, self.file.path) for a in annotations]
+            annotations = [a for a, mask in zip(annotations, decoded) if mask.any()]
+            masks = [mask for mask in decoded if mask.any()]
+        boxes = [clipped_box(a, width, height) for a in annotations]
+        boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        labels = [self.file.labels[a["category_id"]] for a in annotations]
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor(labels, dtype=torch.int64),
+        }
+        if self.masks:
+            stack = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(stack))
+        return picture, target
+
+
+def augmentation(sizes: Sequence[int], max_size: int, flip: bool) -> v2.Transform:
+    """Flip, scale to [0, 1], and a short side drawn from `sizes` with a long side up to `max_size`.
+
+    Resampled without antialiasing, as the detectors do in evaluation. Boxes of less than a pixel
+    are dropped with their masks.
+    """
+    return v2.Compose(
+        [
+            *([v2.RandomHorizontalFlip()] if flip else []),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.RandomShortestSize(list(sizes), max_size=max_size, antialias=False),
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(min_size=1),
+        ]
+    )
+
+
+class TrainingImages(Dataset):
+    """Transformed (image, target) by (epoch, index); random numbers depend on these and `seed`."""
+
+    def __init__(self, images: CocoImages, transform: v2.Transform, seed: int):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+        epoch, index = key
+        image, target = self.images[index]
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+        try:
+            image, target = self.transform(image, target)
+        finally:
+            torch.set_rng_state(state)
+        return image.as_subclass(Tensor), {k: v.as_subclass(Tensor) for k, v in target.items()}
+
+
+class GroupedSampler(Sampler):
+    """This process's batches of a (GPUs, images per GPU) setting, for a run of `steps` steps.
+
+    Each epoch is a permutation drawn from (seed, epoch) and cut into GPU batches within which all
+    images are of one group (landscape or portrait), so that little is padded; groups and steps are
+    filled up by images of the same epoch, so that each comes at least once. A batch lists (epoch,
+    index) of the process's gpus / world_size virtual GPUs, GPU after GPU. Set `first_step` before
+    iterating.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[int],
+        gpus: int,
+        images_per_gpu: int,
+        steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.groups, self.images_per_gpu = torch.tensor(groups, dtype=torch.int64), images_per_gpu
+        self.gpus, self.steps, self.seed = gpus, steps, seed
+        share = gpus // world_size
+        self.own = slice(rank * share, (rank + 1) * share)
+        sizes = torch.bincount(self.groups).tolist()
+        batches = sum(math.ceil(size / images_per_gpu) for size in sizes)
+        self.steps_per_epoch = math.ceil(batches / gpus)
+        self.first_step = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def epoch_batches(self, epoch: int) -> Tensor:
+        """(steps per epoch, gpus, images per GPU) indices of images."""
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        order = torch.randperm(len(self.groups), generator=generator)
+        batches = []  # (place in the permutation of the last image, images)
+        for group in self.groups.unique().tolist():
+            places = (self.groups[order] == group).nonzero().flatten()
+            count = math.ceil(len(places) / self.images_per_gpu) * self.images_per_gpu
+            ends = places.repeat(math.ceil(count / len(places)))[:count]
+            for start in range(0, count, self.images_per_gpu):
+                part = slice(start, start + self.images_per_gpu)
+                whole = start + self.images_per_gpu <= len(places)
+                place = ends[part][-1].item() if whole else len(order)
+                batches.append((place, order[ends[part]]))
+        batches = [images for _, images in sorted(batches, key=lambda batch: batch[0])]
+        total = self.steps_per_epoch * self.gpus
+        batches = (batches * math.ceil(total / len(batches)))[:total]
+        return torch.stack(batches).view(self.steps_per_epoch, self.gpus, self.images_per_gpu)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        current, batches = None, None
+        for step in range(self.first_step, self.steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != current:
+                current, batches = epoch, self.epoch_batches(epoch)
+            yield [(epoch, index) for index in batches[place, self.own].flatten().tolist()]
+
+
+@dataclass
+class DetectionData:
+    """A detection task. `sha256` is of the annotation files."""
+
+    name: str
+    train: CocoImages
+    val: CocoImages
+    names: list[str]  # of the classes, label 1 first
+    sha256: str
+
+    def describe(self) -> dict:
+        """Name, sizes and hash, as they stand in a run's record."""
+        return {
+            "name": self.name,
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+            "train_instances": sum(map(len, self.train.annotations)),
+            "val_instances": len(self.val.content()["annotations"]),
+            "classes": len(self.names),
+            "sha256": self.sha256,
+        }
+
+    def left_out(self) -> str:
+        """What of the training file is not trained on."""
+        train = self.train
+        return (
+            f"{train.empty} images without objects, {train.crowds} crowds and {train.degenerate} "
+            "boxes without area"
+        )
+
+
+def load_coco(
+    name: str,
+    root: str,
+    masks: bool,
+    train_json: str = "annotations/instances_train2017.json",
+    train_folder: str = "train2017",
+    val_json: str = "annotations/instances_val2017.json",
+    val_folder: str = "val2017",
+    categories: Sequence[str] | None = None,
+    train_images: int | None = None,
+    val_images: int | None = None,
+) -> DetectionData:
+    """COCO 2017, or any COCO-format files; paths are relative to `root` or absolute.
+
+    masks: whether targets have masks. train_images, val_images: only that many, evenly spread.
+
+    Raises FileNotFoundError or ValueError naming the file and the entry's id.
+    """
+    for key, limit in (("train_images", train_images), ("val_images", val_images)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.{key}={limit}; expected 1 or more, or null for all")
+    base = Path(root)
+    train = CocoFile(base / train_json, base / train_folder, categories)
+    val = CocoFile(base / val_json, base / val_folder, categories)
+    if (train.category_ids, train.names) != (val.category_ids, val.names):
+        raise ValueError(
+            f"{train.path} and {val.path} have other categories: {len(train.names)} and "
+            f"{len(val.names)}, first {train.names[:3]} and {val.names[:3]}"
+        )
+    return DetectionData(
+        name,
+        CocoImages(train, masks, trained=True, limit=train_images),
+        CocoImages(val, masks, trained=False, limit=val_images),
+        train.names,
+        hashlib.sha256((train.sha256 + val.sha256).encode()).hexdigest(),
+    )
+
+
+def load_detection_data(name: str, root: str, generate: dict | None = None, **options):
+    """Load a data set; with `generate` it is `write_digits_coco`'s, written first if not there.
+
+    Raises ValueError if `root` holds digits written with other arguments.
+    """
+    if generate is not None:
+        write_digits_coco(Path(root), **generate)
+    return load_coco(name, root, **options)
+
+
+def training_loader(
+    images: TrainingImages, sampler: GroupedSampler, workers: int, device: torch.device
+) -> DataLoader:
+    """Lists of images and of targets, a step's share of this process at a time."""
+    return DataLoader(
+        images,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=lists,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def lists(batch: list[tuple]) -> tuple[list, list]:
+    images, targets = zip(*batch)
+    return list(images), list(targets)
+
+
+# --- digits as a detection task
+
+
+def write_digits_coco(
+    root: Path, train_images: int = 1600, val_images: int = 200, size: int = 128, seed: int = 0
+) -> None:
+    """Write scikit-learn's digits on textured backgrounds as COCO 2017 files, if not there.
+
+    Up to five digits of 16 to 56 pixels (in 128), none overlapping another's box; a mask is what is
+    drawn, a box its extent. Images have a long side of `size`; one in 25 is empty. The digits of
+    training and validation are other ones, split as in data.load_digits. A function of its
+    arguments alone.
+
+    Raises ValueError if `root` holds digits written with other arguments, or for impossible ones.
+    """
+    if min(train_images, val_images) < 1 or size < 48:
+        raise ValueError(
+            f"data.generate: {train_images} and {val_images} images of {size} pixels; expected 1 "
+            "or more, and 48 pixels or more"
+        )
+    info = {
+        "description": "digits of scikit-learn (UCI Optical Recognition of Handwritten Digits)",
+        "arguments": {
+            "train_images": train_images,
+            "val_images": val_images,
+            "size": size,
+            "seed": seed,
+        },
+    }
+    there = root / "annotations" / "instances_val2017.json"
+    if there.is_file():
+        found = CocoFile(there, root / "val2017").info
+        if found != info:
+            raise ValueError(
+                f"data.root={root} holds digits written with {(found or {}).get('arguments')}, "
+                f"asked for are {info['arguments']}; choose another data.root"
+            )
+        return
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.images))  # as data.load_digits
+    part = root.with_name(f"{root.name}.part{os.getpid()}")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "annotations").mkdir(parents=True)
+    for split, (name, count, chosen) in enumerate(
+        [("train2017", train_images, order[360:]), ("val2017", val_images, order[:360])]
+    ):
+        (part / name).mkdir()
+        content = {"info": info, "images": [], "annotations": []}
+        content["categories"] = [{"id": d + 1, "name": str(d)} for d in range(10)]
+        for index in range(count):
+            random = np.random.RandomState(mix_seed(seed, split, index))
+            picture, objects = draw_digits(random, digits, chosen, size)
+            height, width = picture.shape[:2]
+            file_name = f"{index + 1:06d}.png"
+            Image.fromarray(picture).save(part / name / file_name, compress_level=1)
+            content["images"].append(
+                {"id": index + 1, "file_name": file_name, "width": width, "height": height}
+            )
+            for digit, mask in objects:
+                content["annotations"].append(
+                    {
+                        "id": len(content["annotations"]) + 1,
+                        "image_id": index + 1,
+                        "category_id": digit + 1,
+                        "iscrowd": 0,
+                        "bbox": _extent(mask),
+                        "area": int(mask.sum()),
+                        "segmentation": {"size": [height, width], "counts": _run_lengths(mask)},
+                    }
+                )
+        with open(part / "annotations" / f"instances_{name}.json", "w") as file:
+            json.dump(content, file)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.rename(root)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
+        if not there.is_file():
+            raise
+
+
+def draw_digits(random, digits, chosen: np.ndarray, size: int) -> tuple[np.ndarray, list]:
+    """One picture (H, W, 3) uint8 and its [(digit, mask (H, W) bool)]."""
+    sides = [size, int(size * random.uniform(0.7, 1.0))]
+    width, height = sides if random.rand() < 0.6 else sides[::-1]
+    canvas = texture(random, height, width)
+    objects, boxes = [], []
+    count = 0 if random.rand() < 0.04 else random.randint(1, 6)
+    for _ in range(count):
+        index = chosen[random.randint(len(chosen))]
+        side = int(size / 128 * 16 * 3.5 ** random.rand())
+        shape = Image.fromarray((digits.images[index] * (255 / 16)).astype(np.uint8))
+        strength = np.asarray(shape.resize((side, side), Image.BICUBIC)) / 255
+        drawn = strength > 0.4
+        color = random.uniform(0.75, 1.0, 3) if random.rand() < 0.5 else random.uniform(0, 0.15, 3)
+        for _ in range(20):
+            x, y = random.randint(width - side + 1), random.randint(height - side + 1)
+            if all(x + side <= a or a + s <= x or y + side <= b or b + s <= y for a, b, s in boxes):
+                break
+        else:
+            continue
+        boxes.append((x, y, side))
+        mask = np.zeros((height, width), bool)
+        mask[y : y + side, x : x + side] = drawn
+        canvas[mask] = color
+        objects.append((int(digits.target[index]), mask))
+    noise = random.normal(0, 0.03, canvas.shape)
+    return ((canvas + noise).clip(0, 1) * 255).astype(np.uint8), objects
+
+
+def texture(random, height: int, width: int) -> np.ndarray:
+    """A background (H, W, 3) in 0.2 to 0.7: coloured clouds and stripes."""
+    clouds = random.randint(0, 256, (random.randint(2, 9), random.randint(2, 9), 3))
+    clouds = Image.fromarray(clouds.astype(np.uint8)).resize((width, height), Image.BICUBIC)
+    y, x = np.mgrid[:height, :width]
+    angle, period = random.uniform(0, np.pi), random.uniform(4, 24)
+    stripes = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)[..., None]
+    return 0.2 + 0.5 * (0.8 * np.asarray(clouds) / 255 + 0.1 * (stripes + 1))
+
+
+def _extent(mask: np.ndarray) -> list[int]:
+    """Box x, y, width, height of a mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+
+
+def _run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's uncompressed RLE: lengths of runs in column order, zeros first."""
+    flat = mask.flatten(order="F").astype(np.int8)
+    changes = np.flatnonzero(np.diff(flat, prepend=0))
+    return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()

@@ -1,0 +1,1 @@
+"""What every run has: processes, checkpoints, records, the guard, ends in time, schedules."""

@@ -1,0 +1,237 @@
+"""Processes, and the (GPUs, images per GPU) setting on whatever devices there are."""
+
+import datetime
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...batch_average import batch_statistics_layers, sum_over_processes
+from ...batch_renorm import BatchRenormBase
+from ...modules import set_virtual_gpus
+from ...sync import SyncSwitchNormBase
+
+
+@dataclass(frozen=True)
+class Processes:
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
+    """Join the process group that torchrun announces, if any, and choose this rank's device.
+
+    Raises ValueError for an unknown device or one that is not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device={device!r}; choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    if use_cuda:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; start fewer processes or use device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        chosen = torch.device("cuda", local_rank)
+    else:
+        chosen = torch.device("cpu")
+    if world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    return Processes(rank, world_size, chosen)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process; all of them must come here."""
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
+
+
+def in_main(write: Callable[[], None], processes: Processes) -> None:
+    """Call `write` in the main process while the others wait; its OSError ends them all.
+
+    The wait matters: a process that ends may take those with it that still write.
+    """
+    error = None
+    if processes.is_main:
+        try:
+            write()
+        except OSError as caught:
+            error = caught
+    failed = any_process(error is not None, processes.device)
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("the main process could not write its checkpoint")
+
+
+def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
+    """Return `model`, in DistributedDataParallel if there are several processes.
+
+    Running statistics stay each rank's own until `average_running_statistics`.
+    """
+    if processes.world_size == 1:
+        return model
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" in parameters  # the name of broadcast_buffers since torch 2.15
+    return DistributedDataParallel(
+        model,
+        device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
+        **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
+    )
+
+
+def in_group() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None:
+    """Give every process the mean over processes of the running means and variances.
+
+    Of layers of class `kind` alone, if given.
+
+    With one linear update per step this is the running average of the mean over all GPUs.
+    Differs: plain DDP evaluates and saves rank 0's statistics, one GPU's noisier estimate of the
+    same numbers; the official code never synchronises them.
+    """
+    if not in_group():
+        return
+    buffers = [
+        buffer
+        for layer in batch_statistics_layers(model).values()
+        if isinstance(layer, kind)
+        for buffer in (layer.running_mean, layer.running_var)
+    ]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    sum_over_processes(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(mean.view_as(buffer))
+
+
+def prepare_setting(
+    model: nn.Module, gpus: int, images_per_gpu: int, emulation: str, world_size: int
+) -> tuple[str, int]:
+    """Make `model` behave as on `gpus` GPUs; return (emulation, micro-batches per step).
+
+    Each of the `world_size` processes plays gpus / world_size virtual GPUs: "grouped" in one
+    forward in which batch-dependent layers normalise each group by itself, "accumulated" in as many
+    micro-batches. "auto" takes grouped where every batch-dependent layer knows groups.
+
+    Raises ValueError for impossible settings: counts below 1, a world size that does not divide
+    gpus, layers without groups in grouped, synchronised norms where their emulation is not exact
+    (torch's in either, ours in accumulated).
+    """
+    if gpus < 1 or images_per_gpu < 1:
+        raise ValueError(
+            f"setting {gpus}x{images_per_gpu}: setting.gpus and setting.images_per_gpu "
+            "must be 1 or more"
+        )
+    if gpus % world_size:
+        divisors = [d for d in range(1, gpus + 1) if gpus % d == 0]
+        raise ValueError(
+            f"setting {gpus}x{images_per_gpu} has {gpus} GPUs; {world_size} processes do not "
+            f"divide them, start one of {divisors}"
+        )
+    if emulation not in ("auto", "grouped", "accumulated"):
+        raise ValueError(
+            f"unknown setting.emulation={emulation!r}; choose auto, grouped or accumulated"
+        )
+    virtual_gpus = gpus // world_size
+    if virtual_gpus == 1:
+        return "none", 1
+    synchronised = [n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if synchronised:
+        raise ValueError(
+            f"{synchronised[0]} is a synchronised norm; it needs one process per GPU "
+            f"({gpus} processes, not {world_size}), neither groups nor accumulation emulate it"
+        )
+    ungrouped = [
+        name
+        for name, layer in batch_statistics_layers(model).items()
+        if not hasattr(layer, "virtual_gpus")
+    ]
+    if emulation == "grouped" and ungrouped:
+        raise ValueError(
+            f"{ungrouped[0]} takes batch statistics but does not know virtual GPUs; "
+            "use setting.emulation=accumulated"
+        )
+    if emulation == "accumulated" or ungrouped:
+        synchronised = [n for n, m in model.named_modules() if isinstance(m, SyncSwitchNormBase)]
+        if synchronised:
+            raise ValueError(
+                f"{synchronised[0]} is a synchronised norm, which micro-batches do not emulate; "
+                "use setting.emulation=grouped (the whole batch is one group to it)"
+            )
+        return "accumulated", virtual_gpus
+    set_virtual_gpus(model, virtual_gpus)
+    return "grouped", 1
+
+
+@contextmanager
+def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[Callable[[int], None]]:
+    """Let the `micro_batches` forwards inside make one update of the running statistics.
+
+    The update takes the mean of the micro-batches' means and variances, as one forward with
+    virtual GPUs does. Yields a function to be called with 0, 1, ... before each forward. Batch
+    renormalization refers all of them to the statistics before; as it trains with its running
+    statistics, every process gets their mean over processes at once.
+    """
+    layers = list(batch_statistics_layers(model).values()) if micro_batches > 1 else []
+    buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
+    before = [[buffer.clone() for buffer in triple] for triple in buffers]
+    momenta = [layer.momentum for layer in layers]
+    for layer, (mean, var, _) in zip(layers, before):
+        if isinstance(layer, BatchRenormBase):
+            layer.reference = (mean, var, layer.images_seen.clone())
+
+    def begin(index: int) -> None:
+        for layer in layers:  # 1, 1/2, 1/3, ...: after the last forward, the mean of all
+            layer.momentum = 1.0 / (index + 1)
+
+    try:
+        yield begin
+    finally:
+        with torch.no_grad():
+            for layer, momentum, new, old in zip(layers, momenta, buffers, before):
+                layer.momentum = momentum
+                if isinstance(layer, BatchRenormBase):
+                    layer.reference = None
+                share = 1.0 / (old[2].double() + 1.0) if momentum is None else momentum
+                for running, start in zip(new[:2], old[:2]):
+                    running.copy_(start + share * (running - start))
+                new[2].copy_(old[2] + (new[2] > old[2]))  # unchanged if the layer did not run
+    average_running_statistics(model, BatchRenormBase)
+
+
+def untrained_statistics(model: nn.Module) -> list[str]:
+    """Names of layers that would be evaluated with running statistics nothing has updated."""
+    return [
+        name
+        for name, layer in batch_statistics_layers(model).items()
+        if layer.num_batches_tracked is not None and layer.num_batches_tracked.item() == 0
+    ]

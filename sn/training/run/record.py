@@ -1,0 +1,337 @@
+"""What a run leaves behind: config, metrics, importance weights, summary, TensorBoard events."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ...functional import STATISTICS
+from ...modules import importance_weights
+
+# the figures' colours of the statistics (scripts/common/records.py, which needs no torch)
+COLORS = {"in": "#009E73", "ln": "#D55E00", "gn": "#E69F00", "bn": "#0072B2"}
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
+# keys that say where and how fast, not what: they may change between a run and its resumption
+MACHINE_KEYS = (
+    "output_dir",
+    "output_root",
+    "device",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "timeout_minutes",
+    "deterministic",
+    "max_skipped_steps",
+    "data.max_bad_images",
+    "note",
+    "compile",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "setting.emulation",
+    "photos.root",
+    "photos.workers",
+    "photos.max_bad_images",
+    "style.image",
+    "vgg.weights",
+    "schedule.steps",  # style transfer's lr is constant: a longer run continues a shorter one
+    "init.path",  # its hash stands in the summary
+    "mode",
+    "checkpoint.path",
+    "predict.images",
+    "predict.out",
+)
+
+# keys added later, with the value that says what runs did before; such a record leaves them out
+LATER_KEYS = {"gates": "joint", "optimizer.gate_clip": None}
+
+
+class Recorder:
+    """Writes a run's folder; on other processes than the main one it does nothing.
+
+    config.yaml: the resolved config without the keys of this machine. metrics.jsonl,
+    importance.jsonl: lines numbered by `unit`, "epoch" or "step". summary.json: written once, at
+    the end. tensorboard/: the same for reading by eye; its x-axis is the step, or epoch * 1000, so
+    that settings lie over one another.
+
+    Raises ValueError if the folder holds a run of another config, or something else under its name.
+    """
+
+    def __init__(self, folder: str | Path, config: dict, is_main: bool = True, unit: str = "epoch"):
+        self.folder = Path(folder)
+        self.is_main = is_main
+        self.unit = unit
+        self.scale = 1000 if unit == "epoch" else 1
+        self.config = experiment_part(config)
+        self.writer = None
+        self._check_config()
+
+    def _check_config(self) -> None:
+        path = self.folder / "config.yaml"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir={self.folder} is a file; choose another output_dir=")
+        if not path.exists():
+            own = ("checkpoint.pt", "metrics.jsonl", "importance.jsonl", "summary.json")
+            for name in own:
+                if (self.folder / name).exists():
+                    raise ValueError(
+                        f"{self.folder} holds {name} but no config.yaml, so it is no run that "
+                        "could go on; choose another output_dir="
+                    )
+            return
+        try:
+            old = _flat(yaml.safe_load(path.read_text()) or {})
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a run's config ({str(error).splitlines()[0]}); "
+                "choose another output_dir=, or delete that folder"
+            ) from None
+        new = _flat(self.config)
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        if changed:
+            rows = [f"  {key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed]
+            raise ValueError(
+                f"{self.folder} holds a run of another config:\n"
+                + "\n".join(rows)
+                + "\nchoose another output_dir=, or delete that folder"
+            )
+
+    def summary(self) -> dict | None:
+        """The summary of a run that has ended, else None.
+
+        Raises FloatingPointError if it diverged, as it did then: the same exit code.
+        """
+        path = self.folder / "summary.json"
+        if not path.exists():
+            return None
+        try:
+            summary = json.loads(path.read_text())
+            if not isinstance(summary, dict) or "status" not in summary:
+                raise ValueError("no record of a run")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete it to end the run anew"
+            ) from None
+        if summary["status"] == "diverged":
+            raise FloatingPointError(
+                f"{self.folder} has ended already: it diverged ({summary.get('error')}); "
+                "choose another output_dir=, or delete that folder"
+            )
+        return summary
+
+    def open(self, count: int) -> None:
+        """Begin to write, with `count` epochs or steps done (-1: nothing, not even the start).
+
+        What a broken run had written beyond that is dropped.
+        """
+        if not self.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        for name in ("metrics.jsonl", "importance.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                lines = [line for line in read_jsonl(path) if isinstance(line.get(self.unit), int)]
+                kept = [line for line in lines if line[self.unit] <= count]
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.writer = SummaryWriter(
+            str(self.folder / "tensorboard"), purge_step=max(0, count * self.scale + 1)
+        )
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def metrics(self, count: int, values: dict) -> None:
+        """Record the metrics of epoch or step `count` (1 is the first)."""
+        if not self.is_main:
+            return
+        self._append("metrics.jsonl", {self.unit: count, **values})
+        for key, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(key, value, count * self.scale)
+        self.writer.flush()
+
+    def importance(
+        self, count: int, model: nn.Module, figure: bool = False, blocks: dict | None = None
+    ) -> None:
+        """Record the importance weights after `count` epochs or steps (0: before training).
+
+        `blocks` is the block of each layer; by default `block_names(model)`.
+        """
+        weights = importance_weights(model)
+        if not self.is_main or not weights:
+            return
+        blocks = blocks or block_names(model)
+        layers = {name: {"block": blocks[name], **weight} for name, weight in weights.items()}
+        self._append("importance.jsonl", {self.unit: count, "layers": layers})
+        averages = block_averages(layers)
+        for group, rows in (("importance", layers), ("importance_block", averages)):
+            for name, row in rows.items():
+                for moment in ("mean", "var"):
+                    for statistic, value in row[moment].items():
+                        tag = f"{group}/{moment}/{name}/{statistic}"
+                        self.writer.add_scalar(tag, value, count * self.scale)
+        if figure:
+            self.writer.add_figure("importance", importance_figure(averages), count * self.scale)
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json: the run has ended."""
+        if self.is_main:
+            write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            self.close()
+
+    def _append(self, name: str, line: dict) -> None:
+        path = self.folder / name
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint written later must not be older on disk
+        except OSError as error:  # of a full disk, which does not name the file
+            raise OSError(f"cannot write {path}: {error}; the last checkpoint is whole") from None
+
+
+def block_names(model: nn.Module) -> dict[str, str]:
+    """Block of every module: its numbered stage (layer1, features.3), or "stem" before the first.
+
+    An unnumbered module after the stages is a block of its own.
+    """
+    blocks, seen_stage = {}, False
+    for name, _ in model.named_modules():
+        stage = re.match(r"[A-Za-z_]+\d+(?=\.)|[A-Za-z_]+\.\d+", name)
+        if stage and not name.startswith(("conv", "bn", "norm", "stem")):
+            seen_stage = True
+            blocks[name] = stage.group()
+        else:
+            blocks[name] = name.split(".")[0] if seen_stage else "stem"
+    return blocks
+
+
+def block_averages(layers: dict[str, dict]) -> dict[str, dict]:
+    """Mean importance weights per block, every layer counting the same, an absent one as 0."""
+    averages = {}
+    for block in dict.fromkeys(layer["block"] for layer in layers.values()):
+        members = [layer for layer in layers.values() if layer["block"] == block]
+        present = [s for s in STATISTICS if any(s in member["mean"] for member in members)]
+        averages[block] = {
+            moment: {
+                s: sum(member[moment].get(s, 0.0) for member in members) / len(members)
+                for s in present
+            }
+            for moment in ("mean", "var")
+        }
+    return averages
+
+
+def importance_figure(averages: dict[str, dict]):
+    """Stacked bars of the importance weights per block: means left, variances right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, moment, title in zip(
+        figure.subplots(1, 2, sharey=True), ("mean", "var"), ("mean", "variance")
+    ):
+        bottom = [0.0] * len(averages)
+        present = [s for s in STATISTICS if any(s in row[moment] for row in averages.values())]
+        for statistic in present:
+            heights = [row[moment].get(statistic, 0.0) for row in averages.values()]
+            axes.bar(
+                list(averages), heights, bottom=bottom, label=statistic, color=COLORS[statistic]
+            )
+            bottom = [a + b for a, b in zip(bottom, heights)]
+        axes.set_title(f"importance weights of the {title}")
+        axes.set_ylim(0, 1)
+        axes.tick_params(axis="x", rotation=45)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def experiment_part(config: dict) -> dict:
+    """`config` without the keys of this machine: what makes it this experiment and no other."""
+    result = {}
+    for key, value in config.items():
+        nested = {k.split(".", 1)[1]: None for k in MACHINE_KEYS if k.startswith(f"{key}.")}
+        if key in MACHINE_KEYS:
+            continue
+        if isinstance(value, dict):
+            value = {
+                k: v
+                for k, v in value.items()
+                if k not in nested and (f"{key}.{k}", v) not in LATER_KEYS.items()
+            }
+        elif (key, value) in LATER_KEYS.items():
+            continue
+        result[key] = value
+    return result
+
+
+def environment(device: torch.device) -> dict:
+    """Versions, device, commit and date for a run's record."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions["cuda"] = torch.version.cuda
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"versions": versions, "device": name, "commit": commit(), "date": now}
+
+
+def commit() -> str | None:
+    """Commit of the code that runs, with -dirty if tracked files differ; None outside git."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[3])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` is at every moment a whole file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Lines of a jsonl file; damaged ones, as a last one that a kill cut short, are left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Style transfer: networks and losses, photographs, stylizing of any size."""

@@ -1,0 +1,245 @@
+"""The authors' checkpoints: a network of their layer, written from its description, and ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import sn
+from sn.training.classification.models import build_model
+from sn.training.classification.official import convert_official, read_official, unfilled_statistics
+
+torchvision = pytest.importorskip("torchvision")
+ROOT = Path(__file__).parents[2]
+
+
+class OfficialNorm(nn.Module):
+    """What the released layer computes: unbiased instance variances, E[x^2] - mean^2 above them."""
+
+    def __init__(self, channels, using_bn=True, keep=0.9):
+        super().__init__()
+        self.keep, self.using_bn = keep, using_bn
+        generator = torch.Generator().manual_seed(channels)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator)
+
+        self.weight = nn.Parameter(1 + 0.2 * draw(1, channels, 1, 1))
+        self.bias = nn.Parameter(0.2 * draw(1, channels, 1, 1))
+        self.mean_weight = nn.Parameter(draw(3 if using_bn else 2))
+        self.var_weight = nn.Parameter(draw(3 if using_bn else 2))
+        if using_bn:
+            self.register_buffer("running_mean", 0.3 * draw(1, channels, 1))
+            self.register_buffer("running_var", 0.5 + draw(1, channels, 1).abs())
+
+    def forward(self, x):
+        flat = x.flatten(2)
+        first, second = flat.mean(2, keepdim=True), flat.var(2, correction=1, keepdim=True)
+        square = second + first**2
+        means, variances = [first], [second]
+        for dim in (1, 0)[: 1 + self.using_bn]:
+            mean = first.mean(dim, keepdim=True)
+            means.append(mean)
+            variances.append(square.mean(dim, keepdim=True) - mean**2)
+        if self.using_bn and self.training:
+            with torch.no_grad():
+                self.running_mean.lerp_(means[2], 1 - self.keep)
+                self.running_var.lerp_(variances[2], 1 - self.keep)
+        elif self.using_bn:
+            means[2], variances[2] = self.running_mean, self.running_var
+        mean = sum(w * m for w, m in zip(self.mean_weight.softmax(0), means))
+        var = sum(w * v for w, v in zip(self.var_weight.softmax(0), variances))
+        y = (flat - mean) / (var + 1e-5).sqrt()
+        return y.view_as(x) * self.weight + self.bias
+
+
+def official_network(name, using_bn=True):
+    torch.manual_seed(0)
+    build = torchvision.models.get_model_builder(name)
+    return build(norm_layer=lambda c: OfficialNorm(c, using_bn), num_classes=7).double()
+
+
+def official_state(network, prefix="module."):
+    """Under the names of the authors' ResNet: sn1, sn2, sn3, and those of nn.DataParallel."""
+    names = {key: key for key in network.state_dict()}
+    for k in "123":
+        names = {key: name.replace(f"bn{k}.", f"sn{k}.") for key, name in names.items()}
+    return {prefix + names[key]: value.clone() for key, value in network.state_dict().items()}
+
+
+def ours(converted):
+    model = build_model(**converted["build"], norm=sn.make_norm(**converted["norm"])).double()
+    model.load_state_dict(converted["model"])
+    return model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("name", "using_bn"), [("resnet50", True), ("resnet18", False)])
+def test_outputs_are_the_official_networks(name, using_bn, tmp_path):
+    theirs = official_network(name, using_bn)
+    state = official_state(theirs)
+    path = tmp_path / "model.pth"
+    torch.save({"epoch": 3, "state_dict": state, "best_prec1": 76.9, "optimizer": {}}, path)
+    converted = convert_official(read_official(path))
+    assert converted["build"] == {"name": name, "source": "torchvision", "num_classes": 7}
+    assert converted["norm"]["statistics"] == ["in", "ln", "bn"][: 2 + using_bn]
+    model = ours(converted)
+    x = oracle.values((2, 3, 64, 64))
+    torch.testing.assert_close(model.eval()(x), theirs.eval()(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.train()(x), theirs.train()(x), rtol=1e-7, atol=1e-7)
+    if using_bn:
+        ours_after, theirs_after = model.layer4[0].bn1, theirs.layer4[0].bn1
+        torch.testing.assert_close(ours_after.running_mean, theirs_after.running_mean.view(-1))
+        torch.testing.assert_close(ours_after.running_var, theirs_after.running_var.view(-1))
+    for key in ("layer1.0.bn2.mean_weight", "layer1.0.bn2.weight"):
+        expected = theirs.get_parameter(key)
+        torch.testing.assert_close(model.get_parameter(key), expected.view(-1))
+    assert ours(convert_official(read_official(path), 0.997)).bn1.momentum == pytest.approx(0.003)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+def test_prefixes_and_unfilled_statistics(prefix, tmp_path):
+    state = official_state(official_network("resnet18"), prefix)
+    state[f"{prefix}layer2.0.sn1.running_var"].zero_()
+    torch.save(state, tmp_path / "bare.pth")
+    converted = convert_official(read_official(tmp_path / "bare.pth"))
+    assert unfilled_statistics(converted["model"]) == ["layer2.0.bn1.running_var"]
+
+
+def test_errors_list_the_keys():
+    state = official_state(official_network("resnet18"))
+    del state["module.layer3.1.sn2.var_weight"], state["module.layer1.0.conv1.weight"]
+    state["module.aux.weight"] = torch.zeros(2)
+    state["module.sn1.weight"] = torch.zeros(1, 63, 1, 1)
+    with pytest.raises(ValueError) as error:
+        convert_official(state)
+    text = str(error.value)
+    assert "missing: layer1.0.conv1.weight, layer3.1.bn2.var_weight" in text
+    assert "unexpected: aux.weight" in text
+    assert "bn1.weight (1, 63, 1, 1), expected (64,)" in text
+    with pytest.raises(ValueError, match="no ResNet"):
+        convert_official({"conv.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="keep_factor"):
+        convert_official(state, 1.0)
+
+
+class Surprise:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_nothing_in_the_file_is_executed(tmp_path, capsys):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "args": Surprise()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="bad.pth is not a checkpoint of plain tensors"):
+        read_official(tmp_path / "bad.pth")
+    assert "executed" not in capsys.readouterr().out
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no state"):
+        read_official(tmp_path / "list.pth")
+    with pytest.raises(FileNotFoundError):
+        read_official(tmp_path / "none.pth")
+
+
+# --- the layer's option ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("statistics", [("in",), ("ln",), ("bn",), ("in", "ln", "bn")])
+def test_unbiased_layer(statistics):
+    layer = sn.SwitchNorm2d(4, statistics=statistics, unbiased=True, momentum=1.0).double()
+    x = oracle.values((3, 4, 3, 2))
+    flat = x.flatten(2)
+    instance, mean = flat.var(2, correction=1), flat.mean(2)
+    means = {"in": mean, "ln": mean.mean(1).view(3, 1).expand(3, 4)}
+    means["bn"] = mean.mean(0).expand(3, 4)
+    variances = {
+        "in": instance,
+        "ln": (instance.mean(1) + mean.var(1, correction=0)).view(3, 1).expand(3, 4),
+        "bn": (instance.mean(0) + mean.var(0, correction=0)).expand(3, 4),
+    }
+    means = {
+        "in": mean,
+        "ln": mean.mean(1).view(3, 1).expand(3, 4),
+        "bn": mean.mean(0).expand(3, 4),
+    }
+    mean = sum(means[s] for s in statistics) / len(statistics)
+    var = sum(variances[s] for s in statistics) / len(statistics)
+    expected = (flat - mean[..., None]) / (var[..., None] + 1e-5).sqrt()
+    torch.testing.assert_close(layer(x), expected.view_as(x))
+    if "bn" in statistics:
+        torch.testing.assert_close(layer.running_var, variances["bn"][0])
+    assert "unbiased=True" in repr(layer) and not sn.SwitchNorm2d(4).unbiased
+    assert layer(x[:, :, :1, :1]).isfinite().all()  # NaN in the official code
+
+
+# --- the scripts ----------------------------------------------------------------------------------
+
+
+def run_script(name, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_scripts(tmp_path):
+    state = official_state(official_network("resnet18"))
+    torch.save({k: v.float() for k, v in state.items()}, tmp_path / "theirs.pth")
+    out = run_script("convert_checkpoint.py", tmp_path / "theirs.pth", tmp_path / "ours.pt")
+    assert out.returncode == 0 and "resnet18 with in+ln+bn" in out.stdout, out.stderr
+    content = torch.load(tmp_path / "ours.pt", weights_only=True)
+    assert content["norm"]["unbiased"] is True
+    bad = run_script("convert_checkpoint.py", tmp_path / "ours.pt", tmp_path / "again.pt")
+    assert bad.returncode == 2 and "a layer of ours" in bad.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["sn", "gn"])
+def test_evaluating_checkpoints(norm, tmp_path):
+    run = tmp_path / "run"
+    options = [f"norm={norm}", "setting=8x4", "schedule.epochs=2", "data.train_images=96"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train_imagenet.py"), "device=cpu", f"output_dir={run}"]
+    subprocess.run([*command, *options], check=True, cwd=ROOT, env=env, capture_output=True)
+    summary = json.loads((run / "summary.json").read_text())
+    out = run_script("evaluate_checkpoint.py", run / "checkpoint.pt", "--device", "cpu")
+    assert out.returncode == 0, out.stderr
+    found = json.loads(out.stdout)
+    assert found["top1_moving_average"] == pytest.approx(summary["top1"], abs=1e-3)
+    if norm == "gn":
+        assert "top1_batch_average" not in found
+    else:
+        assert found["top1_batch_average"] == pytest.approx(summary["top1_batch_average"], abs=1e-3)
+    bare = ("--model", "resnet20", "--source", "cifar", "--norm", norm, "--data", "digits")
+    bare = run_script("evaluate_checkpoint.py", run / "checkpoint.pt", *bare)
+    assert bare.returncode == 0, bare.stderr
+    assert json.loads(bare.stdout)["top1_moving_average"] == found["top1_moving_average"]
+    lost = run_script("evaluate_checkpoint.py", run / "checkpoint.pt", "--model", "resnet18")
+    assert lost.returncode == 2 and "--data" in lost.stderr
+
+
+@pytest.mark.parametrize("script", ["convert_checkpoint.py", "evaluate_checkpoint.py"])
+def test_empty_file_is_one_message(script, tmp_path):
+    """torch's own error for it has no text."""
+    path = tmp_path / "empty.pth"
+    path.touch()
+    command = [sys.executable, str(ROOT / "scripts" / script), str(path)]
+    command += [str(tmp_path / "out.pt")] if script.startswith("convert") else []
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert str(path) in result.stderr and not (tmp_path / "out.pt").exists()

@@ -1,0 +1,379 @@
+"""COCO files with every kind of fault, targets, augmentation, grouped batches, drawn digits."""
+
+import collections
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from coco_files import annotation, content, write
+from pycocotools.coco import COCO
+from torchvision import datasets
+
+from sn.training.detection import data as coco
+from sn.training.detection.data import (
+    GroupedSampler,
+    TrainingImages,
+    augmentation,
+    load_coco,
+    write_digits_coco,
+)
+
+
+def by_id(images, image_id):
+    return next(i for i, image in enumerate(images.images) if image["id"] == image_id)
+
+
+# --- files
+
+
+def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
+    """Not trained on, but kept for evaluation; labels follow the order of category ids."""
+    data = load_coco("mine", str(write(tmp_path)), masks=True)
+    train, val = data.train, data.val
+    assert data.names == ["cat", "dog", "cup"]
+    assert [image["id"] for image in train.images] == [10, 7]
+    assert [image["id"] for image in val.images] == [10, 7, 99, 5]
+    assert (train.empty, train.crowds, train.degenerate) == (2, 2, 2)
+    assert "2 images without objects, 2 crowds and 2 boxes" in data.left_out()
+    assert len(val.content()["annotations"]) == 7
+    _, target = train[0]
+    assert target["labels"].tolist() == [1, 3]
+    assert target["boxes"].tolist() == [[4, 4, 24, 34], [30, 10, 63.5, 47]]
+    assert target["masks"].shape == (2, 48, 64)
+    assert target["masks"].sum((1, 2)).tolist() == [600, 34 * 37]
+    _, empty = val[by_id(val, 5)]
+    assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 50, 50)
+    assert data.describe()["classes"] == 3 and data.describe()["train_instances"] == 3
+
+
+def test_boxes_are_clipped_to_the_image(tmp_path):
+    mine = content()
+    mine["annotations"] = [
+        annotation(1, 10, 3, (-5, -6, 20, 30)),
+        annotation(2, 10, 3, (50, 40, 99, 99)),
+    ]
+    data = load_coco("mine", str(write(tmp_path, mine)), masks=False)
+    _, target = data.train[0]
+    assert target["boxes"].tolist() == [[0, 0, 15, 24], [50, 40, 64, 48]]
+    assert "masks" not in target
+
+
+def test_some_categories_only(tmp_path):
+    data = load_coco("mine", str(write(tmp_path)), masks=False, categories=["dog", "cat"])
+    assert data.names == ["cat", "dog"] and data.train.file.category_ids == [3, 17]
+    kept = data.val.content()
+    assert {a["category_id"] for a in kept["annotations"]} == {3, 17}
+    assert [c["name"] for c in kept["categories"]] == ["cat", "dog"]
+    assert len(kept["images"]) == 4
+    with pytest.raises(ValueError, match=r"data.categories: \['cow'\] not in .*'cat'"):
+        load_coco("mine", str(tmp_path), masks=False, categories=["cow"])
+
+
+def test_a_limit_of_images(tmp_path):
+    write(tmp_path)
+    data = load_coco("mine", str(tmp_path), masks=False, train_images=1, val_images=2)
+    assert [image["id"] for image in data.train.images] == [10]
+    assert [image["id"] for image in data.val.images] == [10, 99]
+    assert {a["image_id"] for a in data.val.content()["annotations"]} == {10, 99}
+    with pytest.raises(ValueError, match="3 images asked for.*has 2"):
+        load_coco("mine", str(tmp_path), masks=False, train_images=3)
+    with pytest.raises(ValueError, match="data.val_images=0"):
+        load_coco("mine", str(tmp_path), masks=False, val_images=0)
+
+
+def test_paths_of_ones_own(tmp_path):
+    write(tmp_path)
+    (tmp_path / "train2017").rename(tmp_path / "pictures")
+    (tmp_path / "annotations" / "instances_train2017.json").rename(tmp_path / "t.json")
+    options = {"train_json": "t.json", "train_folder": str(tmp_path / "pictures")}
+    assert len(load_coco("mine", str(tmp_path), masks=False, **options).train) == 2
+    with pytest.raises(FileNotFoundError, match="no folder of images .*train2017; expected <root>"):
+        load_coco("mine", str(tmp_path), masks=False, train_json="t.json")
+    with pytest.raises(FileNotFoundError, match="no annotation file .*instances_train2017.json"):
+        load_coco("mine", str(tmp_path), masks=False)
+
+
+def broken(change):
+    data = content()
+    change(data)
+    return data
+
+
+FAULTS = {
+    "wrong category": (
+        lambda d: d["annotations"][3].update(category_id=18),
+        r"annotation 4 has category_id 18; there are \[3, 17, 44\]",
+    ),
+    "missing image": (
+        lambda d: d["annotations"][1].update(image_id=11),
+        "annotation 2 is of image 11, which is not there",
+    ),
+    "no box": (lambda d: d["annotations"][0].pop("bbox"), "annotation 1 lacks"),
+    "three numbers": (
+        lambda d: d["annotations"][0].update(bbox=[1, 2, 3]),
+        r"annotation 1 has bbox \[1, 2, 3\]; expected four numbers",
+    ),
+    "NaN": (lambda d: d["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 1"),
+    "crowd of a string": (
+        lambda d: d["annotations"][2].update(iscrowd="no"),
+        "annotation 3 has iscrowd='no'; expected a number",
+    ),
+    "no file name": (lambda d: d["images"][1].update(file_name=None), "image 7 lacks"),
+    "same id twice": (lambda d: d["images"][1].update(id=10), "two images have id 10"),
+    "no categories": (lambda d: d.update(categories=[]), "category ids"),
+    "same category twice": (lambda d: d["categories"].append({"id": 3, "name": "x"}), "distinct"),
+    "nameless category": (lambda d: d["categories"].append({"id": 4}), "without id and name"),
+    "no annotations": (
+        lambda d: d.pop("annotations"),
+        "no COCO file: it has no list 'annotations'",
+    ),
+    "a string": (lambda d: d["annotations"].append("cat"), "annotation 'cat' lacks"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named(fault, tmp_path):
+    """The file and the entry's id."""
+    change, words = FAULTS[fault]
+    root = write(tmp_path)
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text(json.dumps(broken(change)))
+    with pytest.raises(ValueError, match=words) as error:
+        load_coco("mine", str(root), masks=True)
+    assert str(path) in str(error.value)
+
+
+def test_no_json(tmp_path):
+    root = write(tmp_path)
+    (root / "annotations" / "instances_val2017.json").write_text("{'images'")
+    with pytest.raises(ValueError, match="instances_val2017.json is not JSON"):
+        load_coco("mine", str(root), masks=True)
+
+
+def test_splits_with_other_categories(tmp_path):
+    other = content()
+    other["categories"][0] = {"id": 3, "name": "lynx"}
+    root = write(tmp_path, val=other)
+    with pytest.raises(ValueError, match="have other categories.*lynx"):
+        load_coco("mine", str(root), masks=True)
+
+
+def test_broken_picture_is_named(tmp_path):
+    """Missing, cut short, of another size: path and id."""
+    root = write(tmp_path)
+    data = load_coco("mine", str(root), masks=False)
+    path = root / "train2017" / "a.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match="image 10 of .*instances_train2017.json: .*a.png"):
+        data.train[0]
+    path.unlink()
+    with pytest.raises(ValueError, match="image 10 of .*: .*a.png"):
+        data.train[0]
+    path.write_bytes((root / "train2017" / "d.png").read_bytes())
+    with pytest.raises(ValueError, match=r"image 10 .* has \(50, 50\) pixels.*\(64, 48\) in the"):
+        data.train[0]
+
+
+def test_masks_of_every_form(tmp_path):
+    """Polygons, RLE lists and compressed RLE give the same mask; what is no mask is named."""
+    from pycocotools import mask as rle
+
+    expected = np.zeros((48, 64), np.uint8)
+    expected[10:30, 5:25] = 1
+    compressed = rle.encode(np.asfortranarray(expected))
+    compressed["counts"] = compressed["counts"].decode()
+    listed = {"size": [48, 64], "counts": coco._run_lengths(expected.astype(bool))}
+    polygon = [[5, 10, 25, 10, 25, 30, 5, 30]]
+    for shape in (compressed, listed, polygon):
+        one = annotation(1, 10, 3, (5, 10, 20, 20), segmentation=shape)
+        assert np.array_equal(coco.decode_mask(one, 64, 48, "f.json"), expected)
+    for shape in (None, {"size": [48, 64]}, {"size": [4, 4], "counts": [16]}, [["a"] * 6]):
+        one = annotation(8, 10, 3, (5, 10, 20, 20), segmentation=shape)
+        with pytest.raises(ValueError, match="f.json: annotation 8 has"):
+            coco.decode_mask(one, 64, 48, "f.json")
+
+
+def test_masks_to_be_evaluated_against_are_read_at_once(tmp_path):
+    """Not after hours of training; the trained ones are read when they come."""
+    mine = content()
+    mine["annotations"][3].pop("segmentation")
+    root = write(tmp_path, None, mine)
+    assert len(load_coco("mine", str(root), masks=False).val) == 4
+    with pytest.raises(ValueError, match="instances_val2017.json: annotation 4 has no mask"):
+        load_coco("mine", str(root), masks=True)
+
+
+def test_no_area_is_that_of_the_box(tmp_path):
+    mine = content()
+    mine["annotations"][0] |= {"area": None, "iscrowd": None}
+    first = load_coco("mine", str(write(tmp_path, mine)), masks=False).train.annotations[0][0]
+    assert (first["area"], first["iscrowd"]) == (20 * 30, 0)
+
+
+def test_an_object_with_an_empty_mask_is_left_out(tmp_path):
+    mine = content()
+    mine["annotations"][0]["segmentation"] = [[4, 4, 5, 4]]  # a line
+    _, target = load_coco("mine", str(write(tmp_path, mine)), masks=True).train[0]
+    assert target["labels"].tolist() == [3] and len(target["masks"]) == 1
+
+
+# --- augmentation
+
+
+def test_augmentation_moves_boxes_and_masks_together(tmp_path):
+    """After flips and resizing a box is still the extent of its mask."""
+    root = tmp_path / "digits"
+    write_digits_coco(root, 12, 2, size=96)
+    data = load_coco("digits", str(root), masks=True)
+    images = TrainingImages(data.train, augmentation([64, 96, 160], 200, True), seed=3)
+    shapes = set()
+    for index in range(len(images)):
+        for epoch in range(3):
+            image, target = images[epoch, index]
+            assert image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
+            shapes.add(min(image.shape[1:]))
+            assert max(image.shape[1:]) <= 200
+            assert target["masks"].shape[1:] == image.shape[1:]
+            for box, mask in zip(target["boxes"].tolist(), target["masks"]):
+                ys, xs = mask.nonzero().T
+                extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+                assert np.abs(np.array(extent) - box).max() <= 2
+    assert {64, 96, 160} <= shapes and max(shapes) == 160  # shorter where 200 is the limit
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
+    root = tmp_path / "digits"
+    write_digits_coco(root, 8, 2, size=64)
+    data = load_coco("digits", str(root), masks=False)
+    images = TrainingImages(data.train, augmentation([48, 64, 80], 120, True), seed=3)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = [images[0, index] for index in range(len(images))]
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
+    again = [images[0, index] for index in reversed(range(len(images)))][::-1]
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again))
+    other = [images[1, index] for index in range(len(images))]
+    assert not all(a.shape == b.shape and torch.equal(a, b) for (a, _), (b, _) in zip(first, other))
+
+
+def test_boxes_that_shrink_below_a_pixel_go_with_their_masks(tmp_path):
+    mine = content()
+    mine["annotations"] = [
+        annotation(1, 10, 3, (4, 4, 20, 30)),
+        annotation(2, 10, 17, (40, 4, 2, 30)),
+    ]
+    data = load_coco("mine", str(write(tmp_path, mine)), masks=True)
+    _, target = TrainingImages(data.train, augmentation([16], 100, False), 0)[0, 0]
+    assert target["labels"].tolist() == [1] and len(target["masks"]) == len(target["boxes"]) == 1
+
+
+# --- batches
+
+GROUPS = [0] * 11 + [1] * 6
+
+
+@pytest.mark.parametrize("gpus, images_per_gpu", [(1, 2), (4, 2), (3, 1), (2, 4)])
+def test_batches_are_of_one_group_and_complete(gpus, images_per_gpu):
+    sampler = GroupedSampler(GROUPS, gpus, images_per_gpu, steps=1, seed=5)
+    for epoch in range(3):
+        batches = sampler.epoch_batches(epoch)
+        assert batches.shape == (sampler.steps_per_epoch, gpus, images_per_gpu)
+        counts = collections.Counter(batches.flatten().tolist())
+        assert set(counts) == set(range(17))  # every image, at least once
+        if gpus == 1 and images_per_gpu == 2:
+            assert sorted(counts.values()) == [1] * 16 + [2]
+        for gpu in batches.flatten(0, 1):
+            assert len({GROUPS[i] for i in gpu.tolist()}) == 1
+    assert not torch.equal(sampler.epoch_batches(0), sampler.epoch_batches(1))
+    assert torch.equal(sampler.epoch_batches(1), sampler.epoch_batches(1))
+    other = GroupedSampler(GROUPS, gpus, images_per_gpu, steps=1, seed=6)
+    assert not torch.equal(sampler.epoch_batches(0), other.epoch_batches(0))
+
+
+def test_batches_of_processes_and_of_a_resumed_run():
+    """Two processes see what one does, GPU after GPU; a later start goes on in mid-epoch."""
+    whole = list(GroupedSampler(GROUPS, 4, 2, steps=9, seed=1))
+    assert len(whole) == 9 and all(len(batch) == 8 for batch in whole)
+    parts = [list(GroupedSampler(GROUPS, 4, 2, 9, 1, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*parts)] == whole
+    later = GroupedSampler(GROUPS, 4, 2, steps=9, seed=1)
+    later.first_step = 4
+    assert len(later) == 5 and list(later) == whole[4:]
+    assert [batch[0][0] for batch in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]  # epochs
+
+
+def test_fewer_images_than_a_step_has():
+    sampler = GroupedSampler([0, 1], 8, 2, steps=2, seed=0)
+    assert sampler.steps_per_epoch == 1
+    assert {index for batch in sampler for _, index in batch} == {0, 1}
+
+
+# --- digits
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def test_digits_are_a_function_of_the_arguments(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_digits_coco(tmp_path / name, 6, 3, size=64, seed=seed)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+    before = digest(tmp_path / "a")
+    write_digits_coco(tmp_path / "a", 6, 3, size=64)  # there already
+    assert digest(tmp_path / "a") == before
+    with pytest.raises(ValueError, match="written with .*'size': 64.*asked for are .*'size': 96"):
+        write_digits_coco(tmp_path / "a", 6, 3, size=96)
+    for wrong in ({"val_images": 0}, {"size": 16}):
+        with pytest.raises(ValueError, match="data.generate"):
+            write_digits_coco(tmp_path / "d", **{"train_images": 1, "val_images": 1} | wrong)
+
+
+def test_digits_are_real_coco_files(tmp_path):
+    """pycocotools and torchvision read them; boxes and areas are those of the masks."""
+    write_digits_coco(tmp_path / "d", 30, 10, size=96)
+    api = COCO(str(tmp_path / "d" / "annotations" / "instances_train2017.json"))
+    assert len(api.getImgIds()) == 30 and len(api.getCatIds()) == 10
+    annotations = api.loadAnns(api.getAnnIds())
+    assert len(annotations) > 40
+    for one in annotations:
+        mask = api.annToMask(one)
+        ys, xs = mask.nonzero()
+        assert one["area"] == mask.sum()
+        assert one["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+    pictures = datasets.CocoDetection(
+        str(tmp_path / "d" / "train2017"),
+        str(tmp_path / "d" / "annotations" / "instances_train2017.json"),
+    )
+    image, found = pictures[0]
+    assert max(image.size) == 96 and isinstance(found, list)
+    sides = {image["width"] >= image["height"] for image in api.loadImgs(api.getImgIds())}
+    assert sides == {True, False}
+
+
+def test_digits_of_training_and_validation_are_other_ones(tmp_path, monkeypatch):
+    """As for the classifier: the 360 digits held out are drawn in validation images only."""
+    drawn = collections.defaultdict(set)
+    draw = coco.draw_digits
+
+    def watched(random, digits, chosen, size):
+        drawn[len(chosen)].update(chosen.tolist())
+        return draw(random, digits, chosen, size)
+
+    monkeypatch.setattr(coco, "draw_digits", watched)
+    write_digits_coco(tmp_path / "d", 2, 2, size=48)
+    assert set(drawn) == {1437, 360} and not drawn[1437] & drawn[360]
+
+
+def test_run_lengths():
+    mask = np.zeros((2, 3), bool)
+    assert coco._run_lengths(mask) == [6]
+    mask[0, 0] = True  # starts with a run of ones: zeros first
+    assert coco._run_lengths(mask) == [0, 1, 5]
+    mask[:, 2] = True
+    assert coco._run_lengths(mask) == [0, 1, 3, 2]

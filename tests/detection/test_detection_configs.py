@@ -1,0 +1,265 @@
+"""Every config of train_detection.py composes and builds; every row of Tables 4.2-4.4 has one."""
+
+import functools
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from common.records import load_paper
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from workers import CONFIGS
+
+import sn
+import train_detection
+from sn.training.detection import detectors
+from sn.training.run.record import experiment_part
+
+FOLDER = Path(CONFIGS) / "experiment" / "detection"
+EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+PATTERNS = {
+    "parts": "*.yaml",
+    "init": "*.yaml",
+    "schedule": "detection_*.yaml",
+    "data": "*coco.yaml",
+    "model": "*rcnn*.yaml",
+}
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group, pattern in PATTERNS.items()
+    for path in sorted((Path(CONFIGS) / group).glob(pattern))
+]
+NORMS = {"frozenBN": "frozen_bn", "BN": "bn", "GN": "gn", "SN": "sn", "none": "none"}
+PAPER = load_paper()
+ROWS = {
+    **{f"c4_{NORMS[r['backbone']]}": ("table_4_2", r) for r in PAPER["table_4_2"]["finetune"]},
+    **{
+        f"c4_scratch_{NORMS[r['backbone']]}": ("table_4_2", r)
+        for r in PAPER["table_4_2"]["scratch"]
+    },
+    **{
+        f"{stem}_{NORMS[row['backbone']]}_{NORMS[row['head']]}": (table, row)
+        for stem, table in (("fpn", "table_4_3"), ("mask", "table_4_4"))
+        for row in PAPER[table]["rows"]
+    },
+}
+
+
+@functools.cache
+def complete(*overrides):
+    """The config with a value for what the user must say, resolved to plain types."""
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        cfg = compose("detection", list(overrides))
+    for group, key, value in (("data", "root", "/data"), ("init", "path", "c.pt")):
+        if OmegaConf.is_missing(cfg[group], key):
+            cfg[group][key] = value
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+def meta_model(cfg, num_classes=80):
+    with torch.device("meta"):
+        return train_detection.build_model(cfg, num_classes)
+
+
+def checked(cfg):
+    """What train_detection.py refuses without looking at data."""
+    train_detection.check_config(cfg)
+    parts = {part: cfg.parts[part].name for part in detectors.ARCHITECTURES[cfg.model.architecture]}
+    detectors.check_frozen(cfg.model.architecture, parts, cfg.init.name, cfg.model.freeze_at)
+    return cfg
+
+
+def test_there_are_configs():
+    assert len(ROWS) == 18 and len(OPTIONS) >= 20
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_builds(option):
+    group, name = option.split("=")
+    cfg = complete(option, *(["model.box_head=mlp"] if option == "parts=none" else []))
+    train_detection.check_config(cfg)
+    if group == "parts":
+        assert {part.name for part in cfg.parts.values()} == {name}
+    else:
+        assert cfg[group].name == name
+    assert sum(p.numel() for p in meta_model(cfg, 3).parameters()) > 10_000_000
+
+
+def test_every_row_has_its_config():
+    others = {"c4_sn_official", "digits_proxy", "coco_mini", "smoke"}
+    assert set(EXPERIMENTS) == set(ROWS) | others
+
+
+def norm_names(module):
+    """What the norm layers of a module are, as a set of classes and statistics."""
+    layers = [layer for layer in module.modules() if detectors.is_norm(layer)]
+    return {(type(layer).__name__, getattr(layer, "statistics", None)) for layer in layers}
+
+
+CLASSES = {
+    "frozen_bn": "FrozenBatchNorm",
+    "bn": "GhostBatchNorm2d",
+    "gn": "AutoGroupNorm",
+    "sn": "SwitchNorm2d",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_composes_and_builds(name):
+    """The right norm in every part of a ResNet-50 detector, and the file says what to expect."""
+    table, row = ROWS[name]
+    cfg = checked(complete(f"experiment=detection/{name}"))
+    model = meta_model(cfg)
+    backbone, head = NORMS[row["backbone"]], NORMS[row["head"]]
+    classes = {
+        kind
+        for kind, _ in norm_names(model.backbone.body if table != "table_4_2" else model.backbone)
+    }
+    assert classes == {CLASSES[backbone]}
+    heads = [model.roi_heads.box_head]
+    if table != "table_4_2":
+        heads.append(model.backbone.fpn)
+    if table == "table_4_4":
+        heads.append(model.roi_heads.mask_head)
+    for part in heads:
+        expected = set() if head == "none" else {CLASSES[head]}
+        assert {kind for kind, _ in norm_names(part)} == expected
+    assert not norm_names(model.rpn)
+    statistics = {s for _, s in norm_names(model) if s}
+    assert statistics <= {("in", "ln") if table == "table_4_4" else ("in", "ln", "bn")}
+    convolutions = [m for m in detectors.body(model).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == (53 if table != "table_4_2" else 43)
+
+    text = (FOLDER / f"{name}.yaml").read_text()
+    number = table.removeprefix("table_").replace("_", ".")
+    assert f"Table {number}" in text.splitlines()[1]
+    assert row["backbone"] in text.splitlines()[1]
+    assert f"experiment=detection/{name} " in text
+    assert re.search(rf"Expected box AP {row['values'][0]}\b", text)
+    if table == "table_4_4":
+        assert re.search(rf"mask AP {row['values'][3]}\b", text)
+    assert "Cost: " in text
+    assert ("Suspect" in text) == bool(row.get("suspect"))
+
+
+def test_recipes():
+    """paper/recipes.yaml: 1x, 2x, 3x in images, warm-up of 500 iterations of 16, lr 0.02 per 16."""
+    iterations = {"1x": (90, [60, 80]), "2x": (180, [120, 160]), "3x": (270, [210, 250])}
+    for name, (total, decays) in iterations.items():
+        schedule = complete(f"schedule=detection_{name}").schedule
+        assert schedule.images == total * 16_000 and schedule.lr_per_16 == 0.02
+        steps = schedule.images // 16
+        assert [m * steps for m in schedule.milestones] == pytest.approx([d * 1000 for d in decays])
+        assert schedule.warmup_images == 500 * 16 and schedule.warmup_factor == 1 / 3
+    for name in ROWS:
+        cfg = complete(f"experiment=detection/{name}")
+        assert (cfg.setting.gpus, cfg.setting.images_per_gpu) == (8, 2)
+        assert cfg.optimizer.weight_decay == 1e-4 and cfg.optimizer.norm_weight_decay == 0
+        assert cfg.optimizer.gate_weight_decay == cfg.optimizer.bias_weight_decay == 0
+        for part in cfg.parts.values():
+            own = name.startswith(("c4", "fpn")) and part.name == "sn"
+            assert not own or part.momentum in (0.003, 0.1)
+    c4 = complete("experiment=detection/c4_sn")
+    assert c4.data.test_size == 600 and c4.data.max_size == 1000 and c4.schedule.lr_per_16 == 0.01
+    assert c4.parts.backbone.momentum == c4.parts.box_head.momentum == 0.003
+    assert c4.model.rois_per_image == 256 and c4.model.freeze_at == 0
+    assert c4.optimizer.bias_lr_factor == 1
+    scratch = complete("experiment=detection/c4_scratch_sn")
+    assert scratch.schedule.name == "detection_3x" and scratch.init.name == "scratch"
+    fpn = complete("experiment=detection/fpn_sn_sn")
+    assert fpn.model.freeze_at == 2 and fpn.model.rois_per_image == 512
+    assert fpn.data.sizes == [800] and fpn.data.max_size == 1333
+    assert fpn.optimizer.bias_lr_factor == 2 and fpn.schedule.name == "detection_2x"
+    assert complete("experiment=detection/fpn_frozen_bn_none").schedule.name == "detection_1x"
+    official = complete("experiment=detection/c4_sn_official")
+    assert official.schedule.name == "detection_2x" and official.data.test_size == 800
+
+
+def yaml_keys(value, prefix=""):
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from yaml_keys(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_experiments_invent_no_keys():
+    """An unknown key on the command line is an error, in a YAML file it is not: so, here."""
+
+    def keys(*overrides):
+        return set(yaml_keys(OmegaConf.to_container(complete(*overrides))))
+
+    known = set().union(*(keys(option) for option in ["seed=0", *OPTIONS]))
+    for name in EXPERIMENTS:
+        assert keys(f"experiment=detection/{name}") <= known, name
+
+
+def test_rows_do_not_share_a_folder():
+    configs = {name: complete(f"experiment=detection/{name}") for name in EXPERIMENTS}
+    for name, other in itertools.combinations(configs, 2):
+        mine, theirs = (OmegaConf.to_container(configs[n]) for n in (name, other))
+        if mine["output_dir"] == theirs["output_dir"]:
+            assert experiment_part(mine) == experiment_part(theirs), f"{name} and {other}"
+
+
+def test_runs_are_named_after_the_parts():
+    assert complete().output_dir == (
+        "outputs/detection/digits_coco_faster_rcnn_r18_fpn/sn-sn-sn_8x2_scratch/seed0"
+    )
+    one = complete("norm@parts.backbone=gn", "norm@parts.fpn=none", "model=mask_rcnn_r50_fpn")
+    assert one.run_name == "gn-none-sn-sn_8x2_scratch"
+    c4 = complete("model=faster_rcnn_r50_c4", "parts=bn", "init=torchvision", "setting=1x8")
+    assert c4.run_name == "bn-bn_1x8_torchvision"
+
+
+@pytest.mark.parametrize(
+    "data, model", [("digits_coco", "faster_rcnn_r18_fpn"), ("coco", "faster_rcnn_r50_fpn")]
+)
+def test_data_alone_picks_the_model(data, model):
+    assert complete(f"data={data}").model.name == model
+    assert complete(f"data={data}", "model=mask_rcnn_r50_fpn").model.name == "mask_rcnn_r50_fpn"
+
+
+def test_one_part_alone():
+    cfg = complete("parts=gn", "norm@parts.backbone=frozen_bn", "parts.fpn.num_groups=8")
+    assert [part.name for part in cfg.parts.values()] == ["frozen_bn", "gn", "gn", "gn"]
+    with torch.device("meta"):
+        fpn = meta_model(cfg).backbone.fpn
+    assert {m.num_groups for m in fpn.modules() if isinstance(m, sn.AutoGroupNorm)} == {8}
+
+
+def test_command_line_beats_the_experiment():
+    cfg = complete(
+        "experiment=detection/fpn_sn_sn",
+        "norm@parts.fpn=gn",
+        "schedule=detection_1x",
+        "model.freeze_at=0",
+    )
+    assert cfg.parts.fpn.name == "gn" and cfg.parts.box_head.name == "sn"
+    assert cfg.schedule.name == "detection_1x" and cfg.model.freeze_at == 0
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parts.neck.name=sn",
+        "norm.backbone=gn",
+        "model.freezeat=2",
+        "parts=xy",
+        "init=xy",
+        "data.rot=/x",
+    ],
+)
+def test_unknown_is_an_error(override):
+    with pytest.raises(HydraException):
+        complete(override)
+
+
+def test_headers_of_base_files():
+    for path in (FOLDER / "base").glob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith("# @package _global_\n# ") and yaml.safe_load(text)["defaults"]

@@ -1,0 +1,549 @@
+"""enas.search as a user meets it: records, resumption, budgets, errors; its configs."""
+
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from faults import assert_same
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch.utils.tensorboard import SummaryWriter
+
+from enas import search as search_module
+from enas.child import Child
+from enas.controller import Samples
+from enas.space import from_json
+from sn.training.run.schedule import cosine_restarts
+from sn.training.run.stopping import Preempted
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = str(ROOT / "configs")
+TINY = [  # 2 epochs of 3 child steps and 4 updates on 24 images
+    *("device=cpu", "data.train_images=24", "epochs=2", "controller.updates=4"),
+    *("controller.batch_size=8", "controller.hidden_size=8", "controller.num_groups=2"),
+    *("child.layers=1", "child.filters=4", "child.nodes=2", "optimizer.batch_size=8"),
+    *("evaluation.batch_size=8", "evaluation.images=20", "evaluation.candidates=2"),
+]
+EXPERIMENTS = sorted(path.stem for path in Path(CONFIGS, "experiment/enas").glob("*.yaml"))
+
+
+def config(*overrides):
+    with initialize_config_dir(CONFIGS, version_base="1.3"):
+        return compose("enas", list(overrides))
+
+
+@functools.cache
+def composed(*overrides):
+    return config(*TINY, *overrides)
+
+
+def run(out, *overrides):
+    cfg = copy.deepcopy(composed(*overrides))
+    cfg.output_dir = str(out)
+    return search_module.search(cfg)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def record(folder):
+    """What a run leaves, without timing: everything that must not depend on interruptions."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["progress"].pop("wall_s")
+    metrics = lines(folder / "metrics.jsonl")
+    for line in metrics:
+        line.pop("images_per_s")
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in ("wall_s", "date", "commit", "device"):
+        summary.pop(key)
+    importance = folder / "importance.jsonl"
+    return {
+        "metrics": metrics,
+        "importance": lines(importance) if importance.exists() else None,
+        "summary": summary,
+        "config": (folder / "config.yaml").read_text(),
+        "checkpoint": state,
+    }
+
+
+# --- records
+
+
+def test_smoke_writes_every_record(tmp_path):
+    out = tmp_path / "a run with spaces"
+    summary = search_module.search(config("experiment=enas/smoke", f"output_dir='{out}'"))
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "importance.jsonl", "summary.json"}
+    assert {"checkpoint.pt", "tensorboard"} <= names
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["status"] == "finished" and summary["scale"] == "proxy"
+    assert summary["norm"] == "sn_ln_gn" and summary["sampler"] == "controller"
+    assert summary["run"] == "enas/digits_1x8_2nodes/sn_ln_gn/seed0"
+    assert summary["child_steps"] == summary["controller_updates"] == 2
+    assert summary["images_seen"] == 64 and summary["images_scored"] == 128
+    assert summary["best_shared_top1"] == max(summary["candidates_shared_top1"])
+    assert "retrained_top1" not in summary  # another figure, of another program
+    assert len(from_json(summary["architecture"]).normal) == 2
+    (metrics,) = lines(out / "metrics.jsonl")
+    for key in ("reward", "baseline", "entropy", "accuracy", "log_prob", "gradient_norm"):
+        assert math.isfinite(metrics[f"controller/{key}"])
+    assert metrics["val/shared_top1"] == summary["shared_top1"]
+    reward = metrics["controller/accuracy"] + 1e-4 * metrics["controller/entropy"]
+    assert metrics["controller/reward"] == pytest.approx(reward, abs=1e-12)
+    start, end = lines(out / "importance.jsonl")
+    assert [layer["block"] for layer in end["layers"].values()] == ["input", "hidden", "cell"]
+    assert start["layers"]["cell.norms.cell"]["mean"] == {"ln": 0.5, "gn": 0.5}
+    assert end["layers"]["cell.norms.cell"]["mean"]["ln"] != 0.5
+    for name in ("config.yaml", "summary.json"):
+        assert str(tmp_path) not in (out / name).read_text()
+
+
+def test_tensorboard_follows_the_epochs(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("controller/entropy")] == [1000, 2000]
+    tag = "importance_block/mean/hidden/ln"
+    assert [e.step for e in events.Scalars(tag)] == [0, 1000, 2000]
+
+
+def test_second_call_is_a_no_op(tmp_path, capsys):
+    first = run(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(tmp_path) == first
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert "ended already" in capsys.readouterr().out
+
+
+def test_equal_seeds_are_equal_and_others_are_not(tmp_path):
+    for name in "ab":
+        run(tmp_path / name)
+    run(tmp_path / "c", "seed=1")
+    a, b, c = (record(tmp_path / name) for name in "abc")
+    assert_same(a, b, "same seed")
+    assert a["metrics"][0]["train/loss"] != c["metrics"][0]["train/loss"]
+
+
+def test_shared_weights_learn_the_digits(tmp_path, monkeypatch):
+    """A sampler that always draws one architecture trains that network: far from guessing."""
+    decisions = torch.tensor([[[0, 0, 1, 4], [0, 4, 1, 0]]] * 2)  # sep_conv_3x3 and identity
+
+    def always(run, count, *purpose):
+        return Samples(decisions.expand(count, -1, -1, -1), torch.zeros(count), torch.zeros(count))
+
+    monkeypatch.setattr(search_module, "draw", always)
+    options = ["sampler=random", "epochs=2", "controller.updates=1", "optimizer.first_period=2"]
+    options += ["evaluation.candidates=1", "child.stem_stride=1", "device=cpu"]
+    summary = search_module.search(config(*options, f"output_dir={tmp_path}"))
+    assert summary["shared_top1"] > 50
+    assert summary["best_shared_top1"] == pytest.approx(summary["shared_top1"], abs=5)
+
+
+# --- what the sampler does
+
+
+def test_random_search_has_the_same_budget(tmp_path):
+    """Equal steps, images trained on and scored; uniform entropy; nothing of a controller."""
+    ours, random = run(tmp_path / "a"), run(tmp_path / "b", "sampler=random")
+    for key in ("child_steps", "controller_updates", "images_seen", "images_scored", "epochs"):
+        assert ours[key] == random[key], key
+    assert random["norm"] is None and random["run"].split("/")[2] == "random"
+    entropy = 2 * 2 * (math.log(2 * 5) + math.log(3 * 5))
+    assert random["entropy"] == pytest.approx(entropy)
+    assert 0.9 * entropy < ours["entropy"] < entropy
+    assert not (tmp_path / "b" / "importance.jsonl").exists()
+    assert torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)["controller"] is None
+
+
+def test_child_and_controller_learn_in_turn(tmp_path, monkeypatch):
+    """The controller stands still while the child learns, and the other way round."""
+    seen = {}
+
+    def states(run):
+        return [
+            {k: v.clone() for k, v in module.state_dict().items()}
+            for module in (run.child, run.controller)
+        ]
+
+    def watched(name):
+        function = getattr(search_module, name)
+
+        def call(run, *arguments):
+            before = states(run)
+            function(run, *arguments)
+            seen.setdefault(name, (before, states(run)))
+
+        monkeypatch.setattr(search_module, name, call)
+
+    watched("train_child")
+    watched("train_controller")
+    run(tmp_path)
+
+    def moved(before, after):
+        return any(not torch.equal(before[key], after[key]) for key in before)
+
+    child, controller = (list(map(moved, *seen[f"train_{n}"])) for n in ("child", "controller"))
+    assert child == [True, False] and controller == [False, True]
+
+
+def test_rewards_and_baseline_by_hand(tmp_path, monkeypatch):
+    """The loss of every update is -(reward - baseline) log p, the baseline updated before it."""
+    seen = []
+    loss = search_module.reinforce_loss
+
+    def watched(samples, reward, baseline):
+        value = loss(samples, reward, baseline)
+        seen.append((reward, baseline, samples.log_prob.item(), value.item()))
+        return value
+
+    monkeypatch.setattr(search_module, "reinforce_loss", watched)
+    run(tmp_path)
+    expected = 0.0
+    assert len(seen) == 2 * 4
+    for reward, baseline, log_prob, value in seen:
+        expected = 0.99 * expected + 0.01 * reward
+        assert baseline == pytest.approx(expected, abs=1e-12)
+        assert value == pytest.approx(-(reward - baseline) * log_prob, rel=1e-5)
+    assert lines(tmp_path / "metrics.jsonl")[-1]["controller/baseline"] == baseline
+
+
+def test_clipping_limits_the_step(tmp_path, monkeypatch):
+    """The norm asked for is what the optimizer sees; without it the gradient is as it was."""
+    norms = {}
+
+    def watched(name):
+        step = torch.optim.Adam.step
+
+        def call(optimizer, *arguments):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norms[name].append(sum(g.square().sum() for g in grads if g is not None).sqrt().item())
+            return step(optimizer, *arguments)
+
+        norms[name] = []
+        return call
+
+    for name, options in (("free", []), ("clipped", ["controller.grad_clip=0.001"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.Adam, "step", watched(name))
+            run(tmp_path / name, *options)
+    assert max(norms["clipped"]) == pytest.approx(0.001, rel=1e-3)
+    assert min(norms["free"]) > 0.001
+    logged = lines(tmp_path / "clipped" / "metrics.jsonl")[0]["controller/gradient_norm"]
+    assert logged > 0.001  # before clipping
+
+
+def test_lr_restarts():
+    """Periods 10, 20, 40: full at 0, 10, 30, 70; half way down in the middle."""
+    shares = [cosine_restarts(epoch, 10, 2) for epoch in range(150)]
+    assert [epoch for epoch, share in enumerate(shares) if share == 1] == [0, 10, 30, 70]
+    assert shares[5] == shares[20] == shares[50] == shares[110] == pytest.approx(0.5)
+    assert shares[9] == pytest.approx((1 + math.cos(0.9 * math.pi)) / 2)
+
+
+def test_lr_of_every_epoch(tmp_path):
+    run(tmp_path, "epochs=3", "optimizer.first_period=2", "optimizer.max_lr=0.1")
+    rates = [line["lr"] for line in lines(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([0.1, 0.0005 + 0.0995 / 2, 0.1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["controller.norm=none"],
+        ["controller.norm=ln", "precision=fp64"],
+        ["controller.norm=gn", "precision=bf16"],
+        ["controller.per_gate=true", "channels_last=false"],
+        ["controller.places=[hidden]", "controller.tanh_constant=null", "deterministic=true"],
+        ["optimizer.grad_clip=1", "child.drop_path=0.5", "child.dropout=0.5"],
+    ],
+    ids=" ".join,
+)
+def test_switches_run(options, tmp_path):
+    assert run(tmp_path, "epochs=1", *options)["status"] == "finished"
+    blocks = {"controller.places=[hidden]": ["hidden"], "controller.per_gate=true": 9}
+    if options[0] in blocks:
+        layers = lines(tmp_path / "importance.jsonl")[-1]["layers"].values()
+        found = [layer["block"] for layer in layers]
+        assert found == blocks[options[0]] or len(found) == blocks[options[0]]
+
+
+# --- resumption
+
+
+class Crash(Exception):
+    """What a crash raises: nothing in the code catches it."""
+
+
+@contextlib.contextmanager
+def crash_at(event):
+    """Raise Crash at the `event`-th moment just before or after a call that matters."""
+    passed = []
+
+    def moment(name):
+        passed.append(name)
+        if len(passed) - 1 == event:
+            raise Crash(name)
+
+    def wrap(owner, name):
+        function = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            moment(f"before {name}")
+            result = function(*args, **kwargs)
+            moment(f"after {name}")
+            return result
+
+        patch.setattr(owner, name, wrapped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("child_step", "controller_step", "validate", "choose", "save_checkpoint"):
+            wrap(search_module, name)
+        for name in ("open", "metrics", "importance", "finish"):
+            wrap(search_module.Recorder, name)
+        yield passed
+
+
+def crash_everywhere(tmp_path, options, choose):
+    """Crash at the moments that `choose` picks, each time resume and compare with no crash."""
+    whole = tmp_path / "whole"
+    with crash_at(None) as moments:
+        run(whole, *options)
+    expected = record(whole)
+    moments = list(moments)
+    assert {"before validate", "after child_step", "before finish"} <= set(moments)
+    failures = []
+    for event in choose(moments):
+        out = tmp_path / str(event)
+        with crash_at(event), pytest.raises(Crash):
+            run(out, *options)
+        run(out, *options)
+        try:
+            assert_same(record(out), expected, "not equal")
+        except AssertionError as error:
+            failures.append(f"crash {moments[event]} ({event}): {str(error).splitlines()[0]}")
+        shutil.rmtree(out)
+    assert not failures, "\n".join(failures)
+
+
+def one_of_each(moments):
+    """Places of every third name in `moments`, the first, a middle or the last of it in turn."""
+    for turn, name in enumerate(list(dict.fromkeys(moments))[::3]):
+        places = [place for place, moment in enumerate(moments) if moment == name]
+        yield places[(0, len(places) // 2, -1)[turn % 3]]
+
+
+NOISE = ["child.dropout=0.3", "child.drop_path=0.3"]  # everything that draws random numbers
+RESUMED = {
+    "controller": ["checkpoint_steps=2", *NOISE],
+    "random, epoch ends": ["sampler=random", "checkpoint_steps=0"],
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+def test_resumed_search_equals_unbroken_one(options, tmp_path, monkeypatch):
+    """Killed around calls of several kinds, the same command ends with the same bits."""
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *_: None)
+    if "sampler=random" in options:
+        monkeypatch.setattr(search_module, "controller_step", lambda *_: 0.0)
+    crash_everywhere(tmp_path, options, one_of_each)
+
+
+@pytest.mark.slow
+def test_resumed_search_equals_unbroken_one_wherever_it_crashes(tmp_path):
+    crash_everywhere(tmp_path, RESUMED["controller"], lambda moments: range(len(moments)))
+
+
+@pytest.mark.parametrize("phase", ["child_step", "controller_step", "validate"])
+def test_a_signal_saves_and_stops(phase, tmp_path, monkeypatch):
+    """SIGTERM in the middle of a phase: saved at the next step, and the same bits at the end."""
+    run(tmp_path / "whole")
+    function = getattr(search_module, phase)
+    calls = []
+
+    def signalled(*arguments):
+        calls.append(phase)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, phase, signalled)
+        with pytest.raises(Preempted, match="the same command goes on"):
+            run(tmp_path / "broken")
+    run(tmp_path / "broken")
+    assert_same(record(tmp_path / "broken"), record(tmp_path / "whole"), "after a signal")
+
+
+# --- errors
+
+
+def test_diverged_search_says_so(tmp_path):
+    with pytest.raises(FloatingPointError, match="epoch 1, child step"):
+        run(tmp_path, "optimizer.max_lr=1e30", "optimizer.weight_decay=1")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "diverged" and summary["shared_top1"] is None
+    with pytest.raises(FloatingPointError, match="ended already: it diverged"):  # not tried again
+        run(tmp_path, "optimizer.max_lr=1e30", "optimizer.weight_decay=1")
+
+
+def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):
+    calls = []
+    forward = Child.forward
+
+    def poisoned(child, x, *arguments):
+        calls.append(1)
+        return forward(child, x * (math.nan if len(calls) == 2 else 1), *arguments)
+
+    monkeypatch.setattr(Child, "forward", poisoned)
+    assert run(tmp_path, "max_skipped_steps=1")["skipped_steps"] == 1
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in state["child"].values())
+
+
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [
+        (["sampler=evolution"], ["sampler=evolution", "random"]),
+        (["controller.norm=bn"], ["controller.norm=bn", "sn_ln_gn"]),
+        (["controller.num_groups=3"], ["num_groups=3", "[1, 2, 4, 8]"]),
+        (["controller.places=[output]"], ["controller.places", "hidden"]),
+        (["controller.places=hidden"], ["controller.places=hidden", "list"]),
+        (["controller.updates=0"], ["controller.updates=0"]),
+        (["controller.lr=abc"], ["controller.lr=abc"]),
+        (["controller.baseline_decay=1"], ["controller.baseline_decay=1"]),
+        (["controller.grad_clip=0"], ["controller.grad_clip=0"]),
+        (["child.nodes=0"], ["child.nodes=0"]),
+        (["child.aux_weight=0.4"], ["child.aux_weight", "2x2"]),
+        (["precision=fp16"], ["precision=fp16", "bf16"]),
+        (["data.train_images=5000"], ["5000", "1437"]),
+        (["data=cifar10", "data.root=/no/such"], ["/no/such", "cifar-10-batches-py"]),
+        (["run_name=a/b"], ["run_name=a/b"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_value_is_named(overrides, wanted, tmp_path):
+    with pytest.raises((ValueError, OSError, OmegaConfBaseException)) as error:
+        run(tmp_path / "out", *overrides)
+    for words in wanted:
+        assert words in str(error.value)
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_another_config_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match="controller.norm: sn_ln_gn there, ln asked for"):
+        run(tmp_path, "controller.norm=ln")
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    from sn.training.run.distributed import Processes
+
+    two = Processes(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(search_module.distributed, "start", lambda *_: two)
+    with pytest.raises(ValueError, match="one process"):
+        run(tmp_path)
+
+
+def test_command_line(tmp_path):
+    """From another folder: the run's lines, no folder of Hydra's; an error is one line, code 2."""
+    command = [sys.executable, "-m", "enas.search", "output_dir=out", *TINY]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [line[:9] for line in done.stdout.splitlines() if line[:5] == "epoch"] == [
+        "epoch 1/2",
+        "epoch 2/2",
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    done = subprocess.run([*command, "sampler=xy"], **options)
+    assert done.returncode == 2 and done.stderr.startswith("search.py: sampler=xy; expected")
+    assert done.stderr.count("\n") == 1
+
+
+# --- configs
+
+
+@functools.cache
+def complete(*overrides):
+    cfg = config(*overrides)
+    if "root" in cfg.data and OmegaConf.is_missing(cfg.data, "root"):
+        cfg.data.root = "/data"
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def keys(value, prefix=""):
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from keys(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("name", [None, *EXPERIMENTS])
+def test_every_config_builds(name):
+    """On the meta device: the child and the controller; no experiment invents a key."""
+    cfg = config(*([] if name is None else [f"experiment=enas/{name}"]))
+    with torch.device("meta"):
+        child = Child(10, image_size=32, **cfg.child)
+        search_module.build_controller(cfg)
+    assert len(child.cells) == cfg.child.layers + 2
+    search_module.check_config(cfg)
+    own = complete(*([] if name is None else [f"experiment=enas/{name}"]))
+    assert set(keys(own)) <= set(keys(complete())) | set(keys(complete("data=cifar10")))
+    if name is not None:
+        text = (Path(CONFIGS) / f"experiment/enas/{name}.yaml").read_text()
+        assert text.startswith("# @package _global_\n#"), "what it is for"
+        assert isinstance(yaml.safe_load(text), dict)
+
+
+def test_recipe_of_the_paper():
+    """ENAS's micro script on CIFAR-10, as shared with the paper's 150 epochs."""
+    cfg = complete("experiment=enas/paper")
+    assert cfg["data"]["name"] == "cifar10" and cfg["data"]["train_images"] is None
+    assert cfg["epochs"] == 150 and cfg["sampler"] == "controller"
+    assert cfg["child"] == {
+        "layers": 6, "filters": 20, "nodes": 5, "stem_stride": 1,
+        "dropout": 0.1, "drop_path": 0.4, "aux_weight": 0.4,
+    }  # fmt: skip
+    assert cfg["optimizer"] == {
+        "batch_size": 160, "momentum": 0.9, "weight_decay": 2e-4, "max_lr": 0.05,
+        "min_lr": 0.0005, "first_period": 10, "period_factor": 2, "grad_clip": None,
+    }  # fmt: skip
+    controller = cfg["controller"]
+    assert (controller["hidden_size"], controller["init"]) == (64, 0.1)
+    assert (controller["tanh_constant"], controller["operation_temperature"]) == (1.10, 2.5)
+    assert (controller["updates"], controller["batch_size"]) == (300, 160)
+    assert (controller["lr"], controller["beta1"], controller["eps"]) == (0.0035, 0.0, 1e-3)
+    assert (controller["entropy_weight"], controller["baseline_decay"]) == (1e-4, 0.99)
+    assert controller["grad_clip"] is None and controller["operation_bias"] == 0.25
+
+
+def test_run_folder_is_the_runs_own():
+    runs = [("controller.norm=ln",), ("controller.norm=gn",), ("sampler=random",), ("seed=1",), ()]
+    folders = [complete(*overrides)["output_dir"] for overrides in runs]
+    assert len(set(folders)) == len(folders)
+    assert folders[-1] == "outputs/enas/digits_1x8_2nodes/sn_ln_gn/seed0"
+
+
+@pytest.mark.parametrize("override", ["controler.norm=ln", "controller.norms=ln", "epoch=3"])
+def test_unknown_key_is_an_error(override):
+    with pytest.raises(HydraException):
+        config(override)

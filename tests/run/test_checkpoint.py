@@ -1,0 +1,402 @@
+"""Checkpoints survive an interrupted write, a broken file, and hold no code."""
+
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import time
+import zipfile
+
+import pytest
+import torch
+
+from sn.training.run import checkpoint
+from sn.training.run.checkpoint import (
+    fitting,
+    keep_best,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+
+
+def state(number):
+    return {
+        "model": {"weight": torch.full((50, 50), float(number)), "half": torch.ones(2).bfloat16()},
+        "progress": {"epoch": number, "loss": 0.5},
+        "batch_average": None,
+    }
+
+
+def number_in(path):
+    return load_checkpoint(path)["progress"]["epoch"]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint.pt"
+
+
+def test_round_trip(path):
+    assert load_checkpoint(path) is None
+    save_checkpoint(path, state(1))
+    loaded = load_checkpoint(str(path))
+    assert torch.equal(loaded["model"]["weight"], state(1)["model"]["weight"])
+    assert loaded["model"]["half"].dtype == torch.bfloat16
+    assert loaded["progress"] == {"epoch": 1, "loss": 0.5} and loaded["batch_average"] is None
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_the_one_before_is_kept(path):
+    for number in (1, 2, 3):
+        save_checkpoint(path, state(number))
+    assert number_in(path) == 3
+    assert number_in(path.with_name("checkpoint_previous.pt")) == 2
+    assert len(list(path.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("how", ["before", "half", "after"])
+def test_exception_while_saving(how, path, monkeypatch):
+    """The old file stays the newest; what was begun does not pass for a checkpoint."""
+    for number in (1, 2):
+        save_checkpoint(path, state(number))
+    save = torch.save
+
+    def broken(value, file):
+        if how == "after":
+            save(value, file)
+        elif how == "half":
+            file.write(b"PK\x03\x04 half a file")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(path, state(3))
+    monkeypatch.setattr(torch, "save", save)
+    assert number_in(path) == 2
+    assert number_in(path.with_name("checkpoint_previous.pt")) == 1
+    save_checkpoint(path, state(4))  # what was left over is no obstacle
+    assert number_in(path) == 4
+    assert {file.name for file in path.parent.iterdir()} == {
+        "checkpoint.pt", "checkpoint_previous.pt",
+    }  # fmt: skip
+
+
+def test_value_that_cannot_be_saved(path):
+    save_checkpoint(path, state(1))
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        save_checkpoint(path, state(2) | {"bad": lambda: 0})
+    assert number_in(path) == 1
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_interrupted_between_the_two_renames(call, path, monkeypatch, capsys):
+    for number in (1, 2):
+        save_checkpoint(path, state(number))
+    replace, calls = os.replace, []
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, state(3))
+    monkeypatch.setattr(os, "replace", replace)
+    assert number_in(path) == 2
+    save_checkpoint(path, state(3))
+    assert number_in(path) == 3
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "text": lambda content: b"not a checkpoint",
+    "zeros": lambda content: bytes(len(content)),
+    "wrong bytes within": lambda content: content[:3000] + b"\xff" * 200 + content[3200:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_broken_newest_file(damage, path, capsys):
+    """The previous one is taken and the broken one named; two broken ones are an error."""
+    for number in (1, 2):
+        save_checkpoint(path, state(number))
+    path.write_bytes(damage(path.read_bytes()))
+    assert number_in(path) == 1
+    warning = capsys.readouterr().err
+    assert "warning" in warning and str(path) in warning
+    assert warning.count("\n") == 1
+    previous = path.with_name("checkpoint_previous.pt")
+    previous.write_bytes(damage(previous.read_bytes()))
+    with pytest.raises(ValueError, match="no readable checkpoint") as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value) and str(previous) in str(error.value)
+
+
+def test_only_a_broken_file(path):
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no readable checkpoint.*delete to start anew"):
+        load_checkpoint(path)
+
+
+def test_the_good_one_survives_saving_over_a_broken_one(path, capsys):
+    """1 good, 2 broken, then 3 is saved and broken too: 1 must still be there."""
+    for number in (1, 2):
+        save_checkpoint(path, state(number))
+    path.write_bytes(b"broken")
+    assert number_in(path) == 1
+    save_checkpoint(path, state(3))
+    path.write_bytes(b"broken too")
+    assert number_in(path) == 1
+
+
+class Foreign:
+    pass
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_foreign_class_is_refused(path, tmp_path, capsys):
+    marker = tmp_path / "code ran"
+    for value in (Foreign(), Evil(str(marker))):
+        torch.save({"progress": value}, path)
+        with pytest.raises(ValueError, match="no readable checkpoint"):
+            load_checkpoint(path)
+        assert not marker.exists()
+        assert "warning" in capsys.readouterr().err
+
+
+def test_a_folder_in_its_place(path):
+    path.mkdir()
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_is_an_ordinary_torch_file(path):
+    save_checkpoint(path, state(1))
+    assert zipfile.is_zipfile(path)
+    assert torch.load(path, weights_only=True)["progress"]["epoch"] == 1
+
+
+def _save_for_ever(path):
+    torch.set_num_threads(1)
+    for number in range(1, 10**6):
+        save_checkpoint(path, state(number))
+
+
+def test_sigkill_at_any_time(path):
+    """A process that does nothing but save is killed at ten moments: always a whole file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_imagenet"])  # one server for all tests
+    for attempt in range(10):
+        process = context.Process(target=_save_for_ever, args=(path,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.01 + 0.007 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert number_in(path) >= 1
+        shutil.rmtree(path.parent)
+        path.parent.mkdir()
+
+
+def test_written_before_it_is_renamed(path, monkeypatch):
+    """fsync of the file comes before the rename, fsync of the folder after it."""
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(
+        checkpoint.os, "replace", lambda a, b: (order.append("replace"), replace(a, b))
+    )
+    save_checkpoint(path, state(1))
+    assert order == ["fsync", "replace", "fsync"]
+
+
+@pytest.mark.parametrize("keep", [2, 3, 5])
+def test_keeps_the_last_k(keep, path):
+    for number in range(1, 8):
+        save_checkpoint(path, state(number), keep)
+        found = {number_in(file) for file in path.parent.iterdir()}
+        assert found == set(range(max(1, number - keep + 1), number + 1))
+    save_checkpoint(path, state(8), keep=2)  # fewer from now on
+    assert {number_in(file) for file in path.parent.iterdir()} == {7, 8}
+
+
+def test_falls_back_through_all_that_are_kept(path, capsys):
+    for number in (1, 2, 3, 4):
+        save_checkpoint(path, state(number), keep=4)
+    for name, expected in [("", 3), ("_previous", 2), ("_previous2", 1)]:
+        path.with_name(f"checkpoint{name}.pt").write_bytes(b"broken")
+        assert number_in(path) == expected
+    assert capsys.readouterr().err.count("warning") == 1 + 2 + 3
+
+
+def test_killed_anywhere_in_a_rotation(path, monkeypatch):
+    """After each rename in turn: the newest that can be read is at most one save old."""
+    replace = os.replace
+    for call in range(1, 5):
+        for number in range(1, 6):
+            save_checkpoint(path, state(number), keep=4)
+        calls = []
+
+        def dying(*args, calls=calls, call=call):
+            calls.append(args)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            replace(*args)
+
+        monkeypatch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, state(6), keep=4)
+        monkeypatch.setattr(os, "replace", replace)
+        assert number_in(path) == 5, f"killed at rename {call}"
+        for file in path.parent.iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_best_is_kept(links, path, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    for number in (1, 2):
+        save_checkpoint(path, state(number))
+        keep_best(path)
+    for number in (3, 4, 5):
+        save_checkpoint(path, state(number))
+    assert number_in(path.with_name("checkpoint_best.pt")) == 2
+    assert len(list(path.parent.iterdir())) == 3
+
+
+def test_full_disk(path):
+    """A file that cannot grow, as on a full disk: the old one whole, no rest of the new."""
+    save_checkpoint(path, state(1))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write checkpoint .* MiB free.*untouched"):
+            save_checkpoint(path, state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert number_in(path) == 1
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_folder_that_takes_no_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write checkpoint|Not a directory"):
+        save_checkpoint(tmp_path / "file" / "checkpoint.pt", state(1))
+
+
+def test_a_flipped_bit_is_seen_or_harmless(path, capsys):
+    """200 single bits: the content read is never another one."""
+    save_checkpoint(path, state(1))
+    save_checkpoint(path, state(2))
+    content, expected = path.read_bytes(), state(2)["model"]["weight"]
+    rng, refused = random.Random(0), 0
+    for _ in range(200):
+        position, bit = rng.randrange(len(content)), rng.randrange(8)
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << bit
+        path.write_bytes(flipped)
+        loaded = load_checkpoint(path)
+        if loaded["progress"]["epoch"] == 1:
+            refused += 1
+        else:
+            assert torch.equal(loaded["model"]["weight"], expected)
+            assert loaded["progress"] == {"epoch": 2, "loss": 0.5}
+    assert refused > 150
+
+
+def test_checkpoint_of_another_kind(path, capsys):
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path, needed=("model",))
+    assert "no 'model'" in capsys.readouterr().err
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path, needed=("model",))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x02}q\x00h\x05.",  # a memo entry that is not there
+        b"\x80\x02s.",  # an empty stack
+        b"\x80\x02X\x01\x00",  # a length cut short
+        b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00trueq\x00\x85R.",  # a call
+    ],
+)
+def test_nonsense_in_a_sound_archive(code, path, capsys):
+    """The checksums are right, the pickle is not: the checkpoint before is taken."""
+    save_checkpoint(path, state(1))
+    save_checkpoint(path, state(2))
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, code if name.endswith("data.pkl") else content)
+    assert number_in(path) == 1
+    assert f"cannot read checkpoint {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"other": 1}, {"weight": torch.ones(3, 3)}, {}, None])
+def test_state_that_does_not_fit(change):
+    model = torch.nn.Linear(2, 3, bias=False)
+    values = change if not change else {"weight": torch.ones(3, 2), **change}
+    with pytest.raises(ValueError, match="c.pt does not fit this run: .*output_dir=") as error:
+        with fitting("c.pt"):
+            model.load_state_dict(values)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_every_format(tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
+    torch.save(weights, tmp_path / "new.pth")
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(weights, tmp_path / "w.safetensors")
+    for name in ("new.pth", "old.pth", "w.safetensors"):
+        loaded = load_weights(tmp_path / name)
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_weights_run_no_code(new, tmp_path):
+    marker, path = tmp_path / "code ran", tmp_path / "evil.pth"
+    evil = {"a": Evil(str(marker))}
+    torch.save(evil, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match="cannot read weights"):
+        load_weights(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_damaged_weights_are_named(name, tmp_path):
+    for content in (b"", b"no weights", bytes(100)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read weights from .*{name}"):
+            load_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load_weights(tmp_path / "none.pth")
+    torch.save(torch.ones(2), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match="holds a Tensor"):
+        load_weights(tmp_path / "tensor.pth")

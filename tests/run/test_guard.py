@@ -1,0 +1,86 @@
+"""The guard stops before the update, names the first layer gone bad, and skips up to a limit."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sn
+from sn.training.run.guard import FiniteGuard, check_finite, first_bad_layer, gradient_norm
+
+NAN, INF = float("nan"), float("inf")
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), sn.SwitchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_bad_numbers_are_refused(bad):
+    guard, model = FiniteGuard(), network()
+    assert guard.allows(torch.tensor([1.0, 2.0]), model, "step 1")
+    for values in ([bad, 1.0], [1.0, bad]):
+        with pytest.raises(FloatingPointError, match="not finite at step 7"):
+            guard.allows(torch.tensor(values), model, "step 7")
+
+
+def test_says_whether_loss_or_gradient():
+    for values, what in (([NAN, 1.0], "loss is"), ([1.0, INF], "gradient is")):
+        with pytest.raises(FloatingPointError, match=what):
+            check_finite(torch.tensor(values), network(), "here")
+
+
+def test_first_bad_statistic_is_named():
+    model = nn.Sequential(network(), network())
+    model[1][1].running_var[2] = NAN
+    model[0][3].weight.data[0] = NAN  # a weight; statistics come first, they are updated first
+    with pytest.raises(FloatingPointError, match="first bad: 1.1.running_var"):
+        check_finite(torch.tensor(NAN), model, "here")
+
+
+def test_bad_gradient_is_named():
+    model = network()
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    assert torch.isfinite(gradient_norm(model))
+    model[1].mean_weight.grad[1] = INF
+    values = torch.stack([torch.tensor(1.0).double(), gradient_norm(model)])
+    with pytest.raises(FloatingPointError, match="the gradient of 1.mean_weight"):
+        check_finite(values, model, "here")
+
+
+def test_the_layer_is_found_by_running_again():
+    """All weights are finite, one layer overflows: GN and LN networks hold no bad statistic."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Identity(), nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].weight.data.fill_(1)
+    model[2].weight.data.fill_(3e38)
+    x = torch.ones(1, 2)
+    assert first_bad_layer(model, lambda: model(x)) == "2"
+    with pytest.raises(FloatingPointError, match="first bad: the output of 2$"):
+        check_finite(torch.tensor(INF), model, "here", lambda: model(x))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_gradient_norm_is_that_of_all_gradients():
+    model = network().double()
+    model(torch.randn(2, 3, 6, 6).double()).square().sum().backward()
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(gradient_norm(model), flat.norm())
+    half = nn.Linear(300, 300).half()
+    half.weight.grad = torch.full_like(half.weight, 60000.0)  # its norm is no float16
+    assert gradient_norm(half).item() == pytest.approx(60000 * 300, rel=1e-3)
+    assert gradient_norm(nn.ReLU()).item() == 0
+
+
+def test_skips_up_to_the_limit_and_restores_the_statistics():
+    model, guard = network(), FiniteGuard(max_skips=2)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for skip in (1, 2):
+        guard.begin(model)
+        loss = model(torch.full((2, 3, 6, 6), NAN)).sum()
+        assert math.isnan(model[1].running_mean[0])
+        assert not guard.allows(loss.detach()[None], model, "here") and guard.skipped == skip
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, before[name]), name
+    with pytest.raises(FloatingPointError, match="2 steps were skipped before"):
+        guard.allows(torch.tensor(NAN), model, "here")

@@ -1,0 +1,407 @@
+"""The records of a run: config, lines per epoch, importance per block, TensorBoard events."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import sn
+from sn.training.classification.models import build_model
+from sn.training.run.record import (
+    Recorder,
+    block_averages,
+    block_names,
+    environment,
+    experiment_part,
+    importance_figure,
+    read_jsonl,
+    write_text,
+)
+
+CONFIG = {
+    "seed": 0,
+    "norm": {"name": "sn", "statistics": ["in", "ln", "bn"]},
+    "data": {"name": "imagenet", "root": "/home/someone/data", "workers": 8, "download": False},
+    "setting": {"gpus": 8, "images_per_gpu": 32, "emulation": "auto"},
+    "model": {"name": "resnet20"},
+    "schedule": {"milestones": [0.3, 0.6]},
+    "checkpoint_steps": 10,
+    "compile": False,
+    "device": "cpu",
+    "note": "on the old machine",
+    "output_root": "/home/someone/outputs",
+    "output_dir": "/home/someone/outputs/x",
+}
+
+
+def changed(**values):
+    """CONFIG with other values, keys written group__key."""
+    config = json.loads(json.dumps(CONFIG))
+    for path, value in values.items():
+        *groups, key = path.split("__")
+        inner = config
+        for group in groups:
+            inner = inner[group]
+        inner[key] = value
+    return config
+
+
+def write(folder, config=CONFIG, epoch=-1):
+    """A recorder that has begun after `epoch` epochs; -1: there is no checkpoint."""
+    recorder = Recorder(folder, config)
+    recorder.open(epoch)
+    return recorder
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.bn1 = sn.SwitchNorm2d(4)
+        self.layer1 = nn.Sequential(sn.SwitchNorm2d(4), sn.SwitchNorm2d(4))
+        self.layer2 = nn.Sequential(sn.SwitchNorm2d(4))
+
+
+# --- config
+
+
+def test_config_is_written_without_the_machine(tmp_path):
+    write(tmp_path).close()
+    text = (tmp_path / "config.yaml").read_text()
+    for word in ("someone", "old machine", "output", "workers", "cpu", "root", "emulation"):
+        assert word not in text
+    assert yaml.safe_load(text) == {
+        "seed": 0,
+        "norm": CONFIG["norm"],
+        "data": {"name": "imagenet"},
+        "setting": {"gpus": 8, "images_per_gpu": 32},
+        "model": {"name": "resnet20"},
+        "schedule": {"milestones": [0.3, 0.6]},
+    }
+    assert experiment_part(CONFIG) == yaml.safe_load(text)
+    assert CONFIG["data"]["root"] == "/home/someone/data"  # not changed in place
+
+
+@pytest.mark.parametrize(
+    "values, shown",
+    [
+        ({"seed": 1}, "seed: 0 there, 1 asked for"),
+        ({"norm__name": "bn"}, "norm.name: sn there, bn asked for"),
+        ({"norm__statistics": ["in"]}, "norm.statistics: ['in', 'ln', 'bn'] there, ['in'] asked"),
+        ({"schedule__milestones": [0.3]}, "schedule.milestones: [0.3, 0.6] there, [0.3] asked for"),
+        ({"model__dropout": 0.5}, "model.dropout: None there, 0.5 asked for"),
+    ],
+)
+@pytest.mark.parametrize("is_main", [True, False])
+def test_another_experiment_is_refused(values, shown, is_main, tmp_path):
+    """By every process, with all differences, before anything is written."""
+    write(tmp_path).close()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run of another config") as error:
+        Recorder(tmp_path, changed(**values), is_main)
+    assert shown in str(error.value) and str(tmp_path) in str(error.value)
+    assert "output_dir=" in str(error.value)
+    assert str(error.value).count(" there, ") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_all_differences_are_shown(tmp_path):
+    write(tmp_path).close()
+    with pytest.raises(ValueError) as error:
+        Recorder(tmp_path, changed(seed=3, norm__name="gn", setting__gpus=1))
+    for key in ("seed", "norm.name", "setting.gpus"):
+        assert f"{key}: " in str(error.value)
+
+
+def test_a_missing_key_is_a_difference(tmp_path):
+    """Shown from both sides."""
+    write(tmp_path, changed(model__dropout=0.5)).close()
+    with pytest.raises(ValueError, match="model.dropout: 0.5 there, None asked for"):
+        Recorder(tmp_path, CONFIG)
+
+
+def test_other_machine_same_experiment(tmp_path):
+    write(tmp_path).close()
+    config = changed(
+        data__root="/elsewhere", data__workers=0, device="cuda", note=None, compile=True,
+        setting__emulation="grouped", output_dir="/y", checkpoint_steps=0,
+    )  # fmt: skip
+    write(tmp_path, config).close()
+
+
+def test_values_that_yaml_changes(tmp_path):
+    """Tuples, floats and None come back equal to what was asked for."""
+    config = changed(schedule__warmup=5 / 120, model__dropout=None, schedule__gamma=1e-4)
+    write(tmp_path, config).close()
+    write(tmp_path, config).close()
+
+
+# --- lines
+
+
+def test_lines_per_epoch(tmp_path):
+    recorder = write(tmp_path)
+    for epoch in (1, 2):
+        recorder.metrics(epoch, {"train/loss": 0.1 * epoch, "lr": 0.5})
+        recorder.importance(epoch, Net())
+    recorder.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [
+        {"epoch": 1, "train/loss": 0.1, "lr": 0.5},
+        {"epoch": 2, "train/loss": 0.2, "lr": 0.5},
+    ]
+    first, second = read_jsonl(tmp_path / "importance.jsonl")
+    assert first["epoch"] == 1 and list(first["layers"]) == [
+        "bn1",
+        "layer1.0",
+        "layer1.1",
+        "layer2.0",
+    ]
+    assert first["layers"]["layer1.0"]["block"] == "layer1"
+    assert first["layers"]["bn1"]["mean"] == pytest.approx(dict.fromkeys(("in", "ln", "bn"), 1 / 3))
+
+
+def fill(folder, epochs):
+    recorder = write(folder)
+    recorder.importance(0, Net())
+    for epoch in range(1, epochs + 1):
+        recorder.metrics(epoch, {"train/loss": 1 / epoch})
+        recorder.importance(epoch, Net())
+    recorder.close()
+
+
+@pytest.mark.parametrize("epoch", [-1, 0, 1, 2, 3])
+def test_resume_drops_later_lines(epoch, tmp_path):
+    fill(tmp_path, 3)
+    recorder = write(tmp_path, epoch=epoch)
+    assert [line["epoch"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        *range(1, epoch + 1)
+    ]
+    kept = [line["epoch"] for line in read_jsonl(tmp_path / "importance.jsonl")]
+    assert kept == [*range(epoch + 1)]
+    recorder.metrics(4, {"train/loss": 9.0})
+    recorder.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl")[-1] == {"epoch": 4, "train/loss": 9.0}
+
+
+def test_torn_last_line(tmp_path):
+    """A kill in the middle of a line: the line is dropped, and the next is whole."""
+    fill(tmp_path, 2)
+    for name in ("metrics.jsonl", "importance.jsonl"):
+        path = tmp_path / name
+        text = path.read_text()
+        path.write_text(text[: -len(text.splitlines()[-1]) // 2])
+    recorder = write(tmp_path, epoch=1)
+    recorder.metrics(2, {"train/loss": 0.5})
+    recorder.close()
+    assert [line["epoch"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [line["epoch"] for line in read_jsonl(tmp_path / "importance.jsonl")] == [0, 1]
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+
+
+def test_other_processes_write_nothing(tmp_path):
+    recorder = Recorder(tmp_path / "run", CONFIG, is_main=False)
+    recorder.open(0)
+    recorder.metrics(1, {"loss": 1.0})
+    recorder.importance(1, Net(), figure=True)
+    recorder.finish({"top1": 1.0})
+    recorder.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_without_switchable_layers(tmp_path):
+    recorder = write(tmp_path)
+    recorder.importance(0, nn.Sequential(nn.BatchNorm2d(3)), figure=True)
+    recorder.close()
+    assert not (tmp_path / "importance.jsonl").exists()
+
+
+def test_summary(tmp_path):
+    recorder = write(tmp_path)
+    assert recorder.summary() is None
+    summary = {"status": "finished", "top1": 12.5, "note": "größer"}
+    recorder.finish(summary)
+    assert Recorder(tmp_path, CONFIG).summary() == summary
+    assert Recorder(tmp_path, CONFIG, is_main=False).summary()["top1"] == 12.5
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", "[" * 100_000])
+def test_summary_that_is_none(text, tmp_path):
+    write(tmp_path).close()
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        Recorder(tmp_path, CONFIG).summary()
+
+
+def test_damaged_lines_take_no_others_with_them(tmp_path):
+    fill(tmp_path, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, b"\0\xff\0", b"7", b'{"epok": 2}', third]) + b"\n")
+    write(tmp_path, epoch=3).close()
+    assert [line["epoch"] for line in read_jsonl(path)] == [1, 3]
+
+
+def test_full_disk_names_the_file(tmp_path):
+    recorder = write(tmp_path)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl: .*No space left"):
+        recorder.metrics(1, {"loss": 1.0})
+
+
+def test_write_text_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_text(path, "old")
+
+    def broken(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(OSError, match="no space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+# --- blocks
+
+
+def blocks_of(model):
+    """{block: number of its norm layers} in network order."""
+    names = block_names(model)
+    kinds = (nn.BatchNorm2d, sn.SwitchNorm2d)
+    counts = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            counts[names[name]] = counts.get(names[name], 0) + 1
+    return counts
+
+
+def test_blocks_of_resnet50():
+    """Stem and four stages: 1 + 10 + 13 + 19 + 10 norm layers."""
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    assert blocks_of(model) == {"stem": 1, "layer1": 10, "layer2": 13, "layer3": 19, "layer4": 10}
+
+
+def test_blocks_of_other_models():
+    with torch.device("meta"):
+        norm = sn.make_norm("sn")
+        resnet20 = build_model("resnet20", "cifar", 10, norm)
+        resnet18 = build_model("cifar_resnet18", "cifar", 10, norm)
+        mobilenet = torchvision.models.mobilenet_v2(norm_layer=norm)
+        timm_resnet18 = timm.create_model("resnet18", norm_layer=norm)
+        timm_deep_stem = timm.create_model("resnet26d", norm_layer=norm)
+    assert blocks_of(resnet20) == {"stem": 1, "layer1": 6, "layer2": 6, "layer3": 6}
+    assert blocks_of(resnet18) == {"stem": 1, "layer1": 4, "layer2": 5, "layer3": 5, "layer4": 5}
+    stages = {"stem": 1, "layer1": 4, "layer2": 5, "layer3": 5, "layer4": 5}
+    assert blocks_of(timm_resnet18) == stages
+    assert blocks_of(timm_deep_stem)["stem"] == 3
+    assert list(blocks_of(timm_deep_stem)) == ["stem", "layer1", "layer2", "layer3", "layer4"]
+    blocks = blocks_of(mobilenet)
+    assert list(blocks) == [f"features.{number}" for number in range(19)]
+    assert blocks["features.0"] == 1 and blocks["features.2"] == 3
+
+
+def test_block_averages():
+    """Every layer counts the same; a statistic that a layer lacks counts as 0 there."""
+    layers = {
+        "a": {"block": "x", "mean": {"in": 0.2, "bn": 0.8}, "var": {"in": 0.5, "bn": 0.5}},
+        "b": {"block": "x", "mean": {"in": 0.6, "bn": 0.4}, "var": {"in": 0.1, "bn": 0.9}},
+        "c": {"block": "y", "mean": {"in": 1.0, "bn": 0.0}, "var": {"in": 0.0, "bn": 1.0}},
+    }
+    averages = block_averages(layers)
+    assert list(averages) == ["x", "y"]
+    assert averages["x"]["mean"] == pytest.approx({"in": 0.4, "bn": 0.6})
+    assert averages["x"]["var"] == pytest.approx({"in": 0.3, "bn": 0.7})
+    assert averages["y"]["mean"] == {"in": 1.0, "bn": 0.0}
+    figure = importance_figure(averages)
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == pytest.approx([0.4, 1.0, 0.6, 0.0])
+    assert [bar.get_y() for bar in right.patches] == pytest.approx([0, 0, 0.3, 0.0])
+
+
+def test_block_averages_of_mixed_layers():
+    """Layers of one block with other statistics: all of them appear, and they still sum to 1."""
+    layers = {
+        "a": {"block": "x", "mean": {"in": 0.5, "ln": 0.5}, "var": {"in": 0.5, "ln": 0.5}},
+        "b": {"block": "x", "mean": {"ln": 0.3, "bn": 0.7}, "var": {"ln": 0.3, "bn": 0.7}},
+    }
+    mean = block_averages(layers)["x"]["mean"]
+    assert mean == pytest.approx({"in": 0.25, "ln": 0.4, "bn": 0.35})
+    assert list(mean) == ["in", "ln", "bn"]
+    importance_figure(block_averages(layers))
+
+
+# --- TensorBoard
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    return accumulator.Reload()
+
+
+def test_tensorboard(tmp_path):
+    recorder = write(tmp_path)
+    model = Net()
+    with torch.no_grad():
+        model.layer1[0].mean_weight.copy_(torch.tensor([3.0, 2.0, 1.0]))
+    recorder.importance(0, model)
+    recorder.metrics(1, {"train/loss": 2.5, "val/top1": 40.0, "lr": 0.1, "nothing": None})
+    recorder.importance(1, model, figure=True)
+    recorder.finish({})
+    log = events(tmp_path)
+    tags = set(log.Tags()["scalars"])
+    layers = ("bn1", "layer1.0", "layer1.1", "layer2.0")
+    wanted = {"train/loss", "val/top1", "lr"}
+    for moment in ("mean", "var"):
+        for statistic in ("in", "ln", "bn"):
+            wanted |= {f"importance/{moment}/{layer}/{statistic}" for layer in layers}
+            wanted |= {
+                f"importance_block/{moment}/{block}/{statistic}"
+                for block in ("stem", "layer1", "layer2")
+            }
+    assert tags == wanted
+    assert log.Tags()["images"] == ["importance"]
+    assert [(event.step, event.value) for event in log.Scalars("train/loss")] == [(1000, 2.5)]
+    softmax = torch.tensor([3.0, 2.0, 1.0]).softmax(0)
+    first, second = log.Scalars("importance/mean/layer1.0/in")
+    assert (first.step, second.step) == (0, 1000)
+    assert first.value == pytest.approx(softmax[0].item())
+    block = log.Scalars("importance_block/mean/layer1/in")[0].value
+    assert block == pytest.approx((softmax[0].item() + 1 / 3) / 2)
+
+
+def test_tensorboard_after_a_resume(tmp_path):
+    """One curve without a second value for any epoch."""
+    fill(tmp_path, 3)
+    recorder = write(tmp_path, epoch=2)
+    recorder.metrics(3, {"train/loss": 7.0})
+    recorder.finish({})
+    curve = events(tmp_path).Scalars("train/loss")
+    assert [event.step for event in curve] == [1000, 2000, 3000]
+    assert curve[-1].value == 7.0
+
+
+def test_tensorboard_after_a_start_from_nothing(tmp_path):
+    """Killed before its first checkpoint, a run begins anew: no value comes twice."""
+    fill(tmp_path, 1)
+    recorder = write(tmp_path)
+    recorder.importance(0, Net())
+    recorder.metrics(1, {"train/loss": 7.0})
+    recorder.finish({})
+    log = events(tmp_path)
+    assert [event.value for event in log.Scalars("train/loss")] == [7.0]
+    assert [event.step for event in log.Scalars("importance/mean/bn1/in")] == [0]
+
+
+def test_environment():
+    record = environment(torch.device("cpu"))
+    assert set(record) == {"versions", "device", "commit", "date"}
+    assert record["device"].startswith("CPU")
+    assert record["versions"]["torch"] in torch.__version__
+    assert record["commit"] is None or len(record["commit"].removesuffix("-dirty")) == 40

@@ -1,0 +1,162 @@
+"""A trained network on images of any size: strips against the whole, odd sizes, ONNX."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+import sn
+from sn.training.style.networks import build_style_net
+from sn.training.style.stylize import (
+    channel_affine,
+    export_onnx,
+    load_style_net,
+    onnx_difference,
+    stylize,
+    stylize_in_strips,
+)
+
+NORMS = ("bn", "in", "sn", "ln", "gn", "none", "sn_in_ln", "ssn", "brn", "bkn", "frozen_bn")
+CPU = torch.device("cpu")
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(norm, **options):
+    """A small network whose gains, gates and running statistics are not the initial ones."""
+    torch.manual_seed(2)
+    net = build_style_net(sn.make_norm(norm), width=4, residual_blocks=1, **options)
+    for name, parameter in net.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    for seed in range(3):
+        net(images(2, 3, 16, 16, seed=seed))
+    return net.eval()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_strips_equal_the_whole(norm):
+    """In float64 to rounding, whatever the height of a strip; the last strip may be short."""
+    net, x = trained(norm).double(), images(1, 3, 36, 20).double()
+    x[:, :, :12] *= 0.1  # a dark top: strips that took their own statistics would show it
+    with torch.no_grad():
+        whole = net(x)
+    for rows in (1, 5, 8, 100):
+        torch.testing.assert_close(
+            stylize_in_strips(net, x, rows, CPU), whole, atol=1e-11, rtol=1e-11
+        )
+
+
+def test_strips_do_not_take_their_own_statistics():
+    """What naive tiles would give differs by far more than the tolerance above."""
+    net, x = trained("in").double(), images(1, 3, 36, 20).double()
+    x[:, :, :12] *= 0.1
+    with torch.no_grad():
+        naive = torch.cat([net(part) for part in x.split(12, dim=2)], 2)
+        assert (naive - net(x)).abs().max() > 0.05
+
+
+def test_strips_in_float32():
+    """The tolerance that is stated: a tenth of a grey level."""
+    net, x = trained("sn"), images(1, 3, 64, 48)
+    y = stylize(net, x[0], strip_pixels=500)
+    assert (y - stylize(net, x[0])).abs().max() < 0.1 / 255
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_channel_affine(norm):
+    """Scale and shift from the channel moments against the norm itself, on a map with a spread."""
+    layer = trained(norm).down[1].norm.double()
+    x = torch.randn(1, 8, 7, 9, dtype=torch.float64) * torch.arange(8).view(8, 1, 1) + 3
+    x[:, 5] = 2.0  # a flat channel
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    scale, shift = channel_affine(layer, mean, var)
+    expected = layer(x)
+    torch.testing.assert_close(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (5, 7), (8, 8), (33, 18)])
+def test_any_size_comes_back_as_it_was(size):
+    net, x = trained("sn"), images(3, *size)
+    y = stylize(net, x)
+    assert y.shape == x.shape and torch.isfinite(y).all()
+    torch.testing.assert_close(stylize(net, x, strip_pixels=40), y, atol=1e-4, rtol=0)
+
+
+def test_sizes_that_fit_are_not_padded():
+    net, x = trained("in"), images(3, 16, 24)
+    with torch.no_grad():
+        assert torch.equal(stylize(net, x), net(x[None])[0])
+
+
+def test_batch_norm_uses_its_running_statistics():
+    """One image does not depend on its own contrast as it does with IN: evaluation mode."""
+    net = trained("bn")
+    layer = net.down[0].norm
+    assert not torch.equal(layer.running_var, torch.ones(4))
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    stylize(net, images(3, 16, 16, seed=9))
+    for name, buffer in net.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+# --- checkpoints
+
+
+def checkpoint(path, norm="sn", **model):
+    options = {"width": 4, "residual_blocks": 1, "fused_activation": False} | model
+    net = build_style_net(sn.make_norm(norm), **options)
+    state = {"model": net.state_dict(), "style_net": {"norm": {"name": norm}, "model": options}}
+    torch.save(state, path)
+    return net
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_network_of_a_checkpoint(tmp_path, fused):
+    net = checkpoint(tmp_path / "checkpoint.pt", fused_activation=fused).eval()
+    loaded = load_style_net(tmp_path / "checkpoint.pt")
+    x = images(1, 3, 12, 12)
+    assert not loaded.training
+    torch.testing.assert_close(loaded(x), net(x))
+    rows = stylize_in_strips(loaded, x, 4, CPU)
+    torch.testing.assert_close(rows, loaded(x), atol=1e-5, rtol=0)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*nowhere.pt"):
+        load_style_net(tmp_path / "nowhere.pt")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt is not a checkpoint of style_transfer.py"):
+        load_style_net(tmp_path / "other.pt")
+    checkpoint(tmp_path / "changed.pt")
+    state = torch.load(tmp_path / "changed.pt", weights_only=True)
+    state["style_net"]["model"]["width"] = 8
+    torch.save(state, tmp_path / "changed.pt")
+    with pytest.raises(ValueError, match="changed.pt does not fit its own network"):
+        load_style_net(tmp_path / "changed.pt")
+
+
+# --- ONNX
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="needs onnx, onnxscript and onnxruntime: pip install '.[onnx]'",
+)
+
+
+@needs_onnx
+@pytest.mark.parametrize("norm", ["bn", "in", "sn"])
+def test_onnx_at_sizes_it_was_not_exported_at(norm, tmp_path):
+    net = trained(norm)
+    export_onnx(net, tmp_path / "deep" / "style.onnx")
+    difference = onnx_difference(net, tmp_path / "deep" / "style.onnx", [(16, 24), (44, 20)])
+    assert difference < 1e-4
+
+
+def test_export_without_the_packages_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"pip install '.\[onnx\]'"):
+        export_onnx(nn.Identity(), tmp_path / "style.onnx")
