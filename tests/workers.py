@@ -1,5 +1,6 @@
 """Run train_imagenet.train in fresh processes of a gloo group, as torchrun would."""
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -7,13 +8,38 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sn.training.run import entry
+from sn.training.run.config import typed
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
+SCHEMAS = {  # root config -> module of its schema
+    "imagenet": "sn.training.classification.config",
+    "detection": "sn.training.detection.config",
+    "style_transfer": "sn.training.style.config",
+    "enas": "enas.config",
+    "enas_retrain": "enas.config",
+}
 
 
-def config(*overrides: str):
+def composed(root: str, *overrides: str):
+    """What Hydra makes of a root config and overrides."""
+    importlib.import_module(SCHEMAS[root])
     with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return compose("imagenet", list(overrides))
+        return compose(root, list(overrides))
+
+
+def config(*overrides: str, root: str = "imagenet"):
+    """The typed config of an entrypoint; a ValueError with what a user reads if it has none."""
+    try:
+        return typed(composed(root, *overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        schema = OmegaConf.get_type(ConfigStore.instance().load(f"{root}_schema.yaml").node)
+        raise ValueError(entry.explain(error, schema)) from error
 
 
 def train_in_group(world_size: int, *overrides: str, timeout: float = 240) -> None:

@@ -30,6 +30,7 @@ import sn
 import train_imagenet
 from sn.training.classification.models import DropoutLinear
 from sn.training.run import record as record_module
+from sn.training.run import session
 from sn.training.run.stopping import Preempted
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,10 +270,11 @@ def crash_at(event: int | None):
         patch.setattr(owner, name, wrapped)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("train_step", "validate", "save_checkpoint", "train_one_epoch"):
+        for name in ("train_step", "validate", "train_one_epoch"):
             wrap(train_imagenet, name)
+        wrap(session, "save_checkpoint")
         for name in ("open", "metrics", "importance", "finish"):
-            wrap(train_imagenet.Recorder, name)
+            wrap(session.Recorder, name)
         wrap(train_imagenet.sn, "batch_average")
         wrap(torch, "save")
         yield passed
@@ -525,9 +527,9 @@ def test_divergence_in_the_last_step_is_seen(tmp_path, tiny):
 def test_divergence_does_not_spoil_the_checkpoint(tmp_path, tiny, monkeypatch):
     step, calls = train_imagenet.train_step, []
 
-    def poisoned(run, images, labels, where):
-        calls.append(where)
-        return step(run, images * (math.nan if len(calls) == 7 else 1), labels, where)
+    def poisoned(task, run, images, labels):
+        calls.append(run.where)
+        return step(task, run, images * (math.nan if len(calls) == 7 else 1), labels)
 
     monkeypatch.setattr(train_imagenet, "train_step", poisoned)
     with pytest.raises(FloatingPointError, match="epoch 2, step 3 of 4"):
@@ -884,7 +886,7 @@ def test_bad_value_is_named(arguments, wanted, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, wanted",
     [
-        (["norm=xy"], ["norm/xy", "sn_in_ln"]),
+        (["norm=xy"], ["norm=xy", "sn_in_ln"]),
         (["norrm=bn"], ["norrm"]),
         (["scheduel.epochs=3"], ["scheduel"]),
         (["schedule.epoch=3"], ["epoch"]),

@@ -46,7 +46,7 @@ def test_deterministic_runs_are_equal_bit_by_bit(norm, tmp_path):
             cfg = config(
                 *TINY, f"norm={norm}", "deterministic=true", f"output_dir={tmp_path / name}"
             )
-            train_imagenet.entry.prepare(cfg)
+            train_imagenet.entry.prepare(cfg.deterministic)
             assert torch.are_deterministic_algorithms_enabled()
             train_imagenet.train(cfg)
     finally:

@@ -1,6 +1,8 @@
 """Data sets, and loaders whose batches depend on (seed, epoch, image) but not on the machine."""
 
+import functools
 import hashlib
+import inspect
 import io
 import pickle
 import sys
@@ -275,9 +277,15 @@ def build_data(name: str, **options) -> ImageData:
     if train_images is not None and train_images < 1:
         raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
     loaders = {"digits": load_digits, "cifar10": load_cifar10}
-    if name in loaders:
-        return loaders[name](**options)
-    return load_image_folder(name, **options)
+    loader = loaders.get(name) or functools.partial(load_image_folder, name)
+    known = inspect.signature(loader).parameters
+    for key in options:
+        if key not in known:
+            raise ValueError(f"data.{key}={options[key]}: {name} has {', '.join(known)}")
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise ValueError(f"data.{key} is not set; add data.{key}=... to the command")
+    return loader(**options)
 
 
 def load_digits(train_images: int | None = None) -> ImageData:

@@ -1,60 +1,116 @@
-"""What the command line of every entrypoint does alike: exit codes, messages, checks of values."""
+"""What the command line of every entrypoint does alike: one line for what is wrong, exit codes."""
 
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
 
 from . import distributed
+from .config import describe, field_of, short, typed, unknown_key
+from .display import say
+from .lock import BUSY_EXIT_CODE, Busy
 from .stopping import Preempted
 
-# exit codes: 2 wrong input, 3 diverged, 75 (EX_TEMPFAIL) preempted: run the same command again
+# exit codes: 2 wrong input, 3 diverged, 73 another run has the folder, 75 (EX_TEMPFAIL) preempted:
+# run the same command again
 KNOWN = (ValueError, TypeError, OSError, torch.OutOfMemoryError, OmegaConfBaseException)
-LARGEST = sys.float_info.max
+CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInterrupt: 130}
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+# HYDRA_FULL_ERROR=1 shows tracebacks; `start` sets it, too, to see Hydra's errors as exceptions
+TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "SN_ONE_LINE" not in os.environ
 
 
-def run(function: Callable[[DictConfig], Any], cfg: DictConfig) -> None:
-    """Call `function(cfg)`; what a user can mend ends in one line on stderr and an exit code.
+def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
+    """Call `function` with the typed config; what a user can mend ends in one line on stderr.
 
-    HYDRA_FULL_ERROR=1 shows the traceback instead.
+    The process then ends with an exit code of `CODES`, else 2. HYDRA_FULL_ERROR=1 shows the
+    traceback instead.
     """
     try:
-        prepare(cfg)
-        function(cfg)
+        config = typed(cfg)
+        prepare(config.deterministic)
+        function(config)
     except (*KNOWN, FloatingPointError, Preempted, KeyboardInterrupt) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if TRACEBACKS:
             raise
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"{Path(sys.argv[0]).name}{rank}: {message(error)}", file=sys.stderr, flush=True)
-        codes = {FloatingPointError: 3, Preempted: 75, KeyboardInterrupt: 130}
-        sys.exit(codes.get(type(error), 2))
+        end(message(error), CODES.get(type(error), 2))
     finally:
         distributed.stop()
 
 
-def start(main: Callable[[], None]) -> None:
-    """Call an entrypoint's Hydra main, unless the command picks an option by a number.
+def start(main: Callable[[], None], schema: type) -> None:
+    """Call an entrypoint's Hydra main; what Hydra refuses ends in one line and exit code 2."""
+    os.environ |= {"HYDRA_FULL_ERROR": "1", "SN_ONE_LINE": "1"}
+    numbers_as_options()
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if TRACEBACKS:
+            raise
+        end(explain(error, schema), 2)
 
-    Hydra ends there in a traceback: `setting=8_32` reads as 832, no name.
-    """
+
+def end(text: str, code: int) -> None:
+    """Say what is wrong, and leave."""
+    rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+    say(f"{Path(sys.argv[0]).name}{rank}: {text}", error=True)
+    sys.exit(code)
+
+
+def numbers_as_options() -> None:
+    """Refuse an option picked by a number: `setting=8_32` reads as 832, and Hydra ends there."""
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
         group = CONFIGS / key.lstrip("+").partition("@")[0]
         if re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false", value, re.I) and group.is_dir():
             options = sorted(path.stem for path in group.glob("*.yaml"))
-            print(
-                f"{Path(sys.argv[0]).name}: {word}: expected one of {options}, not a number",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-    main()
+            end(f"{word}: expected one of {', '.join(options)}, not a number", 2)
+
+
+def explain(error: BaseException, schema: type) -> str:
+    """What Hydra refused, in one line: key, value, what is expected."""
+    if isinstance(error, OverrideParseException):
+        reason = str(error.message).splitlines()[0]
+        return (
+            f"{short(error.override)}: not an override ({reason}); a value with = ( ) , or spaces "
+            "needs quotes inside quotes: 'note=\"a=b\"'"
+        )
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice}: no such option; choose one of {', '.join(error.options)}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(cause)
+    file = re.match(r"In '([^']+)'", str(error))
+    where = f"configs/{file.group(1)}.yaml: " if file else ""
+    key = re.search(r"full_key: (\S+)", text)
+    if key is None:
+        return " ".join(str(error).split())
+    hint, metadata, known = field_of(schema, key.group(1))
+    kinds = (ConfigKeyError, ConfigAttributeError)
+    if isinstance(cause, kinds) or "ConfigKeyError" in text or "ConfigAttributeError" in text:
+        if known:
+            return where + unknown_key(key.group(1), known)
+        group = key.group(1).rpartition(".")[0]
+        return f"{where}unknown key {key.group(1)}; +{key.group(1)}=... adds it to {group}"
+    value = getattr(cause, "value", None) if isinstance(cause, ValidationError) else None
+    if value is None:
+        found = re.search(r"Value '(.*)' of type|value: (.*)", text)
+        value = (found.group(1) or found.group(2)) if found else "null"
+    expected = describe(hint, metadata) if hint is not None else "another type of value"
+    return f"{where}{key.group(1)}={short(value)}; expected {expected}"
 
 
 def message(error: BaseException) -> str:
@@ -72,74 +128,9 @@ def message(error: BaseException) -> str:
     return text
 
 
-def prepare(cfg: DictConfig) -> None:
-    """Apply what must be set before any tensor exists: `deterministic`."""
-    deterministic = cfg.get("deterministic", False)
-    if not isinstance(deterministic, bool):
-        raise ValueError(f"deterministic={deterministic}; expected true or false")
+def prepare(deterministic: bool) -> None:
+    """Apply what must be set before any tensor exists."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
-
-
-Check = tuple[Callable[[Any], bool], str, Sequence[str]]
-
-
-def check_values(cfg: DictConfig, checks: Sequence[Check]) -> None:
-    """Raise ValueError `key=value; expected ...` for the first value its predicate refuses.
-
-    `checks` holds (predicate, what is expected, dotted keys). A key that `cfg` lacks is no error.
-    """
-    for valid, expected, keys in checks:
-        for key in keys:
-            parent, _, name = key.rpartition(".")
-            group = OmegaConf.select(cfg, parent) if parent else cfg
-            if group is not None and name in group and not valid(group[name]):
-                raise ValueError(f"{key}={group[name]}; expected {expected}")
-
-
-def check_names(cfg: DictConfig, keys: Sequence[str]) -> None:
-    """Raise ValueError unless the values of `keys` are plain names, fit to be part of a path."""
-    expected = "a name without / and control characters, not starting with a dot"
-    check_values(cfg, [(_is_name, expected, keys)])
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable() and value[:1] not in ("", ".") and (
-        "/" not in value and "\\" not in value
-    )  # fmt: skip
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def whole(low: int, high: float = float("inf")) -> Callable[[Any], bool]:
-    """Predicate: a whole number from `low` to `high`."""
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
-
-
-def number(low: float = 0, high: float = LARGEST) -> Callable[[Any], bool]:
-    """Predicate: a finite number from `low` to `high`."""
-    return lambda v: is_number(v) and low <= v <= high
-
-
-def above(low: float = 0) -> Callable[[Any], bool]:
-    """Predicate: a finite number above `low`."""
-    return lambda v: is_number(v) and low < v <= LARGEST
-
-
-def optional(predicate: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Predicate: null, or what `predicate` takes."""
-    return lambda v: v is None or predicate(v)
-
-
-def one_of(choices: Sequence) -> Callable[[Any], bool]:
-    """Predicate: one of `choices`."""
-    return lambda v: v in choices
-
-
-def switch(value: Any) -> bool:
-    """Predicate: true or false."""
-    return isinstance(value, bool)

@@ -20,44 +20,12 @@ from ...modules import importance_weights
 # the figures' colours of the statistics (scripts/common/records.py, which needs no torch)
 COLORS = {"in": "#009E73", "ln": "#D55E00", "gn": "#E69F00", "bn": "#0072B2"}
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
-# keys that say where and how fast, not what: they may change between a run and its resumption
-MACHINE_KEYS = (
-    "output_dir",
-    "output_root",
-    "device",
-    "checkpoint_steps",
-    "keep_checkpoints",
-    "timeout_minutes",
-    "deterministic",
-    "max_skipped_steps",
-    "data.max_bad_images",
-    "note",
-    "compile",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "setting.emulation",
-    "photos.root",
-    "photos.workers",
-    "photos.max_bad_images",
-    "style.image",
-    "vgg.weights",
-    "schedule.steps",  # style transfer's lr is constant: a longer run continues a shorter one
-    "init.path",  # its hash stands in the summary
-    "mode",
-    "checkpoint.path",
-    "predict.images",
-    "predict.out",
-)
-
-# keys added later, with the value that says what runs did before; such a record leaves them out
-LATER_KEYS = {"gates": "joint", "optimizer.gate_clip": None}
 
 
 class Recorder:
     """Writes a run's folder; on other processes than the main one it does nothing.
 
-    config.yaml: the resolved config without the keys of this machine. metrics.jsonl,
+    config.yaml: the config as `recorded` gives it. metrics.jsonl,
     importance.jsonl: lines numbered by `unit`, "epoch" or "step". summary.json: written once, at
     the end. tensorboard/: the same for reading by eye; its x-axis is the step, or epoch * 1000, so
     that settings lie over one another.
@@ -70,7 +38,7 @@ class Recorder:
         self.is_main = is_main
         self.unit = unit
         self.scale = 1000 if unit == "epoch" else 1
-        self.config = experiment_part(config)
+        self.config = config
         self.writer = None
         self._check_config()
 
@@ -253,25 +221,6 @@ def importance_figure(averages: dict[str, dict]):
         axes.tick_params(axis="x", rotation=45)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def experiment_part(config: dict) -> dict:
-    """`config` without the keys of this machine: what makes it this experiment and no other."""
-    result = {}
-    for key, value in config.items():
-        nested = {k.split(".", 1)[1]: None for k in MACHINE_KEYS if k.startswith(f"{key}.")}
-        if key in MACHINE_KEYS:
-            continue
-        if isinstance(value, dict):
-            value = {
-                k: v
-                for k, v in value.items()
-                if k not in nested and (f"{key}.{k}", v) not in LATER_KEYS.items()
-            }
-        elif (key, value) in LATER_KEYS.items():
-            continue
-        result[key] = value
-    return result
 
 
 def environment(device: torch.device) -> dict:

@@ -3,11 +3,12 @@
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from .display import say
 
 HANG_EXIT_CODE = 4
 
@@ -17,13 +18,13 @@ class Preempted(RuntimeError):
 
 
 class StopSignal:
-    """Notices SIGTERM (a scheduler takes the machine back) and SIGUSR1 (it will, soon).
+    """Notices SIGTERM (a scheduler takes the machine back), SIGUSR1 (it will, soon) and SIGHUP.
 
     A context manager. Of several processes each sees its own signals: add `requested` to numbers
     that are summed over all of them anyway, so that they agree on the step to stop at.
     """
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self):
         self.requested = False
@@ -40,11 +41,6 @@ class StopSignal:
 
     def _note(self, number: int, frame: Any) -> None:
         self.requested = True
-
-    def check(self, where: str) -> None:
-        """Raise Preempted if a signal has come; for places where nothing is lost by it."""
-        if self.requested:
-            raise Preempted(f"stopped by a signal at {where}; the same command goes on")
 
 
 class Watchdog:
@@ -80,13 +76,17 @@ class Watchdog:
         self.beat(where)
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self.seconds / 10)):
-            if time.monotonic() - self._time > self.seconds:
-                print(
+        interval, last = min(1.0, self.seconds / 10), time.monotonic()
+        while not self._ended.wait(interval):
+            now = time.monotonic()
+            if now - last > 10 * interval:  # the whole process was suspended: that does not count
+                self._time += now - last
+            last = now
+            if now - self._time > self.seconds:
+                say(
                     f"rank {self.rank}: no progress for {self.seconds / 60:g} minutes "
                     f"(timeout_minutes) at {self._where}; stacks follow",
-                    file=sys.stderr,
-                    flush=True,
+                    error=True,
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(HANG_EXIT_CODE)

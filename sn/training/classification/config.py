@@ -1,0 +1,106 @@
+"""The config of train_imagenet.py: configs/imagenet.yaml and its groups."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..run.config import (
+    NormKeys,
+    RunConfig,
+    Setting,
+    check_open,
+    number,
+    option,
+    register,
+    whole,
+)
+from .bilevel import ORDERS
+
+
+@dataclass
+class ImageData:
+    """Options of the data sets; null where a data set does not have the option."""
+
+    name: str = option(name=True)
+    root: str | None = option(None, machine=True)
+    download: bool | None = option(None, machine=True)
+    train_images: int | None = whole(1)
+    image_size: int | None = whole(1, 16384, default=None, before=None)
+    resize: int | None = whole(1, 16384, default=None, before=None)
+    lighting: float | None = number(0, 100, default=None, before=None)
+    color_jitter: float | None = number(0, 100, default=None, before=None)
+    last_crop: str | None = option(None, choices=("center", "random"), before=None)
+    max_bad_images: int | None = whole(default=None, machine=True)
+    workers: int = whole(0, 1024, machine=True)
+
+    def options(self) -> dict[str, Any]:
+        """What `build_data` takes: the options that are set."""
+        own = {k: v for k, v in vars(self).items() if k not in ("workers", "max_bad_images")}
+        return {k: v for k, v in own.items() if v is not None}
+
+
+@dataclass
+class ModelKeys:
+    """What is checked here of `model`; `build_model` checks its arguments itself."""
+
+    name: str = option(name=True)
+    dropout: float = number(0, None, below=1)
+    zero_init_residual: bool = option()
+
+
+@dataclass
+class Schedule:
+    name: str = option(name=True)
+    epochs: int = whole(1)
+    lr_per_256: float = number()
+    decay: str = option(choices=("step", "cosine"))
+    milestones: list[float] = number(
+        0, 1, expected="a list of fractions of the run, such as [0.3,0.6,0.9]"
+    )
+    gamma: float = number()
+    warmup: float = number(0, 1)
+    last_fraction: float = number(0, 1)
+
+
+@dataclass
+class Optimizer:
+    momentum: float = number(0, 1)
+    weight_decay: float = number()
+    gate_lr_factor: float = number()
+    gate_weight_decay: float | None = number()
+    gate_clip: float | None = number(None, above=0, before=None)
+
+
+@dataclass
+class BatchAverage:
+    batch_size: int = whole(1)
+    batches: int = whole(1)
+
+
+@dataclass
+class Evaluation:
+    batch_size: int = whole(1)
+    batch_average: BatchAverage = option(BatchAverage)
+
+
+@dataclass
+class ImagenetConfig(RunConfig):
+    norm: dict[str, Any] = option()  # arguments of sn.make_norm
+    model: dict[str, Any] = option()  # arguments of build_model
+    data: ImageData = option(ImageData)
+    setting: Setting = option(Setting)
+    schedule: Schedule = option(Schedule)
+    optimizer: Optimizer = option(Optimizer)
+    gates: str = option(choices=("joint", *ORDERS), before="joint")
+    evaluation: Evaluation = option(Evaluation)
+    compile: bool = option(machine=True)
+
+    def check(self) -> None:
+        check_open(self.norm, "norm", NormKeys)
+        check_open(self.model, "model", ModelKeys)
+        if self.gates != "joint" and self.precision == "fp16":
+            raise ValueError(
+                f"gates={self.gates} does not scale its losses; use precision=bf16 or fp32"
+            )
+
+
+register("imagenet", ImagenetConfig)

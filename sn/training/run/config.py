@@ -1,0 +1,289 @@
+"""Configs as types: what Hydra composes must fit these dataclasses, and every value its range.
+
+A field says by `option` what it may hold, whether it belongs to the machine (and may change between
+a run and its resumption), and what runs did before it was there. The values stand in `configs/`.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+NOTHING = object()
+COUNT = 2**31 - 1  # largest number of steps, images, ...
+SIZE = 65536  # largest size of a tensor's axis: channels, pixels, images per GPU
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple | None = None,
+    name: bool = False,
+    machine: bool = False,
+    before: Any = NOTHING,
+    expected: str | None = None,
+) -> Any:
+    """A dataclass field for a config value; MISSING: configs/ must give it.
+
+    Args:
+        low, high: least and largest number, both allowed; above, below: both not allowed.
+            Of a list they bound each element.
+        choices: all values allowed.
+        name: a name fit to be a part of a path.
+        machine: says where or how fast, not what: not recorded, may change at a resumption.
+        before: what runs did before this field existed; a record leaves it out then.
+        expected: what is expected, in words, if it cannot be said from the rest.
+    """
+    metadata = dict(low=low, high=high, above=above, below=below, choices=choices, name=name)
+    metadata |= dict(machine=machine, before=before, expected=expected)
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def whole(low: int = 0, high: int = COUNT, **options: Any) -> Any:
+    """A field that holds a whole number, or a list of them."""
+    return option(low=low, high=high, **options)
+
+
+def number(low: float | None = 0, high: float | None = sys.float_info.max, **options: Any) -> Any:
+    """A field that holds a finite number, or a list of them."""
+    return option(low=low, high=high, **options)
+
+
+@dataclass
+class Setting:
+    """(GPUs, images per GPU), the paper's coordinate. Source: section 4.1."""
+
+    gpus: int = whole(1, SIZE)
+    images_per_gpu: int = whole(1, SIZE)
+    emulation: str = option(choices=("auto", "grouped", "accumulated"), machine=True)
+
+    @property
+    def name(self) -> str:
+        return f"{self.gpus}x{self.images_per_gpu}"
+
+    @property
+    def total(self) -> int:
+        """Images per step over all GPUs."""
+        return self.gpus * self.images_per_gpu
+
+    def lr(self, base: float, images: int) -> float:
+        """Linear rule: `base` is the lr at `images` per step. Source: official README."""
+        return base * self.total / images
+
+    def describe(self, emulation: str, world_size: int) -> dict:
+        """The setting as it stands in summary.json."""
+        counts = {"gpus": self.gpus, "images_per_gpu": self.images_per_gpu, "name": self.name}
+        return counts | {"emulation": emulation, "world_size": world_size}
+
+
+@dataclass
+class RunConfig:
+    """What every entrypoint's config has."""
+
+    seed: int = whole(0, 2**32)
+    precision: str = option(choices=("fp32", "bf16", "fp16", "fp64"))
+    channels_last: bool = option()
+    device: str = option(choices=("auto", "cpu", "cuda"), machine=True)
+    deterministic: bool = option(machine=True)
+    checkpoint_steps: int = whole(machine=True)
+    keep_checkpoints: int = whole(2, 1000, machine=True)
+    max_skipped_steps: int = whole(machine=True)
+    timeout_minutes: float = number(0.001, 1e6, machine=True)
+    note: str | None = option(machine=True)
+    run_name: str = option(name=True)
+    output_root: str = option(machine=True)
+    output_dir: str = option(machine=True)
+
+    def check(self) -> None:
+        """Raise ValueError where values do not go together."""
+
+
+@dataclass
+class NormKeys:
+    """What is checked here of `norm`; `sn.make_norm` checks its arguments itself."""
+
+    name: str = option(name=True)
+    momentum: float | None = number(0, 1)
+
+
+def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
+    """Check those keys of an open mapping that `schema` has. Raises ValueError as `typed`."""
+    for field in dataclasses.fields(schema):
+        key = field.name
+        if key not in values:
+            continue
+        try:
+            fits = _holds(field.metadata, OmegaConf.structured(schema(**{key: values[key]}))[key])
+        except OmegaConfBaseException:
+            fits = False
+        if not fits:
+            wanted = describe(typing.get_type_hints(schema)[key], field.metadata)
+            raise ValueError(f"{prefix}.{key}={short(values[key])}; expected {wanted}")
+
+
+def register(name: str, schema: type[RunConfig]) -> None:
+    """Let configs/<name>.yaml begin its defaults with `<name>_schema`."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def typed(cfg: DictConfig) -> Any:
+    """The config as an object of its schema, every value checked.
+
+    Raises ValueError `key=value; expected ...`, and for keys that the schema does not have.
+    """
+    refuse_unknown(cfg)
+    config = OmegaConf.to_object(cfg)
+    check_ranges(config)
+    config.check()
+    return config
+
+
+def refuse_unknown(cfg: DictConfig, prefix: str = "") -> None:
+    """Raise ValueError for a key that was added with + and that the schema does not have."""
+    schema = OmegaConf.get_type(cfg)
+    if not dataclasses.is_dataclass(schema):
+        return
+    known = [field.name for field in dataclasses.fields(schema)]
+    for key in cfg:
+        if key not in known:
+            raise ValueError(unknown_key(f"{prefix}{key}", known))
+        child = cfg._get_node(key)
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
+            refuse_unknown(child, f"{prefix}{key}.")
+
+
+def unknown_key(full_key: str, known: list[str]) -> str:
+    """What to say of a key that is not among the `known` keys of its group."""
+    group, _, key = str(full_key).rpartition(".")
+    close = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"unknown key {full_key}; {hint}{group or 'the config'} has {', '.join(known)}"
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise ValueError for the first value outside of what its field may hold."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif not _holds(field.metadata, value):
+            wanted = describe(hints[field.name], field.metadata)
+            raise ValueError(f"{key}={short(value)}; expected {wanted}")
+
+
+def _holds(metadata: typing.Mapping, value: Any) -> bool:
+    if isinstance(value, list):
+        return all(_holds(metadata, item) for item in value)
+    if value is None:
+        return True  # OmegaConf has refused it where the type does
+    if metadata.get("choices") is not None and value not in metadata["choices"]:
+        return False
+    if isinstance(value, str):
+        return is_name(value) if metadata.get("name") else True
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    if not math.isfinite(value):
+        return False
+    low, high = metadata.get("low"), metadata.get("high")
+    above, below = metadata.get("above"), metadata.get("below")
+    return (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value is a plain name, fit to be a part of a path."""
+    plain = isinstance(value, str) and value.isprintable() and len(value) < 200
+    return plain and value[:1] not in ("", ".") and not {"/", "\\"} & set(value)
+
+
+def describe(hint: Any, metadata: typing.Mapping) -> str:
+    """What a field may hold, in words."""
+    if metadata.get("expected"):
+        return metadata["expected"]
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return f"{describe(inner, metadata)}, or null"
+    if metadata.get("choices") is not None:
+        text = "one of " + ", ".join(map(str, metadata["choices"]))
+        return f"a list, each {text}" if typing.get_origin(hint) is list else text
+    if typing.get_origin(hint) is list:
+        return f"a list, each {describe(arguments[0], metadata)}"
+    if hint is bool:
+        return "true or false"
+    if hint is str:
+        return "a name without / and control characters, not starting with a dot" if (
+            metadata.get("name")
+        ) else "a text"  # fmt: skip
+    if hint in (int, float):
+        return ("a whole number" if hint is int else "a number") + _bounds(metadata)
+    return "a group of keys"
+
+
+def _bounds(metadata: typing.Mapping) -> str:
+    low, high = metadata.get("low"), metadata.get("high")
+    above, below = metadata.get("above"), metadata.get("below")
+    parts = []
+    if above is not None:
+        parts.append(f"above {above:g}")
+    if low is not None and high is not None and high < COUNT:
+        parts.append(f"{low:g} to {high:g}")
+    elif low is not None:
+        parts.append(f"{low:g} or more")
+    elif high is not None and high < COUNT:
+        parts.append(f"at most {high:g}")
+    if below is not None:
+        parts.append(f"less than {below:g}")
+    return f", {' and '.join(parts)}" if parts else ""
+
+
+def short(value: Any, length: int = 80) -> str:
+    """A value for a message, cut if it is long."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]}... ({len(text)} characters)"
+
+
+def field_of(schema: type, full_key: str) -> tuple[Any, typing.Mapping, list[str]]:
+    """(type, metadata, keys of its group) of a dotted key; the type is None if there is none."""
+    hint: Any = schema
+    metadata: typing.Mapping = {}
+    known: list[str] = []
+    for part in str(full_key).partition("[")[0].split("."):
+        if not dataclasses.is_dataclass(hint):
+            return None, {}, known
+        fields = {field.name: field for field in dataclasses.fields(hint)}
+        known = list(fields)
+        if part not in fields:
+            return None, {}, known
+        hint, metadata = typing.get_type_hints(hint)[part], fields[part].metadata
+    return hint, metadata, known
+
+
+def recorded(config: Any) -> dict:
+    """The config as a run's record holds it: what makes it this experiment and no other."""
+    result = {}
+    for field in dataclasses.fields(config):
+        value, before = getattr(config, field.name), field.metadata.get("before", NOTHING)
+        if field.metadata.get("machine") or (before is not NOTHING and value == before):
+            continue
+        result[field.name] = recorded(value) if dataclasses.is_dataclass(value) else value
+    return result

@@ -1,0 +1,41 @@
+"""What a run says: lines on stdout, times, a progress bar."""
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line now. An output that is gone (a closed pipe, a full disk) does not end a run."""
+    try:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+    except OSError:
+        pass
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def progress_bar(total: int, done: int, label: str | None, visible: bool) -> tqdm:
+    """A bar on stderr, if that is a terminal."""
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        unit="step",
+        leave=False,
+        disable=not (visible and sys.stderr.isatty()),
+    )
+
+
+def line(values: dict[str, object], names: Iterable[str] = ()) -> str:
+    """`loss 0.1234  top-1 56.70`: a line of figures, two spaces between."""
+    parts = []
+    for name, value in values.items():
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        parts.append(f"{name} {text}")
+    return "  ".join([*parts, *names])

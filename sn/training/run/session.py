@@ -1,0 +1,368 @@
+"""A run from its start to its end: what every entrypoint needs and no experiment is about."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed
+from .checkpoint import keep_best, load_checkpoint, restore, save_checkpoint
+from .config import RunConfig, recorded
+from .display import clock, progress_bar, say
+from .guard import FiniteGuard, gradient_norm
+from .lock import FolderLock
+from .precision import Precision
+from .record import Recorder, environment
+from .stopping import Preempted, StopSignal, Watchdog
+
+
+@dataclass
+class Progress:
+    """Where a run is; what a checkpoint holds beside weights and optimizer."""
+
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next epoch; of all, in a run without epochs
+    sums: dict[str, float] = field(default_factory=dict)  # over the steps since the last metrics
+    images_seen: int = 0  # trained on, in all
+    skipped_steps: int = 0  # in all: loss or gradients were not finite
+    best: float | None = None  # of the validations
+    wall_s: float = 0.0
+
+    @property
+    def done(self) -> int:
+        """Steps of any kind done of the next epoch."""
+        return self.step
+
+    def add(self, **values: float) -> None:
+        for key, value in values.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def begin_epoch(self) -> None:
+        """One more epoch is done."""
+        self.epoch += 1
+        self.step = 0
+        self.sums = {}
+
+
+class Session:
+    """Processes, precision, signals, guard, records and checkpoints of one run.
+
+    A context manager. A divergence (FloatingPointError) inside ends in a summary that says so. Use:
+
+        with Session(config) as run:
+            if run.summary is not None: ...             # this run has ended before
+            task = build(config, run)
+            run.begin(parts, facts=..., ...)            # resumes, if there is a checkpoint
+            for epoch in run.epochs():
+                for where, batch in run.steps(loader):
+                    ...                                 # a step; run.allows(...) before the update
+                    run.step_done()                     # saves if it is time, stops if it is told
+                run.end_epoch(metrics)
+            run.finish(results)
+
+    A checkpoint is due after every `checkpoint_steps` steps, after the last step before an
+    evaluation, after the evaluation that ends an epoch, and when a signal asks the run to stop.
+
+    Args:
+        unit: "epoch" or "step", what metrics and importance weights are numbered by.
+        one_process: why this run cannot be distributed; None: it can.
+    """
+
+    def __init__(self, config: RunConfig, unit: str = "epoch", one_process: str | None = None):
+        self.config, self.unit, self._one_process = config, unit, one_process
+        self.summary: dict | None = None
+        self.progress = Progress()
+        self.guard = FiniteGuard(config.max_skipped_steps)
+        self.stop = StopSignal()
+        self.stopping = False  # some process has been told to stop
+        self.where = "the start"
+        self._facts: dict | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Session":
+        config = self.config
+        self.processes = distributed.start(config.device, config.timeout_minutes + 5)
+        if self._one_process and self.processes.world_size > 1:
+            raise ValueError(
+                f"this runs in one process, not {self.processes.world_size}: {self._one_process}; "
+                "start it without torchrun"
+            )
+        self.device, self.is_main = self.processes.device, self.processes.is_main
+        self.recorder = Recorder(config.output_dir, recorded(config), self.is_main, self.unit)
+        self.summary = self.recorder.summary()
+        self.precision = Precision(config.precision, self.device, config.channels_last)
+        self.scaler = self.precision.scaler
+        self.autocast, self.to_device = self.precision.autocast, self.precision.to_device
+        self._stack.enter_context(self.stop)
+        self.watchdog = self._stack.enter_context(
+            Watchdog(config.timeout_minutes, self.processes.rank)
+        )
+        self._lock = FolderLock(config.output_dir)
+        self._stack.callback(self._lock.release)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        with self._stack:
+            if isinstance(error, FloatingPointError) and self._facts is not None:
+                results = {"status": "diverged", **dict.fromkeys(self._headline)}
+                self._end(results | {"error": str(error)})
+
+    # --- from the start to the end
+
+    def has_ended(self, what: str, key: str) -> dict:
+        """Say that the run has ended before, with the figure `key` of its summary; return that."""
+        summary = self.summary or {}
+        self.say(f"{self.config.output_dir} has ended already: {what} {summary.get(key)}")
+        return summary
+
+    def begin(
+        self,
+        parts: dict[str, Any],
+        identity: dict[str, Any],
+        facts: dict[str, Any],
+        headline: tuple[str, ...],
+        epochs: int = 1,
+        steps: int = 1,
+        progress: type[Progress] = Progress,
+        saved: dict[str, Any] | None = None,
+        importance: nn.Module | None = None,
+        blocks: dict[str, str] | None = None,
+        score: str | None = None,
+        records_after_saving: bool = False,
+    ) -> None:
+        """Put the checkpoint back, if there is one, and open the records.
+
+        Args:
+            parts: what a checkpoint holds: anything with state_dict and load_state_dict.
+            identity: what the run learns from, beyond its config; another at a resumption is a
+                ValueError.
+            facts: the run's part of summary.json.
+            headline: results that are None in the summary of a run that diverged.
+            epochs, steps: in all, and per epoch.
+            saved: further contents of the checkpoint.
+            importance: the model whose importance weights are recorded.
+            blocks: the block of each of its layers; by default as `block_names` says.
+            score: the metric that the best checkpoint is chosen by.
+            records_after_saving: a step's line of metrics follows its checkpoint.
+        """
+        distributed.in_main(self._lock.acquire, self.processes)
+        self._parts, self._identity, self._saved = parts, identity, saved or {}
+        self._importance, self._blocks, self._score = importance, blocks, score
+        self.path = f"{self.config.output_dir}/checkpoint.pt"
+        self.progress, self._epochs, self._steps = progress(), epochs, steps
+        self.resumed = self._resume(progress)
+        self.guard.skipped = self.progress.skipped_steps
+        self._facts, self._headline = facts, headline
+        self.recorder.open(self._recorded(records_after_saving))
+        self._started = time.perf_counter() - self.progress.wall_s
+        self._began, self._first = time.perf_counter(), self._done()
+        if not self.resumed and importance is not None:
+            self.recorder.importance(0, importance, blocks=blocks)
+
+    def _resume(self, progress: type[Progress]) -> bool:
+        state = load_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
+        if state is None:
+            return False
+        for key, value in self._identity.items():
+            if state[key] != value:
+                raise ValueError(
+                    f"{self.config.output_dir} was trained with other {key}: {state[key]} there, "
+                    f"{value} now; choose another output_dir="
+                )
+        self.progress = restore(self.path, state, self._parts, progress)
+        return True
+
+    def _recorded(self, records_after_saving: bool) -> int:
+        """Epochs or steps whose lines are kept at a resumption; -1: not even those of the start.
+
+        A line that follows its checkpoint is written again.
+        """
+        if not self.resumed:
+            return -1
+        count = self.progress.epoch if self.unit == "epoch" else self.progress.step
+        return count - records_after_saving
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left; each is over with `end_epoch`."""
+        while self.progress.epoch < self._epochs:
+            yield self.progress.epoch
+
+    def steps(
+        self, batches: Iterable, total: int, counter: str = "step", what: str = "step"
+    ) -> Iterator[tuple[str, Any]]:
+        """(where the run is, batch) of each step that is left; `step_done` ends each.
+
+        Args:
+            batches: those that are left.
+            total: steps of this kind per epoch, done ones included.
+            counter: the field of `Progress` that counts them.
+            what: what such a step is called.
+        """
+        epoch = f"epoch {self.progress.epoch + 1}"
+        label = f"{epoch}/{self._epochs}" if self.unit == "epoch" else None
+        prefix = f"{epoch}, " if self.unit == "epoch" else ""
+        done = getattr(self.progress, counter)
+        self._counter, self._total = counter, total
+        with progress_bar(total, done, label, self.is_main) as self.bar:
+            for batch in batches:
+                count = getattr(self.progress, counter) + 1
+                self.where = f"{prefix}{what} {count} of {total}"
+                self.watchdog.beat(self.where)
+                yield self.where, batch
+
+    def step_done(self, images: int = 0, evaluates: bool = False, show: str = "") -> None:
+        """Count a step of `images` images; save if it is time; raise Preempted if told to stop.
+
+        `evaluates`: an evaluation follows. `show` stands beside the progress bar.
+        """
+        progress = self.progress
+        count = getattr(progress, self._counter) + 1
+        setattr(progress, self._counter, count)
+        progress.images_seen += images
+        progress.skipped_steps = self.guard.skipped
+        if self.processes.world_size == 1:
+            self.stopping = self.stop.requested
+        self.bar.set_postfix_str(f"{show}, {self.time_left()} left", refresh=False)
+        self.bar.update()
+        every = self.config.checkpoint_steps
+        due = every > 0 and count % every == 0
+        if due or evaluates or self.stopping or count == self._total:
+            self.save()
+        if self.stopping:
+            raise Preempted(
+                f"stopped by a signal and saved after {self.where}; the same command goes on"
+            )
+
+    def end_epoch(self, metrics: dict[str, Any], score: float | None = None) -> None:
+        """Record the epoch and save; the checkpoint of the highest `score` is kept."""
+        best = self._is_best(score)
+        self.progress.begin_epoch()
+        epoch = self.progress.epoch
+        self.recorder.metrics(epoch, metrics)
+        self.record_importance(epoch, epoch % max(1, self._epochs // 10) == 0)
+        self.save(best)
+
+    def _is_best(self, score: float | None) -> bool:
+        best = self.progress.best
+        better = score is not None and (best is None or score >= best)
+        if better:
+            self.progress.best = score
+        return better
+
+    def record_importance(self, count: int, figure: bool = False) -> None:
+        """Record the importance weights after `count` epochs or steps."""
+        if self._importance is not None:
+            self.recorder.importance(count, self._importance, figure, self._blocks)
+
+    def save(self, best: bool = False, **contents: Any) -> None:
+        """Write the checkpoint; all processes take part, the main one writes."""
+        for part in self._parts.values():
+            if isinstance(part, nn.Module):
+                distributed.average_running_statistics(part)
+        self.progress.wall_s = self.wall_s
+        progress = vars(self.progress).copy()
+        progress["sums"] = dict(self.progress.sums)
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        state |= {"progress": progress, **self._identity, **self._saved, **contents}
+
+        def write() -> None:
+            save_checkpoint(self.path, state, self.config.keep_checkpoints)
+            if best:
+                keep_best(self.path)
+
+        distributed.in_main(write, self.processes)
+
+    def scored(self, score: float | None) -> None:
+        """Keep the checkpoint just saved as the best one, if `score` is the best so far."""
+        if self._is_best(score):
+            distributed.in_main(lambda: keep_best(self.path), self.processes)
+
+    def finish(self, results: dict[str, Any]) -> dict:
+        """Write summary.json: the run has ended well; return it."""
+        return self._end({"status": "finished"} | results)
+
+    def _end(self, results: dict[str, Any]) -> dict:
+        progress = self.progress
+        progress.wall_s = self.wall_s
+        count = {"epochs": progress.epoch} if self.unit == "epoch" else {"steps": progress.step}
+        self.summary = {
+            **(self._facts or {}),
+            **results,
+            **count,
+            **({f"best_{self._score}": progress.best} if self._score else {}),
+            "seed": self.config.seed,
+            "images_seen": progress.images_seen,
+            "skipped_steps": self.guard.skipped,
+            "wall_s": round(progress.wall_s, 1),
+            "precision": self.config.precision,
+            "note": self.config.note,
+            **environment(self.device),
+        }
+        self.recorder.finish(self.summary)
+        return self.summary
+
+    # --- inside a step or an evaluation
+
+    def together(self, totals: Tensor) -> Tensor:
+        """Sum a vector over all processes, in place; they agree here on whether to stop."""
+        if self.processes.world_size == 1:
+            return totals
+        stop = totals.new_tensor([float(self.stop.requested)])
+        both = torch.cat([totals, stop])
+        distributed.sum_over_processes(both)
+        self.stopping = bool(both[-1] > 0)
+        return both[:-1]
+
+    def allows(self, losses: Tensor, model: nn.Module, again: Callable | None = None) -> bool:
+        """Whether an update may happen: `losses` and the model's gradients are finite.
+
+        False: it is one of the `max_skipped_steps`. Raises FloatingPointError, naming the first
+        layer gone bad, if none of these is left; `again` repeats the forward pass to find it.
+        """
+        values = losses.detach().double().view(-1)
+        if not self.scaler.is_enabled():  # which sees to infinite gradients itself
+            values = torch.cat([values, gradient_norm(model).to(values).view(1)])
+        allowed = self.guard.allows(values, model, self.where, again)
+        if not allowed and self.is_main:
+            say(f"warning: not finite at {self.where}, step skipped", error=True)
+        return allowed
+
+    def evaluating(self, batches: Iterable, where: str = "evaluation") -> Iterator:
+        """Batches outside training, each a sign of life. A signal ends them early.
+
+        Then Preempted is raised in all processes together, at the end of the loop: one that left
+        alone would leave the others waiting in a sum.
+        """
+        for batch in self.watchdog.over(batches, where):
+            yield batch
+            if self.stop.requested:
+                break
+        if distributed.any_process(self.stop.requested, self.device):
+            raise Preempted(f"stopped by a signal at {where}; the same command goes on")
+
+    # --- times and lines
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run so far, those before a resumption included."""
+        return time.perf_counter() - self._started
+
+    def _done(self) -> int:
+        return self.progress.epoch * self._steps + self.progress.done
+
+    def time_left(self) -> str:
+        """`h:mm:ss` to the end at this process's speed, `?` before its first step."""
+        done = self._done() - self._first
+        if done <= 0:
+            return "?"
+        seconds = (time.perf_counter() - self._began) / done
+        return clock(seconds * (self._epochs * self._steps - self._done()))
+
+    def say(self, text: str) -> None:
+        """Print a line, in the main process."""
+        if self.is_main:
+            say(text)
