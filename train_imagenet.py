@@ -63,7 +63,11 @@ CHECKS = [
             "data.resize",
         ],
     ),
-    (optional(whole(1)), "a whole number, 1 or more, or null", ["data.train_images"]),
+    (
+        optional(whole(1)),
+        "a whole number, 1 or more, or null",
+        ["data.train_images", "model.width"],
+    ),
     (
         whole(0, 2**32),
         "a whole number, 0 to 2^32",

@@ -51,7 +51,12 @@ MACHINE_KEYS = (
 )
 
 # keys added later, with the value that says what runs did before; such a record leaves them out
-LATER_KEYS = {"gates": "joint", "optimizer.gate_clip": None}
+LATER_KEYS = {
+    "gates": "joint",
+    "optimizer.gate_clip": None,
+    "data.image_size": 32,  # of CIFAR-10
+    "model.width": None,
+}
 
 
 class Recorder:
@@ -88,7 +93,7 @@ class Recorder:
                     )
             return
         try:
-            old = _flat(yaml.safe_load(path.read_text()) or {})
+            old = _flat(experiment_part(yaml.safe_load(path.read_text()) or {}))
         except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a run's config ({str(error).splitlines()[0]}); "
