@@ -131,7 +131,8 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         config.optimizer.gate_lr_factor,
         config.optimizer.gate_weight_decay,
     )
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.optimizer.momentum)
+    fused = run.device.type == "cpu" or None  # one call for all parameters; None: torch chooses
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.optimizer.momentum, fused=fused)
 
     def training_loader(images, seed: int) -> tuple[DataLoader, SettingSampler]:
         where = (processes.rank, processes.world_size)
@@ -177,14 +178,13 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
         done = (epoch * steps + progress.step) / (config.schedule.epochs * steps)
         set_lr(task, done)
         sn.set_radius(task.model, done)
-        seed = mix_seed(config.seed, run.processes.rank, epoch, progress.step)
-        torch.manual_seed(seed)  # dropout
+        run.draw_from(config.seed, run.processes.rank, epoch, progress.step)  # dropout
         images, labels = run.to_device(images), run.to_device(labels)
         if task.held_out is not None:
             gate_step(task, run, images, labels, *map(run.to_device, next(held_out)))
         loss, correct, count = train_step(task, run, images, labels)
         progress.add(loss=loss * count, correct=correct, images=count)
-        run.step_done(config.setting.total, show=f"loss {loss:.3f}")
+        run.step_done(config.setting.total, show=loss)
     if not progress.sums["images"]:
         raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
     seconds = time.perf_counter() - began

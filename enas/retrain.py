@@ -188,7 +188,9 @@ def build(cfg: DictConfig, device: torch.device, stop: StopSignal, watchdog: Wat
     """Architecture, data, network and optimizer, on `device`."""
     architecture = choose_architecture(cfg)
     data = build_data(**{k: v for k, v in cfg.data.items() if k != "workers"})
-    test = load_cifar10_test(cfg.data.root) if data.name == "cifar10" else None
+    test = None
+    if data.name == "cifar10":
+        test = load_cifar10_test(cfg.data.root, cfg.data.image_size)
     dtype = torch.float64 if cfg.precision == "fp64" else torch.float32
     parts = [
         part and DeviceImages(data, part, device, dtype) for part in (data.train, data.val, test)

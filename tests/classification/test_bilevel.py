@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -10,6 +11,7 @@ from workers import config, train_in_group
 
 import sn
 from sn.training.classification.bilevel import gate_gradients, split_images
+from sn.training.classification.data import ArrayImages
 from sn.training.run.record import experiment_part
 
 A, C, T = 0.7, 2.0, 1.5
@@ -137,6 +139,10 @@ def test_split():
     assert list(one) != list(split_images(list(range(101)), 4)[0])
     with pytest.raises(ValueError):
         split_images([1], 0)
+    arrays = ArrayImages(np.arange(101 * 12).reshape(101, 3, 2, 2) % 251, np.arange(101))
+    part = split_images(arrays, 3)[0]
+    assert isinstance(part, ArrayImages) and part.labels == list(one)  # so batches are augmented
+    assert all(torch.equal(part[i][0], arrays[index][0]) for i, index in enumerate(one))
 
 
 def test_records_of_joint_runs_stay_as_they_were():

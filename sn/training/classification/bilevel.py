@@ -14,11 +14,12 @@ from torch.utils.data import Subset
 
 from ..run.distributed import in_group, sum_over_processes
 from ..run.schedule import mix_seed
+from .data import ArrayImages
 
 ORDERS = {"bilevel_first": 1, "bilevel": 2}  # the config's `gates`, beside "joint"
 
 
-def split_images(images: Sequence, seed: int) -> tuple[Subset, Subset]:
+def split_images(images: Sequence, seed: int) -> tuple[Sequence, Sequence]:
     """Two random halves of a training set: for the weights, and for the gates.
 
     Raises ValueError for fewer than two images.
@@ -28,7 +29,10 @@ def split_images(images: Sequence, seed: int) -> tuple[Subset, Subset]:
     generator = torch.Generator().manual_seed(mix_seed(seed, len(images), 2))
     order = torch.randperm(len(images), generator=generator).tolist()
     half = len(images) // 2
-    return Subset(images, sorted(order[:half])), Subset(images, sorted(order[half : 2 * half]))
+    halves = sorted(order[:half]), sorted(order[half : 2 * half])
+    if isinstance(images, ArrayImages):
+        return tuple(images.subset(indices) for indices in halves)
+    return tuple(Subset(images, indices) for indices in halves)
 
 
 def gate_gradients(

@@ -24,7 +24,7 @@ class ImageData:
     root: str | None = option(None, machine=True)
     download: bool | None = option(None, machine=True)
     train_images: int | None = whole(1)
-    image_size: int | None = whole(1, 16384, default=None, before=None)
+    image_size: int | None = whole(1, 16384, default=None, before=(None, 32))  # 32: CIFAR-10
     resize: int | None = whole(1, 16384, default=None, before=None)
     lighting: float | None = number(0, 100, default=None, before=None)
     color_jitter: float | None = number(0, 100, default=None, before=None)

@@ -17,6 +17,7 @@ from .guard import FiniteGuard, gradient_norm
 from .lock import FolderLock
 from .precision import Precision
 from .record import Recorder, environment
+from .schedule import mix_seed
 from .stopping import Preempted, StopSignal, Watchdog
 
 
@@ -214,10 +215,12 @@ class Session:
                 self.watchdog.beat(self.where)
                 yield self.where, batch
 
-    def step_done(self, images: int = 0, evaluates: bool = False, show: str = "") -> None:
+    def step_done(
+        self, images: int = 0, evaluates: bool = False, show: float | None = None
+    ) -> None:
         """Count a step of `images` images; save if it is time; raise Preempted if told to stop.
 
-        `evaluates`: an evaluation follows. `show` stands beside the progress bar.
+        `evaluates`: an evaluation follows. `show`: the loss or reward beside the progress bar.
         """
         progress = self.progress
         count = getattr(progress, self._counter) + 1
@@ -226,8 +229,10 @@ class Session:
         progress.skipped_steps = self.guard.skipped
         if self.processes.world_size == 1:
             self.stopping = self.stop.requested
-        self.bar.set_postfix_str(f"{show}, {self.time_left()} left", refresh=False)
-        self.bar.update()
+        if not self.bar.disable:
+            value = "" if show is None else f"{show:.3f}, "
+            self.bar.set_postfix_str(f"{value}{self.time_left()} left", refresh=False)
+            self.bar.update()
         every = self.config.checkpoint_steps
         due = every > 0 and count % every == 0
         if due or evaluates or self.stopping or count == self._total:
@@ -306,6 +311,14 @@ class Session:
         return self.summary
 
     # --- inside a step or an evaluation
+
+    def draw_from(self, *where: int) -> None:
+        """Seed torch's random numbers from where the run is, so that a resumption repeats them."""
+        seed = mix_seed(*where)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # manual_seed's other devices cost 0.1 ms
+        else:
+            torch.manual_seed(seed)
 
     def together(self, totals: Tensor) -> Tensor:
         """Sum a vector over all processes, in place; they agree here on whether to stop."""
