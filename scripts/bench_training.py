@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import runpy
 import shutil
 import statistics
 import sys
@@ -23,30 +24,31 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
 import sn
-import train_imagenet
+from sn.training.classification.config import ImagenetConfig
 from sn.training.classification.data import SettingSampler, TransformedImages, build_data
 from sn.training.classification.models import build_model
+from sn.training.run.config import typed
 from sn.training.run.distributed import prepare_setting
 from sn.training.run.record import environment
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = runpy.run_path(str(ROOT / "train_imagenet.py"))["train"]
 
 
-def config(args: argparse.Namespace, norm: str, setting: str, folder: str) -> DictConfig:
+def config(args: argparse.Namespace, norm: str, setting: str, folder: str) -> ImagenetConfig:
     overrides = ["experiment=imagenet/cifar10_16px", f"norm={norm}", f"setting={setting}"]
     overrides += ["device=cpu", "schedule.epochs=1", f"data.train_images={args.images}"]
     overrides += [f"data.root={args.root}", f"output_dir={folder}"]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("imagenet", overrides=overrides)
+        return typed(compose("imagenet", overrides=overrides))
 
 
-def ours(cfg: DictConfig) -> float:
+def ours(cfg: ImagenetConfig) -> float:
     """Images/s of the epoch, as the run records them."""
     with contextlib.redirect_stdout(io.StringIO()):
-        train_imagenet.train(cfg)
+        TRAIN(cfg)
     metrics = json.loads((Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()[-1])
     shutil.rmtree(cfg.output_dir)
     return metrics["images_per_s"]
@@ -55,10 +57,10 @@ def ours(cfg: DictConfig) -> float:
 class BareLoop:
     """The shortest program that trains the config's network on its augmented images."""
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: ImagenetConfig):
         torch.manual_seed(cfg.seed)
         gpus, images_per_gpu = cfg.setting.gpus, cfg.setting.images_per_gpu
-        data = build_data(**{k: v for k, v in cfg.data.items() if k != "workers"})
+        data = build_data(**cfg.data.options())
         self.model = build_model(
             **cfg.model, num_classes=data.num_classes, norm=sn.make_norm(**cfg.norm)
         )
