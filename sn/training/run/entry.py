@@ -115,8 +115,13 @@ def explain(error: BaseException, schema: type) -> str:
 
 def message(error: BaseException) -> str:
     """What to tell the user."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is not set; add {error.full_key}=... to the command"
+    if isinstance(error, OmegaConfBaseException):
+        text = " ".join(str(error).split())
+        missing = re.search(r"Missing mandatory value: (\S+)", text)
+        key = missing.group(1) if missing else getattr(error, "full_key", None)
+        if missing or isinstance(error, MissingMandatoryValue):
+            return f"{key} is not set; add {key}=... to the command"
+        return text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint"
     if isinstance(error, torch.OutOfMemoryError):
