@@ -396,7 +396,7 @@ def train_one_epoch(run: Run, progress: Progress, start: float) -> dict:
     for images, labels in run.loader:
         done = (progress.epoch * steps + progress.step) / (epochs * steps)
         set_lr(run, done)
-        sn.set_radius(run.model, done)
+        sn.begin_step(run.model, done)
         torch.manual_seed(mix_seed(cfg.seed, rank, progress.epoch, progress.step))  # dropout
         where = f"epoch {progress.epoch + 1}, step {progress.step + 1} of {steps}"
         run.watchdog.beat(where)

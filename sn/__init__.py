@@ -4,16 +4,10 @@
 """
 
 from .batch_average import batch_average
-from .batch_kalman import (
-    BatchKalmanNorm1d,
-    BatchKalmanNorm2d,
-    BatchKalmanNorm3d,
-    connect_bkn,
-)
-from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .convert import NormAct, convert
 from .fold import fold
 from .functional import STATISTICS, switch_norm
+from .hooks import begin_step, connect
 from .kernels import backend
 from .modules import (
     SwitchNorm1d,
@@ -36,7 +30,14 @@ from .norms import (
     make_norm,
 )
 from .recurrent import SwitchNormLSTM, SwitchNormLSTMCell
-from .sparse import (
+from .variants.batch_kalman import (
+    BatchKalmanNorm1d,
+    BatchKalmanNorm2d,
+    BatchKalmanNorm3d,
+    connect_bkn,
+)
+from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .variants.sparse import (
     SparseSwitchNorm1d,
     SparseSwitchNorm2d,
     SparseSwitchNorm3d,
@@ -44,7 +45,7 @@ from .sparse import (
     sparsestmax,
     unfreeze_gates,
 )
-from .sync import (
+from .variants.sync import (
     SyncSwitchNorm1d,
     SyncSwitchNorm2d,
     SyncSwitchNorm3d,
@@ -83,6 +84,8 @@ __all__ = [
     "__version__",
     "backend",
     "batch_average",
+    "begin_step",
+    "connect",
     "connect_bkn",
     "convert",
     "convert_sync_switchnorm",

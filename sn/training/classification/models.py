@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
+from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 Norm = Callable[[int], nn.Module]
 
@@ -113,7 +113,7 @@ def build_model(
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
     zero_init_residual = zero_init_residual and _gain_learns(norm)
-    model = connect_bkn(builders[source](name, num_classes, norm, dropout, zero_init_residual))
+    model = connect(builders[source](name, num_classes, norm, dropout, zero_init_residual))
     return fuse_activations(model) if fused_activation else model
 
 

@@ -8,16 +8,17 @@ batch in one process.
 
 import copy
 import math
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import functional
-from .functional import _check_shapes, _instance_moments, _mix_and_apply, _pool
-from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
-from .running import count_batch
+from .. import functional
+from ..functional import _check_shapes, _instance_moments, _mix_and_apply, _pool
+from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
+from ..running import count_batch
 
 
 class _GroupMoments(torch.autograd.Function):
@@ -149,6 +150,10 @@ class SyncSwitchNormBase(SwitchNormBase):
         )
         y = y if residual is None else y + residual
         return y.relu() if relu else y
+
+    def micro_batches(self) -> NoReturn:
+        """Refuse: one all-reduce needs the whole batch of every process."""
+        raise ValueError("a synchronised norm, which micro-batches do not emulate")
 
     @property
     def virtual_gpus(self) -> int:
