@@ -3,12 +3,13 @@
 `import sn` needs torch and nothing else. Source: Luo et al., arXiv 1806.10779.
 """
 
+from . import functional
 from .batch_average import batch_average
 from .convert import NormAct, convert
 from .fold import fold
-from .functional import STATISTICS, switch_norm
+from .functional import STATISTICS
 from .hooks import begin_step, connect
-from .kernels import backend
+from .kernels import backend, switch_norm
 from .modules import (
     SwitchNorm1d,
     SwitchNorm2d,
@@ -90,6 +91,7 @@ __all__ = [
     "convert",
     "convert_sync_switchnorm",
     "fold",
+    "functional",
     "gates",
     "importance_weights",
     "make_norm",
