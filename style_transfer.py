@@ -287,7 +287,7 @@ def train_steps(run: Run, progress: Progress, recorder: Recorder, start: float) 
     )
     run.model.train()
     for images in loader:
-        sn.set_radius(run.model, progress.step / steps)
+        sn.begin_step(run.model, progress.step / steps)
         torch.manual_seed(mix_seed(cfg.seed, progress.step))
         where = f"step {progress.step + 1} of {steps}"
         run.watchdog.beat(where)

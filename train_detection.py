@@ -272,7 +272,7 @@ def build_model(cfg: DictConfig, num_classes: int, weights: dict | None = None) 
     model = detectors.build_detector(
         num_classes=num_classes, norms=part_norms(cfg), weights=weights, **options
     )
-    return sn.connect_bkn(model)
+    return sn.connect(model)
 
 
 def build_data(cfg: DictConfig) -> DetectionData:
@@ -401,7 +401,7 @@ def train_steps(run: Run, progress: Progress, recorder: Recorder, start: float) 
     )
     for images, targets in run.loader:
         set_lr(run, progress.step * run.images_per_step)
-        sn.set_radius(run.model, progress.step / steps)
+        sn.begin_step(run.model, progress.step / steps)
         where = f"step {progress.step + 1} of {steps}"
         run.watchdog.beat(where)
         losses, stopping = train_step(run, images, targets, progress.step, where)

@@ -178,7 +178,7 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     for _, (images, labels) in run.steps(task.loader, steps):
         done = (epoch * steps + progress.step) / (config.schedule.epochs * steps)
         set_lr(task, done)
-        sn.set_radius(task.model, done)
+        sn.begin_step(task.model, done)
         run.draw_from(config.seed, run.processes.rank, epoch, progress.step)  # dropout
         images, labels = run.to_device(images), run.to_device(labels)
         if task.held_out is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_kalman import connect_bkn
+from .hooks import connect
 from .modules import SwitchNormBase
 from .norms import FrozenBatchNorm, NoNorm, _options, make_norm
 from .running import RunningNorm
@@ -70,7 +70,7 @@ def convert(
         for layer in model.modules():  # without a norm before it, it would overwrite its input's
             if getattr(layer, "inplace", False) is True:
                 layer.inplace = False
-    return connect_bkn(model)
+    return connect(model)
 
 
 def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> nn.Module:

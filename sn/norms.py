@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
-from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from .running import count_batch
-from .sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
-from .sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
+from .variants.batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .variants.sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
+from .variants.sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
 
 
 class _VirtualGPUs:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sn
-from sn.sparse import choices, sparsemax
+from sn.variants.sparse import choices, sparsemax
 
 
 @pytest.fixture(autouse=True, scope="module")

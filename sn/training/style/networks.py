@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
+from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 from ..run.checkpoint import load_weights
 
@@ -129,12 +129,12 @@ def build_style_net(
     fused_activation: switchable layers do the residual sum and the ReLU too, in one pass.
     Raises ValueError if that is asked for with another norm.
     """
-    model = connect_bkn(StyleNet(norm, width, residual_blocks))
+    model = connect(StyleNet(norm, width, residual_blocks))
     if fused_activation:
         for block in model.modules():
             if isinstance(block, ConvNorm):
                 _fuse(block)
-    return connect_bkn(model)
+    return connect(model)
 
 
 def _fuse(block: ConvNorm) -> None:

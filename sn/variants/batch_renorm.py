@@ -3,12 +3,15 @@
 Source: Ioffe, Batch Renormalization, arXiv 1702.03275, algorithm 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .running import RunningNorm
+from ..running import RunningNorm
 
 
 class BatchRenormBase(RunningNorm):
@@ -31,8 +34,9 @@ class BatchRenormBase(RunningNorm):
     buffers mean the same as those of batch norm (ours biased, torch's unbiased).
     """
 
-    # Moving mean and variance and images seen to refer to in place of the buffers; "batch": refer
-    # to nothing, as plain batch norm.
+    trains_on_running = True
+    # The moving mean, variance and images seen that batches are corrected towards; None: the
+    # buffers, "batch": no correction, as plain batch norm.
     reference: tuple[Tensor, Tensor, Tensor] | str | None = None
 
     def __init__(
@@ -123,8 +127,29 @@ class BatchRenormBase(RunningNorm):
         d = ((mean - moving_mean) * rstd).clamp(-d_max, d_max)
         return r.to(kept), d.to(kept), mean, var
 
+    @contextmanager
+    def micro_batches(self) -> Iterator[None]:
+        """Correct all batches inside towards the moving statistics at the start."""
+        moving = (self.running_mean, self.running_var, self.images_seen)
+        self.reference = tuple(buffer.clone() for buffer in moving)
+        try:
+            yield
+        finally:
+            self.reference = None
+
+    @contextmanager
+    def batch_alone(self) -> Iterator[None]:
+        """Be plain batch norm and count no images."""
+        self.reference = "batch"
+        try:
+            yield
+        finally:
+            self.reference = None
+
     @torch.no_grad()
     def _count_images(self, images: int) -> None:
+        if self.reference == "batch":
+            return
         processes = dist.is_available() and dist.is_initialized()
         self.images_seen.add_(images * (dist.get_world_size() if processes else 1))
 

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .running import RunningNorm
+from ..running import RunningNorm
 
 Moments = tuple[Tensor, Tensor]  # mean and variance, each (virtual GPUs, C)
 
@@ -400,3 +400,6 @@ def connect_bkn(model: nn.Module, *inputs) -> nn.Module:
     model.register_forward_pre_hook(flow.begin, with_kwargs=True)
     model.register_forward_hook(flow.end)
     return model
+
+
+BatchKalmanNormBase.connect = staticmethod(connect_bkn)

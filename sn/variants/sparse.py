@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase
+from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase
 
 ONE_HOT = 1 - 1e-6  # a gate from here on is the only one; what is missing is rounding
 
@@ -67,6 +67,9 @@ class SparseSwitchNormBase(SwitchNormBase):
         for name in ("mean_choice", "var_choice"):
             self.register_buffer(name, torch.tensor(-1, dtype=torch.long, device=device))
 
+    def begin_step(self, progress: float) -> None:
+        self.radius.fill_(progress)
+
     def importance(self) -> tuple[Tensor, Tensor]:
         return tuple(
             self._gates(logits, choice)
@@ -119,7 +122,7 @@ def set_radius(model: nn.Module, radius: float) -> None:
         raise ValueError(f"radius={radius}; expected a share of the training, 0 to 1")
     for layer in model.modules():
         if isinstance(layer, SparseSwitchNormBase):
-            layer.radius.fill_(radius)
+            layer.begin_step(radius)
 
 
 def unfreeze_gates(model: nn.Module, share: float | None = None) -> list[str]:
