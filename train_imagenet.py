@@ -372,4 +372,4 @@ def print_epoch(run: Session, metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main, ImagenetConfig)
+    entry.start(main, "imagenet")
