@@ -1,4 +1,4 @@
-"""What an entrypoint's config offers: help and docs from its schema and the comments in configs/."""
+"""What an entrypoint's config offers: help and docs, from its schema and configs/."""
 
 import dataclasses
 import re
