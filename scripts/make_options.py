@@ -20,10 +20,10 @@ ROOTS = {  # root config -> (module of its schema, title)
 }
 HEAD = """# Options
 
-Made by `scripts/make_options.py` from the typed configs and the comments in `configs/`. A
-command takes `group=option` and `key=value`; keys with * belong to the machine and may change between a run
-and its resumption. Of `norm` and a detector's `parts` the files in `configs/norm` have the keys: the
-arguments of `sn.make_norm`.
+Made by `scripts/make_options.py` from the typed configs and the comments in `configs/`.
+A command takes `group=option` and `key=value`; keys with * belong to the machine and may change
+between a run and its resumption. Of `norm` and a detector's `parts` the files in `configs/norm`
+have the keys: the arguments of `sn.make_norm`.
 """
 
 
