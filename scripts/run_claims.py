@@ -308,7 +308,8 @@ class Campaign:
         """Take in the record of a run that has ended, or note why there is none."""
         code, name = job.process.returncode, job.wanted.name
         if code in (0, DIVERGED):
-            self.runs = made(self.root)
+            for record in self.root.rglob(f"{name}/summary.json"):
+                self.runs += load_runs(record.parent, task=None)
             self.evidence = Evidence(self.ledger, self.runs)
             if name not in self.missing():
                 self.finished += 1
