@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
-from .running import count_batch
+from .running import count_batch, warn_of_update_bn
 from .tracing import Traceable, is_proxy
 
 
@@ -27,10 +27,10 @@ class SwitchNormBase(Traceable, nn.Module):
     running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
     `unbiased` reproduces the official code's variances, by the plain formula; see `switch_norm`.
 
-    Tools that know batch norm by its class pass over these layers: for averaged weights call
-    `sn.batch_average` instead of `torch.optim.swa_utils.update_bn`, to freeze a network `sn.freeze`,
-    to fold layers into convolutions `sn.fold`. Under activation checkpointing the running
-    statistics are updated twice a step, as batch norm's.
+    Tools that know batch norm by its class pass over these layers. Call `sn.batch_average` instead
+    of `torch.optim.swa_utils.update_bn`, `sn.freeze` instead of timm's freeze, `sn.fold` to fuse
+    layers into convolutions. Under activation checkpointing the running statistics are updated
+    twice a step, as batch norm's.
     """
 
     input_dims: tuple[int, ...]
@@ -124,6 +124,7 @@ class SwitchNormBase(Traceable, nn.Module):
         self._check_input(x)
         counter, momentum = None, 0.0
         if self.training and self.track_running_stats and x.numel() > 0:
+            warn_of_update_bn(self)
             if self.unbiased or self.momentum is None:
                 momentum = count_batch(self)
             else:

@@ -1,11 +1,35 @@
 """What batch normalisations with running statistics share."""
 
+import sys
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import check_virtual_gpus
 from .tracing import Traceable
+
+_SWA = "torch.optim.swa_utils"
+
+
+def warn_of_update_bn(layer: nn.Module) -> None:
+    """Warn if `torch.optim.swa_utils.update_bn` is running, which passes over `layer`.
+
+    It can be noticed where the model also holds batch norm; without, it runs no batch at all.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # update_bn disables gradients
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "update_bn" and frame.f_globals.get("__name__") == _SWA:
+            warnings.warn(
+                f"update_bn passes over {type(layer).__name__}, whose running statistics are not "
+                "those of the batches; call sn.batch_average(model, loader)",
+                stacklevel=2,
+            )
+            return
+        frame = frame.f_back
 
 
 def count_batch(layer: nn.Module) -> float:
@@ -83,11 +107,12 @@ class RunningNorm(Traceable, nn.Module):
         tensors = (t if t is None else t.to(dtype) for t in tensors)
         return F.batch_norm(x.to(dtype), *tensors, False, 0.0, self.eps).to(x.dtype)
 
-    @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        momentum = count_batch(self)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+        warn_of_update_bn(self)
+        with torch.no_grad():
+            momentum = count_batch(self)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self.input_dims or x.shape[1] != self.num_features:
