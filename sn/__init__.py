@@ -7,6 +7,7 @@ from . import functional
 from .batch_average import batch_average
 from .convert import NormAct, convert
 from .fold import fold
+from .freezing import freeze, unfreeze
 from .functional import STATISTICS
 from .hooks import begin_step, connect
 from .kernels import backend, switch_norm
@@ -91,6 +92,7 @@ __all__ = [
     "convert",
     "convert_sync_switchnorm",
     "fold",
+    "freeze",
     "functional",
     "gates",
     "importance_weights",
@@ -100,5 +102,6 @@ __all__ = [
     "set_virtual_gpus",
     "sparsestmax",
     "switch_norm",
+    "unfreeze",
     "unfreeze_gates",
 ]

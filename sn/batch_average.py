@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .freezing import is_frozen
 from .modules import SwitchNormBase
 from .running import RunningNorm
 
@@ -88,12 +89,13 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
     process group every rank brings batches of its own and all end with the statistics of all; with
     synchronised layers the ranks must bring equal numbers of batches.
-    Modes, momenta and groups of virtual GPUs are restored. Returns the number of batches used by
-    all ranks; a model without batch statistics is left alone (0).
+    Modes, momenta and groups of virtual GPUs are restored; layers that `sn.freeze` has frozen stay
+    as they are. Returns the number of batches used by all ranks; a model without batch statistics
+    is left alone (0).
 
     Raises ValueError if no batch came. The model is unchanged after an error.
     """
-    layers = batch_statistics_layers(model)
+    layers = {n: m for n, m in batch_statistics_layers(model).items() if not is_frozen(m)}
     if not layers:
         return 0
     modes = {module: module.training for module in model.modules()}
@@ -103,7 +105,8 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
     moments = {layer: _Moments(layer) for layer in settings}
     hooks = [layer.register_forward_hook(moments[layer].add) for layer in settings]
-    device = next(model.parameters()).device
+    first = next(iter(layers.values()))  # of a model without parameters
+    device = next(model.parameters(), first.running_mean).device
     batches = 0
     try:
         model.eval()

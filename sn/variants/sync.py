@@ -67,8 +67,31 @@ class SyncSwitchNormBase(SwitchNormBase):
     and state_dict are the parent's.
     """
 
-    def __init__(self, *args, process_group=None, **options):
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group=None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        **options,
+    ):
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+            bias=bias,
+            **options,
+        )
         self.process_group = process_group
 
     def _group(self):
@@ -102,7 +125,7 @@ class SyncSwitchNormBase(SwitchNormBase):
             (self.mean_weight, self.var_weight, self.weight, self.bias),
             self.statistics,
             self.num_groups,
-            self.eps,
+            self._eps,
             self.unbiased,
             batch_moments,
         )
