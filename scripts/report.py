@@ -423,7 +423,7 @@ class Report:
         for design in self.ledger.designs.values():
             known = f"<code>experiment={escape(design.experiment or '')}</code>"
             parts.append(
-                f'<h3>{design.name}</h3><p class="small">{escape(design.what)} '
+                f'<h3>{design.name}</h3><p class="small">{escape(design.what.rstrip("."))}. '
                 f"{escape(design.origin)} {known if design.experiment else 'No design yet.'}</p>"
             )
             if design.search is None:
