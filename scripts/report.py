@@ -149,7 +149,8 @@ class Report:
             f'<span class="soft">{v.reason}</span></li>'
             for v in waiting
         )
-        rest = f'<section class="waiting"><ul>{rest}</ul></section>' if rest else ""
+        title = f"<b>{len(waiting)} without runs</b>"
+        rest = f'<section class="waiting">{title}<ul>{rest}</ul></section>' if rest else ""
         dates = sorted(run.summary.get("date") or "" for v in self.verdicts for run in v.runs)
         until = f" Last run: {dates[-1][:10]}." if dates and dates[-1] else ""
         return (
@@ -422,7 +423,7 @@ class Report:
         for design in self.ledger.designs.values():
             known = f"<code>experiment={escape(design.experiment or '')}</code>"
             parts.append(
-                f'<h3>{design.name}</h3><p class="small">{escape(design.what)} '
+                f'<h3>{design.name}</h3><p class="small">{escape(design.what.rstrip("."))}. '
                 f"{escape(design.origin)} {known if design.experiment else 'No design yet.'}</p>"
             )
             if design.search is None:

@@ -215,6 +215,9 @@ def _design(name: str, entry: Any) -> Design:
         options = _fields(
             place, options, {"norm": str}, {"lr_of": str, "set": dict, "cost": int | float}
         )
+        for key in options.get("set", {}):  # or its runs would count as those of other arms, too
+            known = key in entry["facts"] or key.startswith("norm.")
+            _need(known, f"{place}: {key!r} is not among the design's facts; add its usual value")
         lr_of = options.get("lr_of", arm)
         _need(lr_of in entry["arms"], f"{place}: lr_of {lr_of!r} is no arm of the design")
         arms[arm] = Arm(arm, options["norm"], lr_of, options.get("set", {}), options.get("cost", 1))

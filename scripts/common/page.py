@@ -26,7 +26,7 @@ body { margin: 0 auto; max-width: 1360px; padding: 1rem 1.25rem 3rem; background
   color: var(--fg); font: 16px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1.05rem; margin: 0; }
+h3 { font-size: 1.05rem; margin: 1.25rem 0 .25rem; } .head h3 { margin: 0; }
 p { margin: .4rem 0; max-width: 75ch; }
 a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 2px; }
 a:hover, a:focus-visible { text-decoration-thickness: 2px; }

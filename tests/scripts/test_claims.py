@@ -16,10 +16,11 @@ import claim_records
 import pytest
 import yaml
 from common import claims
-from common.records import load_paper, load_runs
+from common.records import Run, load_paper, load_runs
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 LEDGER = claims.load_ledger()
 DESIGN = LEDGER.designs["cifar10_16px"]
 EIGHT = ("8x32", "8x16", "8x8", "8x4", "8x2")
@@ -161,6 +162,10 @@ def test_terms_of_an_effect():
         (
             lambda d: d["designs"]["cifar10_16px"].update(seeds=[0, 1]),
             "design cifar10_16px: the search's seed 0 is a confirmatory one",
+        ),
+        (
+            lambda d: d["designs"]["cifar10_16px"]["facts"].pop("gates"),
+            "design cifar10_16px, arm bilevel: 'gates' is not among the design's facts",
         ),
         (lambda d: d["judging"].update(level=5), "judging: level 5 is not 0 to 1"),
         (lambda d: d.pop("figures"), "the file: `figures` is missing"),
@@ -385,6 +390,33 @@ def test_every_arms_run_is_found_by_its_recorded_facts(tmp_path):
         assert found == {f"{other}_8x8" for other in same}
 
 
+@pytest.mark.skipif(
+    not (CONFIGS / "experiment" / f"{DESIGN.experiment}.yaml").is_file(),
+    reason="the design's experiment is not there",
+)
+def test_every_arms_command_makes_the_run_the_ledger_looks_for():
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from sn.training.run.record import experiment_part
+
+    cells = {claim_cell for claim in LEDGER.claims if claim.design == DESIGN.name
+             for claim_cell in claim.cells}  # fmt: skip
+    for name, arm in DESIGN.arms.items():
+        setting = next(setting for other, setting in sorted(cells) if other == name)
+        wanted = claims.Wanted(DESIGN, arm, setting, 3, 0.2)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = OmegaConf.to_container(
+                compose("imagenet", wanted.arguments[1:]), resolve=True, throw_on_missing=True
+            )
+        assert config["output_dir"] == f"outputs/imagenet/cifar10_resnet8/{name}_{setting}/seed3"
+        summary = {"task": "imagenet", "norm": config["norm"]["name"], "model": "resnet8"}
+        summary["data"] = {key: config["data"][key] for key in ("name", "train_images")}
+        run = Run(Path(), summary, experiment_part(config))
+        assert claims.is_arm(run, DESIGN, arm), name
+        assert claims.fact(run, DESIGN.search.key) == 0.2
+
+
 # --- the search of the lr
 
 
@@ -518,6 +550,7 @@ def campaign(tmp_path):
     data = yaml.safe_load(claims.LEDGER.read_text())
     design = data["designs"]["cifar10_16px"]
     design |= {"script": str(tmp_path / "fake.py"), "facts": {"model": "fake"}, "seeds": [1, 2]}
+    design["arms"] = {"bn": {"norm": "bn"}}
     design["search"]["values"] = [0.2, 0.4]
     test = {"effect": "bn 8x32 - bn 8x2", "of": "top1", "rule": "difference", "paper": None}
     claim = {"id": "T1", "claim": "BN falls", "source": "", "worth": 1, "design": "cifar10_16px"}
