@@ -288,5 +288,9 @@ def recorded(config: Any) -> dict:
             before if isinstance(before, tuple) else (before,)
         ):
             continue
-        result[field.name] = recorded(value) if dataclasses.is_dataclass(value) else value
+        if dataclasses.is_dataclass(value):
+            value = recorded(value)
+            if not value:  # nothing in this group is recorded
+                continue
+        result[field.name] = value
     return result
