@@ -81,7 +81,7 @@ class Session:
         self.stop = StopSignal()
         self.stopping = False  # some process has been told to stop
         self.where = "the start"
-        self._facts: dict | None = None
+        self._facts: dict | Callable[[], dict] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Session":
@@ -124,7 +124,7 @@ class Session:
         self,
         parts: dict[str, Any],
         identity: dict[str, Any],
-        facts: dict[str, Any],
+        facts: dict[str, Any] | Callable[[], dict[str, Any]],
         headline: tuple[str, ...],
         epochs: int = 1,
         steps: int = 1,
@@ -141,7 +141,7 @@ class Session:
             parts: what a checkpoint holds: anything with state_dict and load_state_dict.
             identity: what the run learns from, beyond its config; another at a resumption is a
                 ValueError.
-            facts: the run's part of summary.json.
+            facts: the run's part of summary.json; a function gives it at the end.
             headline: results that are None in the summary of a run that diverged.
             epochs, steps: in all, and per epoch.
             saved: further contents of the checkpoint.
@@ -295,7 +295,7 @@ class Session:
         progress.wall_s = self.wall_s
         count = {"epochs": progress.epoch} if self.unit == "epoch" else {"steps": progress.step}
         self.summary = {
-            **(self._facts or {}),
+            **(self._facts() if callable(self._facts) else self._facts or {}),
             **results,
             **count,
             **({f"best_{self._score}": progress.best} if self._score else {}),
