@@ -13,7 +13,7 @@ from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
 from .running import count_batch, warn_of_update_bn
-from .tracing import Traceable, is_proxy
+from .tracing import Proxy, Traceable
 
 
 class SwitchNormBase(Traceable, nn.Module):
@@ -118,13 +118,14 @@ class SwitchNormBase(Traceable, nn.Module):
         self._eps = value
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.as_node(x) if is_proxy(x) else self._normalize(x)
+        return self.as_node(x) if isinstance(x, Proxy) else self._normalize(x)
 
     def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input(x)
         counter, momentum = None, 0.0
         if self.training and self.track_running_stats and x.numel() > 0:
-            warn_of_update_bn(self)
+            if not torch.is_grad_enabled():
+                warn_of_update_bn(self)
             if self.unbiased or self.momentum is None:
                 momentum = count_batch(self)
             else:
@@ -268,7 +269,7 @@ class SwitchNormAct2d(SwitchNorm2d):
             self.act = act_layer(**options)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_proxy(x) or is_proxy(residual):
+        if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self.as_node(x) if residual is None else self.as_node(x, residual)
         if type(self.drop) is nn.Identity:
             relu = type(self.act) is nn.ReLU

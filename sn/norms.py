@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from .running import count_batch
-from .tracing import Traceable, is_proxy
+from .tracing import Proxy, Traceable
 from .variants.batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .variants.sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
@@ -32,7 +32,7 @@ class _VirtualGPUs(Traceable):
         The running statistics get one update per call, with the mean of the groups' means and
         (unbiased, as torch stores them) variances.
         """
-        if is_proxy(x):
+        if isinstance(x, Proxy):
             return self.as_node(x)
         groups = self.virtual_gpus
         if groups == 1 or not self.training:

@@ -20,7 +20,7 @@ from .functional import check_num_groups
 from .kernels.lstm import LSTMStep, Norm, VectorNorm, norm_plain, step_plain
 from .modules import SwitchNormRecurrent
 from .norms import AutoGroupNorm, NoNorm
-from .tracing import Traceable, is_proxy
+from .tracing import Proxy, Traceable
 
 LSTM_NORMS = ("none", "ln", "gn", "sn_ln_gn")
 LSTM_PLACES = ("input", "hidden", "cell")
@@ -66,7 +66,7 @@ class SwitchNormLSTMCell(Traceable, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h', c') for input (B, input_size) or (input_size,) and hx = (h, c), else 0."""
-        if is_proxy(input):
+        if isinstance(input, Proxy):
             return self.as_node(input) if hx is None else self.as_node(input, hx)
         if self.norm == "none":
             return super().forward(input, hx)
@@ -148,7 +148,7 @@ class SwitchNormLSTM(Traceable, nn.LSTM):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Return outputs and last (h, c), each (num_layers * directions, B, D), as nn.LSTM does."""
-        if is_proxy(input):
+        if isinstance(input, Proxy):
             return self.as_node(input) if hx is None else self.as_node(input, hx)
         if self.norm == "none":
             return super().forward(input, hx)

@@ -16,9 +16,11 @@ _SWA = "torch.optim.swa_utils"
 def warn_of_update_bn(layer: nn.Module) -> None:
     """Warn if `torch.optim.swa_utils.update_bn` is running, which passes over `layer`.
 
+    To be asked where gradients are disabled, as there.
+
     It can be noticed where the model also holds batch norm; without, it runs no batch at all.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # update_bn disables gradients
+    if torch.compiler.is_compiling():
         return
     frame = sys._getframe(1)
     while frame is not None:
@@ -108,7 +110,8 @@ class RunningNorm(Traceable, nn.Module):
         return F.batch_norm(x.to(dtype), *tensors, False, 0.0, self.eps).to(x.dtype)
 
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        warn_of_update_bn(self)
+        if not torch.is_grad_enabled():
+            warn_of_update_bn(self)
         with torch.no_grad():
             momentum = count_batch(self)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)

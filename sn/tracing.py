@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from torch import fx
+from torch.fx import Proxy
 
 
 class Traceable:
@@ -11,12 +11,12 @@ class Traceable:
     torch.fx passes proxies, which have none: `forward` then returns `as_node`.
     """
 
-    def as_node(self, *args) -> fx.Proxy:
+    def as_node(self, *args) -> Proxy:
         """A call of this layer as one node, as torch.fx has it for torch's own layers.
 
         Raises ValueError for a layer that is traced alone, or whose hooks would run twice.
         """
-        tracer = next(arg for arg in args if isinstance(arg, fx.Proxy)).tracer
+        tracer = next(arg for arg in args if isinstance(arg, Proxy)).tracer
         name = tracer.path_of_module(self)
         if not name:
             raise ValueError(
@@ -36,8 +36,3 @@ class Traceable:
             f"torch.jit.script does not compile {type(self).__name__}; "
             "use torch.jit.trace, or torch.export.export"
         )
-
-
-def is_proxy(x) -> bool:
-    """Whether torch.fx is tracing."""
-    return isinstance(x, fx.Proxy)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..running import RunningNorm
-from ..tracing import is_proxy
+from ..tracing import Proxy
 
 Moments = tuple[Tensor, Tensor]  # mean and variance, each (virtual GPUs, C)
 
@@ -74,7 +74,7 @@ class BatchKalmanNormBase(RunningNorm):
 
         Raises RuntimeError in training if `connect_bkn` has not seen the network.
         """
-        if is_proxy(x):
+        if isinstance(x, Proxy):
             return self.as_node(x)
         self._check_input(x)
         if not self.training or x.numel() == 0:

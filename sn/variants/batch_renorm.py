@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..running import RunningNorm, in_backward
-from ..tracing import is_proxy
+from ..tracing import Proxy
 
 
 class BatchRenormBase(RunningNorm):
@@ -92,7 +92,7 @@ class BatchRenormBase(RunningNorm):
         return 1 + (self.r_max - 1) * reached(*self.r_images), self.d_max * reached(*self.d_images)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_proxy(x):
+        if isinstance(x, Proxy):
             return self.as_node(x)
         self._check_input(x)
         if not self.training or x.numel() == 0:
