@@ -67,7 +67,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def in_main(write: Callable[[], None], processes: Processes) -> None:
-    """Call `write` in the main process while the others wait; its OSError ends them all.
+    """Call `write` in the main process while the others wait; its error ends them all.
 
     The wait matters: a process that ends may take those with it that still write.
     """
@@ -75,13 +75,13 @@ def in_main(write: Callable[[], None], processes: Processes) -> None:
     if processes.is_main:
         try:
             write()
-        except OSError as caught:
+        except Exception as caught:
             error = caught
     failed = any_process(error is not None, processes.device)
     if error is not None:
         raise error
     if failed:
-        raise OSError("the main process could not write its checkpoint")
+        raise OSError("the main process has failed; its message says why")
 
 
 def parallelise(model: nn.Module, processes: Processes) -> nn.Module:

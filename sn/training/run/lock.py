@@ -4,10 +4,11 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+
+from .display import say
 
 BUSY_EXIT_CODE = 73
 
@@ -49,11 +50,10 @@ class FolderLock:
                     ) from None
                 time.sleep(0.1)
             except OSError as error:  # a file system without locks
-                print(
+                say(
                     f"warning: {self.path.parent} cannot be locked ({error}); see to it that no "
                     "other run writes there",
-                    file=sys.stderr,
-                    flush=True,
+                    error=True,
                 )
                 return
         self._file.truncate(0)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,10 @@ class Recorder:
         self.scale = 1000 if unit == "epoch" else 1
         self.config = config
         self.writer = None
-        self._check_config()
+        self.check_config()
 
-    def _check_config(self) -> None:
+    def check_config(self) -> None:
+        """Raise ValueError if the folder holds anything but a run of this config."""
         path = self.folder / "config.yaml"
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output_dir={self.folder} is a file; choose another output_dir=")
@@ -119,7 +121,8 @@ class Recorder:
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):  # a full disk takes the events' end, not the run
+                self.writer.close()
 
     def metrics(self, count: int, values: dict) -> None:
         """Record the metrics of epoch or step `count` (1 is the first)."""
