@@ -14,6 +14,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -231,7 +232,7 @@ def train_step(
 
     task.optimizer.zero_grad(set_to_none=True)
     run.guard.begin(model)
-    totals = 0
+    totals: Any = 0
     with distributed.one_running_update(model, micro_batches) as begin_micro_batch:
         for index in range(micro_batches):
             begin_micro_batch(index)

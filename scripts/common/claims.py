@@ -263,8 +263,8 @@ def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Cl
         place = f"{where}, test {index}"
         defaults = {key: entry[key] for key in shared if key in entry}
         tests += _tests(place, test, defaults, shared, top["figures"], design)
-    facts = (entry[key] for key in ("id", "claim", "source", "worth", "design"))
-    return Claim(*facts, marks, tuple(tests))
+    facts = {key: entry[key] for key in ("id", "claim", "source", "worth", "design")}
+    return Claim(**facts, marks=marks, tests=tuple(tests))
 
 
 def _tests(
@@ -757,7 +757,7 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
             against = [o.needed for o in verdict.outcomes if not o.inside]
             verdict.needed = min((n for n in against if n), default=None)
         elif None not in open_ones:
-            verdict.needed = max(open_ones, default=None)
+            verdict.needed = max((n for n in open_ones if n), default=None)
         verdict.reason = "the interval holds a border of the rule"
     return verdicts
 

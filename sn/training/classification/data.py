@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class ImageData:
 class Augmentation:
     """The transform at a fraction of the run: `usual`, then `last` for its last fraction."""
 
-    usual: Callable
+    usual: Any
     last: Callable | None = None
     last_fraction: float = 0.0
 

@@ -161,7 +161,7 @@ def refuse_unknown(cfg: DictConfig, prefix: str = "") -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for key in cfg:
         if key not in known:
-            raise ValueError(unknown_key(f"{prefix}{key}", known))
+            raise ValueError(unknown_key(f"{prefix}{key!s}", known))
         child = cfg._get_node(key)
         if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
             refuse_unknown(child, f"{prefix}{key}.")

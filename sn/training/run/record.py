@@ -41,7 +41,7 @@ class Recorder:
         self.unit = unit
         self.scale = 1000 if unit == "epoch" else 1
         self.config = config
-        self.writer = None
+        self.writer: Any = None  # a SummaryWriter after `open`, in the main process
         self.check_config()
 
     def check_config(self) -> None:

@@ -75,9 +75,10 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, unit: str = "epoch", one_process: str | None = None):
-        self.config, self.unit, self._one_process = config, unit, one_process
+        self.config: Any = config  # of the entrypoint's own schema
+        self.unit, self._one_process = unit, one_process
         self.summary: dict | None = None
-        self.progress = Progress()
+        self.progress: Any = Progress()
         self.guard = FiniteGuard(config.max_skipped_steps)
         self.stop = StopSignal()
         self.stopping = False  # some process has been told to stop
