@@ -39,6 +39,7 @@ def begin(script: str, title: str, notes: str) -> list[str]:
 
 def write(path: Path, parts: list[str]) -> None:
     """Write a page of `parts`; at every moment the file is a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     os.replace(part, path)
