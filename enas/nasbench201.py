@@ -44,13 +44,13 @@ def search(config: CellSearchConfig) -> dict:
         controllers = build_controllers(config, table, [config.seed])
         controller = controllers[0] if controllers else None
         run.begin(
-            parts={"controller": controller} if controller else {},
+            parts={},  # a search that goes on begins anew
             identity={"data": table.describe(config.dataset)},
             facts=facts(config, table),
             headline=("best_test", "best_val"),
-            steps=config.cells,
             importance=controller,
             blocks=controller and controller.places_of_norms(),
+            records_after_saving=True,
         )
         run.say(
             f"{config.run_name}: {config.cells} of {len(table):,} cells of {config.dataset}"
@@ -65,6 +65,8 @@ def search(config: CellSearchConfig) -> dict:
             values = {name: float(value[0, place]) for name, value in found.items()}
             run.recorder.metrics(point, values)
         run.record_importance(config.cells)
+        if controller is not None:
+            run.save(controller=controller.state_dict())
         best = int(asked[0, table.val[asked[0]].argmax()])
         summary = run.finish(
             {
