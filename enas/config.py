@@ -139,6 +139,7 @@ class Evolution:
 @dataclass
 class CellSearchConfig(RunConfig):
     precision: str = option(choices=("fp32", "fp64"))
+    device: str = option(choices=("cpu",), machine=True)
     table: str = option(machine=True)  # its hash stands in the summary
     dataset: str = option(choices=tuple(DATASETS))
     sampler: str = option(choices=("controller", "random", "evolution"))
