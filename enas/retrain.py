@@ -240,4 +240,4 @@ def print_epoch(run: Session, metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main, RetrainConfig)
+    entry.start(main, "enas_retrain")

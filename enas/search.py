@@ -365,7 +365,7 @@ def facts(task: Task, run: Session) -> dict:
 def announce(task: Task, run: Session) -> None:
     config, data = task.config, task.data.describe()
     random = task.controller is None
-    modules = [task.child] if random else [task.child, task.controller]
+    modules: list = [task.child] if random else [task.child, task.controller]
     sizes = [f"{sum(p.numel() for p in module.parameters()):,}" for module in modules]
     run.say(
         f"{config.run_name}: child of {sizes[0]} shared parameters, "
@@ -392,4 +392,4 @@ def print_epoch(run: Session, metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main, SearchConfig)
+    entry.start(main, "enas")

@@ -114,7 +114,7 @@ class Forced(sn.SwitchNorm2d):
 def contestants(device: str, only: list[str] | None = None) -> dict:
     """name -> callable(channels); bn is the measure of the others."""
     layers = {"bn": nn.BatchNorm2d, "sn": sn.SwitchNorm2d}
-    for name in ("reference", "triton") if device == "cuda" else ("reference", "aten"):
+    for name in ("reference", "triton") if device == "cuda" else ("reference",):
         layers[f"sn_{name}"] = partial(Forced, backend=name)
     layers["official_style"] = OfficialStyle
     layers["gn"] = sn.make_norm("gn")
@@ -373,8 +373,6 @@ def bench_networks(args, save) -> list[dict]:
     if not args.compile:
         norms |= {"sn+relu": sn.SwitchNorm2d, "gn": sn.make_norm("gn")}
         norms["sn_reference"] = partial(Forced, backend="reference")
-        if device == "cpu":
-            norms["sn_aten"] = partial(Forced, backend="aten")
         norms["official_style"] = OfficialStyle
     norms = {n: norm for n, norm in norms.items() if not args.only or n in ["bn", *args.only]}
     if args.only_networks:

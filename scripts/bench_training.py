@@ -62,7 +62,7 @@ class BareLoop:
         gpus, images_per_gpu = cfg.setting.gpus, cfg.setting.images_per_gpu
         data = build_data(**cfg.data.options())
         self.model = build_model(
-            **cfg.model, num_classes=data.num_classes, norm=sn.make_norm(**cfg.norm)
+            **vars(cfg.model), num_classes=data.num_classes, norm=sn.make_norm(**cfg.norm)
         )
         prepare_setting(self.model, gpus, images_per_gpu, cfg.setting.emulation, 1)
         self.optimizer = torch.optim.SGD(

@@ -174,6 +174,7 @@ class Campaign:
         self.running: list[Job] = []
         self.failed: dict[str, str] = {}
         self.finished = 0
+        self.around: list[float] = []  # minutes that a run took beyond what it recorded
         self.signals = 0  # received
         self.devices = gpus()
 
@@ -197,8 +198,10 @@ class Campaign:
 
     def left(self, missing: dict[str, Wanted]) -> float:
         """Minutes until everything is made, by the estimates."""
-        total = sum(self.evidence.minutes(w) for w in missing.values() if w.name not in self.failed)
-        done = sum(min(job.minutes, self.evidence.minutes(job.wanted)) for job in self.running)
+        start = sum(self.around) / max(1, len(self.around))
+        foreseen = {n: self.evidence.minutes(w) + start for n, w in missing.items()}
+        total = sum(minutes for name, minutes in foreseen.items() if name not in self.failed)
+        done = sum(min(job.minutes, foreseen.get(job.wanted.name, 0.0)) for job in self.running)
         return max(0.0, total - done) / self.jobs
 
     def listing(self) -> Iterator[str]:
@@ -308,7 +311,10 @@ class Campaign:
         """Take in the record of a run that has ended, or note why there is none."""
         code, name = job.process.returncode, job.wanted.name
         if code in (0, DIVERGED):
-            self.runs = made(self.root)
+            for record in self.root.rglob(f"{name}/summary.json"):
+                for run in load_runs(record.parent, task=None):
+                    self.runs.append(run)
+                    self.around.append(job.minutes - (run.summary.get("wall_s") or 0) / 60)
             self.evidence = Evidence(self.ledger, self.runs)
             if name not in self.missing():
                 self.finished += 1

@@ -5,7 +5,6 @@ import datetime
 import gc
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from workers import processes
 
 from sn.training.run.checkpoint import load_checkpoint
 from sn.training.run.record import environment
@@ -77,11 +78,9 @@ LONG = {
 }
 
 
-def start(module: str, *overrides: str) -> multiprocessing.Process:
+def start(module: str, *overrides: str) -> BaseProcess:
     """The entrypoint's command line in a fresh process, without the seconds that imports take."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_imagenet"])  # one server for all tests
-    process = context.Process(target=_main, args=(module, overrides))
+    process = processes.Process(target=_main, args=(module, overrides))
     process.start()
     return process
 
@@ -138,6 +137,8 @@ def run(module: str, *overrides: str) -> None:
 def outcome(folder: Path) -> dict:
     """Everything a run leaves that must not depend on interruptions."""
     found = {"checkpoint": load_checkpoint(folder / "checkpoint.pt")}
+    if (folder / "checkpoint_best.pt").exists():
+        found["best"] = load_checkpoint(folder / "checkpoint_best.pt")
     for name in ("metrics.jsonl", "importance.jsonl"):
         if (folder / name).exists():
             found[name] = [json.loads(line) for line in (folder / name).read_text().splitlines()]

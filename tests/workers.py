@@ -1,4 +1,4 @@
-"""Run train_imagenet.train in fresh processes of a gloo group, as torchrun would."""
+"""Typed configs of every entrypoint, and fresh processes, alone or in a gloo group."""
 
 import importlib
 import multiprocessing
@@ -17,6 +17,9 @@ from sn.training.run import entry
 from sn.training.run.config import typed
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
+# fresh processes without the seconds that imports take: forked from a server that has done them
+PRELOAD = ["train_imagenet", "pytest"]
+processes = multiprocessing.get_context("forkserver")
 SCHEMAS = {  # root config -> module of its schema
     "imagenet": "sn.training.classification.config",
     "detection": "sn.training.detection.config",
@@ -56,18 +59,16 @@ def run_in_group(world_size: int, target, *args, timeout: float = 240) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_imagenet"])
-    processes = [
-        context.Process(target=_start, args=(rank, world_size, port, target, args))
+    group = [
+        processes.Process(target=_start, args=(rank, world_size, port, target, args))
         for rank in range(world_size)
     ]
-    for process in processes:
+    for process in group:
         process.start()
-    for process in processes:
+    for process in group:
         process.join(timeout)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
+    codes = [process.exitcode for process in group]
+    for process in group:
         if process.is_alive():
             process.kill()
     if any(codes):

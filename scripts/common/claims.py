@@ -22,7 +22,7 @@ from common.records import (
     differences,
     mean_and_sd,
 )
-from scipy.stats import t as student_t
+from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
 
 LEDGER = ROOT / "results" / "claims.yaml"
 RULES = ("difference", "difference of differences", "ordering", "not worse", "equivalence")
@@ -72,7 +72,8 @@ class Test:
     @property
     def wants(self) -> str:
         low, high = self.wanted
-        return f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        text = f"above {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        return text.replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,9 @@ def _design(name: str, entry: Any) -> Design:
         options = _fields(
             place, options, {"norm": str}, {"lr_of": str, "set": dict, "cost": int | float}
         )
+        for key in options.get("set", {}):  # or its runs would count as those of other arms, too
+            known = key in entry["facts"] or key.startswith("norm.")
+            _need(known, f"{place}: {key!r} is not among the design's facts; add its usual value")
         lr_of = options.get("lr_of", arm)
         _need(lr_of in entry["arms"], f"{place}: lr_of {lr_of!r} is no arm of the design")
         arms[arm] = Arm(arm, options["norm"], lr_of, options.get("set", {}), options.get("cost", 1))
@@ -259,8 +263,8 @@ def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Cl
         place = f"{where}, test {index}"
         defaults = {key: entry[key] for key in shared if key in entry}
         tests += _tests(place, test, defaults, shared, top["figures"], design)
-    facts = (entry[key] for key in ("id", "claim", "source", "worth", "design"))
-    return Claim(*facts, marks, tuple(tests))
+    facts = {key: entry[key] for key in ("id", "claim", "source", "worth", "design")}
+    return Claim(**facts, marks=marks, tests=tuple(tests))
 
 
 def _tests(
@@ -642,7 +646,7 @@ def effect_of(test: Test, runs: Mapping[tuple[str, str | None], Run]) -> float |
 def t_interval(values: Sequence[float], level: float = 0.05) -> tuple[float, float]:
     """The t-interval of the mean at confidence 1 - level; needs two values or more."""
     mean, sd = mean_and_sd(values)
-    half = student_t.ppf(1 - level / 2, len(values) - 1) * sd / math.sqrt(len(values))
+    half = float(stdtrit(len(values) - 1, 1 - level / 2)) * sd / math.sqrt(len(values))
     return mean - half, mean + half
 
 
@@ -658,7 +662,8 @@ def p_value(values: Sequence[float], wanted: tuple[float, float]) -> tuple[float
         return 1.0, inside
     if sd == 0:
         return 0.0, inside
-    return float(2 * student_t.sf(distance * math.sqrt(len(values)) / sd, len(values) - 1)), inside
+    t = distance * math.sqrt(len(values)) / sd
+    return float(2 * stdtr(len(values) - 1, -t)), inside
 
 
 def _distance(mean: float, wanted: tuple[float, float]) -> float:
@@ -671,7 +676,7 @@ def seeds_needed(values: Sequence[float], wanted: tuple[float, float], level: fl
     mean, sd = mean_and_sd(values)
     distance = _distance(mean, wanted)
     for count in range(2, MOST_SEEDS + 1):
-        half = student_t.ppf(1 - level / 2, count - 1) * sd / math.sqrt(count)
+        half = stdtrit(count - 1, 1 - level / 2) * sd / math.sqrt(count)
         if half < distance:
             return count
     return None
@@ -752,7 +757,7 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
             against = [o.needed for o in verdict.outcomes if not o.inside]
             verdict.needed = min((n for n in against if n), default=None)
         elif None not in open_ones:
-            verdict.needed = max(open_ones, default=None)
+            verdict.needed = max((n for n in open_ones if n), default=None)
         verdict.reason = "the interval holds a border of the rule"
     return verdicts
 
@@ -779,7 +784,7 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
         verdict.reason = f"refused: more than one record of {_names(twice)}"
     elif unlike:
         verdict.reason = f"refused: unlike runs, {unlike}"
-    elif missing and confirmatory == total:
+    elif not any(evidence.of_arm(design, design.arms[name]) for name, _ in claim.cells):
         verdict.reason = "no runs yet"
     elif missing:
         searches = len(missing) - confirmatory

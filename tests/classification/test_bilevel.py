@@ -12,7 +12,7 @@ from workers import config, train_in_group
 import sn
 from sn.training.classification.bilevel import gate_gradients, split_images
 from sn.training.classification.data import ArrayImages
-from sn.training.run.record import experiment_part
+from sn.training.run.config import recorded
 
 A, C, T = 0.7, 2.0, 1.5
 
@@ -146,11 +146,11 @@ def test_split():
 
 
 def test_records_of_joint_runs_stay_as_they_were():
-    plain = {"seed": 0, "optimizer": {"momentum": 0.9}}
-    now = {"seed": 0, "gates": "joint", "optimizer": {"momentum": 0.9, "gate_clip": None}}
-    assert experiment_part(now) == plain
-    assert experiment_part(now | {"gates": "bilevel"})["gates"] == "bilevel"
-    assert experiment_part({"optimizer": {"gate_clip": 1.0}}) == {"optimizer": {"gate_clip": 1.0}}
+    """Keys that came later are left out of a record that does not use them."""
+    plain = recorded(config())
+    assert "gates" not in plain and "gate_clip" not in plain["optimizer"]
+    used = recorded(config("gates=bilevel", "optimizer.gate_clip=1"))
+    assert used["gates"] == "bilevel" and used["optimizer"]["gate_clip"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -721,7 +721,7 @@ def test_bad_folder_option(options, tmp_path):
 
 def test_unknown_data_option(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(TypeError, match="image_sise"):
+    with pytest.raises(ValueError, match="image_sise"):
         build_data("bugs", root=str(tmp_path), image_sise=8)
 
 

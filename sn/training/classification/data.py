@@ -5,10 +5,10 @@ import hashlib
 import inspect
 import io
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from ..run.images import BadImages
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -79,7 +80,7 @@ class ImageData:
 class Augmentation:
     """The transform at a fraction of the run: `usual`, then `last` for its last fraction."""
 
-    usual: Callable
+    usual: Any
     last: Callable | None = None
     last_fraction: float = 0.0
 
@@ -178,43 +179,6 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from None
-
-
-class BadImages:
-    """Counts unreadable images over all processes, data workers and resumptions of a run.
-
-    They share the text file `path`, one bad image a line, each once. Past `limit` of them `add`
-    raises its error, naming the limit by `key`. Without a path nothing is counted and every bad
-    image is past the limit.
-    """
-
-    def __init__(
-        self, path: str | Path | None = None, limit: int = 0, key: str = "data.max_bad_images"
-    ):
-        self.path, self.limit, self.key = path and Path(path), limit, key
-
-    def lines(self) -> list[str]:
-        """What the file holds."""
-        if self.path is None or not self.path.exists():
-            return []
-        return self.path.read_text(encoding="utf-8").splitlines()
-
-    def add(self, error: ValueError) -> None:
-        """Note a bad image, described by `error`; raise ValueError if that is one too many."""
-        if not self.limit or self.path is None:
-            raise error
-        line = str(error).replace("\n", " ")
-        known = self.lines()
-        if line not in known:
-            print(f"warning: {line}; skipped", file=sys.stderr, flush=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")  # one short write: whole, whoever else appends
-            known = list(dict.fromkeys(self.lines()))
-        if len(known) > self.limit:
-            raise ValueError(
-                f"{len(known)} unreadable images, more than {self.key}={self.limit}; "
-                f"the last: {line}; all of them in {self.path}"
-            )
 
 
 class FileImages:

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
+from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 Norm = Callable[[int], nn.Module]
 
@@ -121,7 +121,7 @@ def build_model(
     options = {"width": width} if source == "cifar" else {}
     zero_init_residual = zero_init_residual and _gain_learns(norm)
     model = builders[source](name, num_classes, norm, dropout, zero_init_residual, **options)
-    model = connect_bkn(model)
+    model = connect(model)
     return fuse_activations(model) if fused_activation else model
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 
-def save_checkpoint(path: str | Path, state: dict, keep: int = 2) -> None:
+def save_checkpoint(path: str | Path, state: dict, keep: int = 2, best: bool = False) -> None:
     """Write `state` so that `path` is at every moment a whole file; keep the `keep` newest.
 
     The earlier ones, unless broken, stay beside it as <stem>_previous<suffix>, <stem>_previous2...
+    The `best` one is <stem>_best<suffix>, too: before it is `path`, so that a crash loses neither.
     Raises OSError if it cannot be written; what was there before is then left as it was.
     """
     path = Path(path)
@@ -33,6 +34,8 @@ def save_checkpoint(path: str | Path, state: dict, keep: int = 2) -> None:
             f"cannot write checkpoint {path} ({free:.0f} MiB free): {error}; "
             "the one before is untouched"
         ) from error
+    if best:
+        keep_best(path, temporary)
     with suppress(Exception):  # a damaged file can raise anything
         _check_sums(path)
         for number in range(keep - 1, 1, -1):
@@ -42,29 +45,46 @@ def save_checkpoint(path: str | Path, state: dict, keep: int = 2) -> None:
     os.replace(temporary, path)
     sync_folder(path.parent)
     for surplus in path.parent.glob(f"{path.stem}_previous*{path.suffix}"):
-        number = surplus.name[len(f"{path.stem}_previous") : -len(path.suffix)]
-        if number.isdigit() and int(number) >= keep:
+        ending = surplus.name[len(f"{path.stem}_previous") : -len(path.suffix)]
+        if ending.isdigit() and int(ending) >= keep:
             with suppress(OSError):
                 surplus.unlink()
 
 
-def keep_best(path: str | Path) -> None:
-    """Let <stem>_best<suffix> be the checkpoint that `path` is now."""
+def keep_best(path: str | Path, file: Path | None = None) -> None:
+    """Let <stem>_best<suffix> be the checkpoint that `path` is now, or the one in `file`."""
     path = Path(path)
-    best = path.with_name(f"{path.stem}_best{path.suffix}")
-    temporary = best.with_name(best.name + ".tmp")
+    put(file or path, path.with_name(f"{path.stem}_best{path.suffix}"))
+
+
+def put(file: Path, target: Path) -> None:
+    """Let `target` be the same as `file`; at every moment it is a whole file, if it is one."""
+    if target.exists() and file.samefile(target):
+        return
+    temporary = target.with_name(target.name + ".tmp")
     with suppress(FileNotFoundError):
         temporary.unlink()
     try:
-        os.link(path, temporary)
+        os.link(file, temporary)
     except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, best)
-    sync_folder(path.parent)
+        shutil.copyfile(file, temporary)
+    os.replace(temporary, target)
+    sync_folder(target.parent)
 
 
 def load_checkpoint(path: str | Path, needed: Sequence[str] = ()) -> dict | None:
     """Load the newest readable checkpoint at `path` onto the CPU; None if there is none.
+
+    Errors as `newest_checkpoint`.
+    """
+    found = newest_checkpoint(path, needed)
+    return None if found is None else found[1]
+
+
+def newest_checkpoint(
+    path: str | Path, needed: Sequence[str] = ()
+) -> tuple[Path, dict[str, Any]] | None:
+    """(file, its content on the CPU) of the newest readable checkpoint at `path`, if there is one.
 
     A broken file, or one without the keys `needed`, is reported on stderr and the one before
     taken. Raises ValueError if there are only broken ones.
@@ -85,7 +105,7 @@ def load_checkpoint(path: str | Path, needed: Sequence[str] = ()) -> dict | None
             missing = [key for key in needed if key not in state]
             if missing:
                 raise ValueError(f"it has no {missing[0]!r}; not a checkpoint of this kind")
-            return state
+            return candidate, state
         except Exception as error:  # a damaged or hostile file can raise anything
             broken.append(candidate)
             print(f"warning: cannot read checkpoint {candidate}: {_reason(error)}", file=sys.stderr)

@@ -161,7 +161,7 @@ def refuse_unknown(cfg: DictConfig, prefix: str = "") -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for key in cfg:
         if key not in known:
-            raise ValueError(unknown_key(f"{prefix}{key}", known))
+            raise ValueError(unknown_key(f"{prefix}{key!s}", known))
         child = cfg._get_node(key)
         if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
             refuse_unknown(child, f"{prefix}{key}.")
@@ -288,5 +288,9 @@ def recorded(config: Any) -> dict:
             before if isinstance(before, tuple) else (before,)
         ):
             continue
-        result[field.name] = recorded(value) if dataclasses.is_dataclass(value) else value
+        if dataclasses.is_dataclass(value):
+            value = recorded(value)
+            if not value:  # nothing in this group is recorded
+                continue
+        result[field.name] = value
     return result

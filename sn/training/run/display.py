@@ -1,5 +1,6 @@
 """What a run says: lines on stdout, times, a progress bar."""
 
+import os
 import sys
 from collections.abc import Iterable
 
@@ -8,10 +9,14 @@ from tqdm import tqdm
 
 def say(text: str, error: bool = False) -> None:
     """Print a line now. An output that is gone (a closed pipe, a full disk) does not end a run."""
+    stream = sys.stderr if error else sys.stdout
     try:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        print(text, file=stream, flush=True)
     except OSError:
-        pass
+        try:  # the rest of its buffer would make a good run's exit code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except OSError:  # no file behind it
+            pass
 
 
 def clock(seconds: float) -> str:
@@ -28,7 +33,7 @@ def progress_bar(total: int, done: int, label: str | None, visible: bool) -> tqd
         desc=label,
         unit="step",
         leave=False,
-        disable=not (visible and sys.stderr.isatty()),
+        disable=not (visible and sys.stderr is not None and sys.stderr.isatty()),
     )
 
 

@@ -4,19 +4,20 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import keep_best, load_checkpoint, restore, save_checkpoint
+from .checkpoint import keep_best, newest_checkpoint, put, restore, save_checkpoint
 from .config import RunConfig, recorded
 from .display import clock, progress_bar, say
 from .guard import FiniteGuard, gradient_norm
-from .lock import FolderLock
+from .lock import Busy, FolderLock
 from .precision import Precision
-from .record import Recorder, environment
+from .record import Recorder, differences, environment
 from .schedule import mix_seed
 from .stopping import Preempted, StopSignal, Watchdog
 
@@ -74,9 +75,10 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, unit: str = "epoch", one_process: str | None = None):
-        self.config, self.unit, self._one_process = config, unit, one_process
+        self.config: Any = config  # of the entrypoint's own schema
+        self.unit, self._one_process = unit, one_process
         self.summary: dict | None = None
-        self.progress = Progress()
+        self.progress: Any = Progress()
         self.guard = FiniteGuard(config.max_skipped_steps)
         self.stop = StopSignal()
         self.stopping = False  # some process has been told to stop
@@ -104,6 +106,7 @@ class Session:
         )
         self._lock = FolderLock(config.output_dir)
         self._stack.callback(self._lock.release)
+        self._stack.callback(self.recorder.close)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
@@ -150,7 +153,7 @@ class Session:
             score: the metric that the best checkpoint is chosen by.
             records_after_saving: a step's line of metrics follows its checkpoint.
         """
-        distributed.in_main(self._lock.acquire, self.processes)
+        distributed.in_main(self._alone, self.processes)
         self._parts, self._identity, self._saved = parts, identity, saved or {}
         self._importance, self._blocks, self._score = importance, blocks, score
         self.path = f"{self.config.output_dir}/checkpoint.pt"
@@ -164,17 +167,31 @@ class Session:
         if not self.resumed and importance is not None:
             self.recorder.importance(0, importance, blocks=blocks)
 
+    def _alone(self) -> None:
+        """Take the folder's lock; what another process wrote there until then is seen here."""
+        self._lock.acquire()
+        self.recorder.check_config()
+        if self.recorder.summary() is not None:
+            raise Busy(f"{self.config.output_dir} has ended meanwhile; the same command shows it")
+
     def _resume(self, progress: type[Progress]) -> bool:
-        state = load_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
-        if state is None:
+        found = newest_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
+        if found is None:
             return False
+        file, state = found
         for key, value in self._identity.items():
             if state[key] != value:
                 raise ValueError(
-                    f"{self.config.output_dir} was trained with other {key}: {state[key]} there, "
-                    f"{value} now; choose another output_dir="
+                    f"{self.config.output_dir} was trained with other {key}: "
+                    f"{differences(state[key], value)}; choose another output_dir="
                 )
-        self.progress = restore(self.path, state, self._parts, progress)
+        self.progress = restore(file, state, self._parts, progress)
+
+        def mend() -> None:
+            if file != Path(self.path):  # the newest was broken: this may become the best one
+                put(file, Path(self.path))
+
+        distributed.in_main(mend, self.processes)
         return True
 
     def _recorded(self, records_after_saving: bool) -> int:
@@ -185,7 +202,7 @@ class Session:
         if not self.resumed:
             return -1
         count = self.progress.epoch if self.unit == "epoch" else self.progress.step
-        return count - records_after_saving
+        return max(0, count - records_after_saving)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left; each is over with `end_epoch`."""
@@ -275,9 +292,7 @@ class Session:
         state |= {"progress": progress, **self._identity, **self._saved, **contents}
 
         def write() -> None:
-            save_checkpoint(self.path, state, self.config.keep_checkpoints)
-            if best:
-                keep_best(self.path)
+            save_checkpoint(self.path, state, self.config.keep_checkpoints, best)
 
         distributed.in_main(write, self.processes)
 

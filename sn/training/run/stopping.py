@@ -20,8 +20,9 @@ class Preempted(RuntimeError):
 class StopSignal:
     """Notices SIGTERM (a scheduler takes the machine back), SIGUSR1 (it will, soon) and SIGHUP.
 
-    A context manager. Of several processes each sees its own signals: add `requested` to numbers
-    that are summed over all of them anyway, so that they agree on the step to stop at.
+    A context manager. A signal that is ignored already (`nohup`) stays so. Of several processes
+    each sees its own signals: add `requested` to numbers that are summed over all of them anyway,
+    so that they agree on the step to stop at.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -32,7 +33,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {s: signal.signal(s, self._note) for s in self.signals}
+            heeded = [s for s in self.signals if signal.getsignal(s) is not signal.SIG_IGN]
+            self._handlers = {s: signal.signal(s, self._note) for s in heeded}
         return self
 
     def __exit__(self, *_) -> None:
