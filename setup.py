@@ -1,9 +1,9 @@
 """The compiled part: passes over a tensor on the CPU, sn/kernels/native.c (else: pyproject.toml).
 
-Optional: without a C compiler the package installs all the same, and is slower. It is C without
-Python or torch, so it fits every version of both. Where torch can be imported during the build
-(`pip install --no-build-isolation`, as `make install` does) autograd.cpp is built too, for that
-version of it: with it small maps take less time.
+Optional: without a C compiler the package installs all the same, and the layer is the plain
+formula, which is slower. It is C without Python or torch, so it fits every version of both. Where
+torch can be imported during the build (`pip install --no-build-isolation`, as `make install` does)
+autograd.cpp is built too, for that version of it: with it small maps take less time.
 """
 
 import re

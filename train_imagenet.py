@@ -10,6 +10,7 @@ resumes a run that was interrupted. See configs/imagenet.yaml for every option.
 
 import contextlib
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import hydra
@@ -33,7 +34,7 @@ from sn.training.classification.data import (
     evaluation_batches,
     make_loader,
 )
-from sn.training.classification.evaluation import evaluate
+from sn.training.classification.evaluation import batch_averaged, evaluate
 from sn.training.classification.models import build_model
 from sn.training.run import distributed, entry
 from sn.training.run.guard import check_finite
@@ -110,7 +111,7 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         options |= {"last_fraction": config.schedule.last_fraction, "bad": bad_images}
     data = build_data(**options)
     norm = sn.make_norm(**config.norm)
-    model = build_model(**config.model, num_classes=data.num_classes, norm=norm)
+    model = build_model(**vars(config.model), num_classes=data.num_classes, norm=norm)
     emulation, micro_batches = distributed.prepare_setting(
         model.to(run.device),
         setting.gpus,
@@ -131,7 +132,8 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         config.optimizer.gate_lr_factor,
         config.optimizer.gate_weight_decay,
     )
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.optimizer.momentum)
+    fused = run.device.type == "cpu" or None  # one call for all parameters; None: torch chooses
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.optimizer.momentum, fused=fused)
 
     def training_loader(images, seed: int) -> tuple[DataLoader, SettingSampler]:
         where = (processes.rank, processes.world_size)
@@ -176,15 +178,14 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     for _, (images, labels) in run.steps(task.loader, steps):
         done = (epoch * steps + progress.step) / (config.schedule.epochs * steps)
         set_lr(task, done)
-        sn.set_radius(task.model, done)
-        seed = mix_seed(config.seed, run.processes.rank, epoch, progress.step)
-        torch.manual_seed(seed)  # dropout
+        sn.begin_step(task.model, done)
+        run.draw_from(config.seed, run.processes.rank, epoch, progress.step)  # dropout
         images, labels = run.to_device(images), run.to_device(labels)
         if task.held_out is not None:
-            gate_step(task, run, images, labels, *map(run.to_device, next(held_out)))
+            control_step(task, run, (images, labels), map(run.to_device, next(held_out)))
         loss, correct, count = train_step(task, run, images, labels)
         progress.add(loss=loss * count, correct=correct, images=count)
-        run.step_done(config.setting.total, show=f"loss {loss:.3f}")
+        run.step_done(config.setting.total, show=loss)
     if not progress.sums["images"]:
         raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
     seconds = time.perf_counter() - began
@@ -253,33 +254,22 @@ def train_step(task: Task, run: Session, images: Tensor, labels: Tensor) -> tupl
     return loss, correct, len(labels) * run.processes.world_size
 
 
-def gate_step(
-    task: Task, run: Session, images: Tensor, labels: Tensor, held: Tensor, held_labels: Tensor
-) -> None:
+def control_step(task: Task, run: Session, batch: tuple, held_out: Iterable) -> None:
     """Update the control parameters alone, by the loss on held-out images (gates=bilevel)."""
 
-    def loss(x: Tensor, target: Tensor) -> Tensor:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         with run.autocast():
-            return F.cross_entropy(task.model(x), target)
+            return F.cross_entropy(task.model(images), labels)
 
-    gates = sn.gates(task.model)
-    known = {id(gate) for gate in gates}
-    weights = [p for p in task.model.parameters() if p.requires_grad and id(p) not in known]
-    grads = bilevel.gate_gradients(
-        lambda: loss(images, labels),
-        lambda: loss(held, held_labels),
-        gates,
-        weights,
-        task.optimizer,
+    held_images, held_labels = held_out
+    bilevel.control_step(
         task.model,
+        task.optimizer,
+        lambda: loss(*batch),
+        lambda: loss(held_images, held_labels),
         bilevel.ORDERS[task.config.gates],
+        task.config.optimizer.gate_clip,
     )
-    task.optimizer.zero_grad(set_to_none=True)  # SGD leaves parameters without gradient alone
-    for gate, grad in zip(gates, grads):
-        gate.grad = grad
-    if task.config.optimizer.gate_clip is not None:
-        nn.utils.clip_grad_norm_(gates, task.config.optimizer.gate_clip)
-    task.optimizer.step()
 
 
 def validate(task: Task, run: Session) -> dict[str, float]:
@@ -304,27 +294,18 @@ def final_evaluation(task: Task, run: Session, moving: dict | None) -> dict:
     results["bad_images"] = len(task.bad_images.lines())
     if not batch_statistics_layers(model):  # nothing to average: the same model
         return results | {"top1_batch_average": moving["top1"], "batch_average_images": 0}
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    where = (run.processes.rank, run.processes.world_size)
     batches = batch_average_batches(
-        len(data.train),
-        options.batch_size,
-        options.batches,
-        task.config.seed,
-        run.processes.rank,
-        run.processes.world_size,
+        len(data.train), options.batch_size, options.batches, task.config.seed, *where
     )
-    images = TransformedImages(data.train, data.evaluation, epochs=1)
-    loader = make_loader(images, batches, task.config.data.workers, run.device)
-    with run.autocast():
-        # no early end: synchronised norms need as many batches in every process
-        watched = run.watchdog.over(loader, "batch average")
-        sn.batch_average(model, (run.to_device(x) for x, _ in watched), len(batches))
-    averaged = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    results["top1_batch_average"] = validate(task, run)["top1"]
+    transformed = TransformedImages(data.train, data.evaluation, epochs=1)
+    loader = make_loader(transformed, batches, task.config.data.workers, run.device)
+    # no early end: synchronised norms need as many batches in every process
+    images = (run.to_device(x) for x, _ in run.watchdog.over(loader, "batch average"))
+    with run.autocast(), batch_averaged(model, images, len(batches)) as averaged:
+        results["top1_batch_average"] = validate(task, run)["top1"]
     size = min(options.batch_size, len(data.train))
     results["batch_average_images"] = size * min(options.batches, len(data.train) // size)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(before[name])
     run.save(batch_average=averaged)
     return results
 
@@ -334,7 +315,7 @@ def facts(task: Task, run: Session) -> dict:
     config, setting, data = task.config, task.config.setting, task.data.describe()
     complete = (data["train_images"], data["val_images"]) == IMAGENET_SIZE
     layers = sn.importance_weights(task.model).values()
-    name = f"{config.data.name}_{config.model['name']}"
+    name = f"{config.data.name}_{config.model.name}"
     return {
         "task": "imagenet",
         "run": f"imagenet/{name}/{config.run_name}/seed{config.seed}",
@@ -342,7 +323,7 @@ def facts(task: Task, run: Session) -> dict:
         "statistics": list(next(iter(layers))["mean"]) if layers else None,
         "setting": setting.describe(task.emulation, run.processes.world_size),
         "data": data,
-        "model": config.model["name"],
+        "model": config.model.name,
         "lr": setting.lr(config.schedule.lr_per_256, 256),
         "scale": "full" if complete and config.schedule.epochs >= 100 else "proxy",
     }
@@ -353,7 +334,7 @@ def announce(task: Task, run: Session) -> None:
     parameters = sum(p.numel() for p in task.model.parameters())
     norm, lr = config.norm["name"], setting.lr(config.schedule.lr_per_256, 256)
     run.say(
-        f"{config.run_name}: {config.model['name']} with {norm}, {parameters:,} parameters; "
+        f"{config.run_name}: {config.model.name} with {norm}, {parameters:,} parameters; "
         f"{data['name']}, {data['train_images']:,} training and {data['val_images']:,} "
         f"validation images\n"
         f"setting ({setting.gpus},{setting.images_per_gpu}) on {run.processes.world_size} x "
@@ -391,4 +372,4 @@ def print_epoch(run: Session, metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(main, ImagenetConfig)
+    entry.start(main, "imagenet")

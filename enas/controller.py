@@ -5,6 +5,7 @@ input and an operation. Inputs are scored by attention over the LSTM's outputs a
 operations by a linear layer. Source: Pham et al. 2018 and its code; the cell's norm: section 4.4.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from sn.recurrent import LSTM_PLACES, SwitchNormLSTMCell
 
-from .space import OPERATIONS, SEPARABLE
+from .space import OPERATIONS, SEPARABLE, random_decisions
 
 
 @dataclass
@@ -91,10 +92,22 @@ class Controller(nn.Module):
                 walk.end_node()
         return Samples(walk.chosen(self.nodes), walk.log_prob, walk.entropy)
 
+    def places_of_norms(self) -> dict[str, str]:
+        """The place of each norm by its module's name, cell.norms.<place> and what follows."""
+        names = [name for name, _ in self.named_modules() if name.startswith("cell.norms.")]
+        return {name: name.split(".")[2] for name in names}
+
     def squash(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
         if self.tanh_constant is None:
             return logits / temperature
         return (self.tanh_constant / temperature) * logits.tanh()
+
+
+def draw_uniformly(count: int, nodes: int) -> Samples:
+    """`count` architectures drawn uniformly, as a `Controller` draws its own."""
+    choices = [(node + 2) * len(OPERATIONS) for node in range(nodes)]
+    entropy = torch.full((count,), 2 * sum(2 * math.log(number) for number in choices))
+    return Samples(random_decisions(count, nodes), -entropy, entropy)
 
 
 class _Walk:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from sn.training.classification.data import ArrayImages, ImageData
 from sn.training.run.schedule import mix_seed
@@ -25,10 +24,7 @@ class DeviceImages:
         self.images = images.images.to(device)
         self.labels = torch.tensor(images.labels, device=device)
         self.normalise, self.dtype = data.evaluation.usual, dtype
-        transforms = data.augmentation.usual.transforms
-        crops = [t for t in transforms if isinstance(t, v2.RandomCrop)]
-        self.padding = crops[0].padding[0] if crops else 0  # torchvision has it for each side
-        self.flip = any(isinstance(t, v2.RandomHorizontalFlip) for t in transforms)
+        self.padding, self.flip = data.augmentation.usual.padding, data.augmentation.usual.flip
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,7 +1,7 @@
 """Run every norm through what a deployed layer meets, and write the table norm x capability.
 
     python scripts/check_capabilities.py              # prints the table
-    python scripts/check_capabilities.py --readme     # also puts it into README.md
+    python scripts/check_capabilities.py --readme     # also puts it into docs/layers.md
 
 A cell is "yes" if the outputs agree with plain evaluation or training, else what is wrong; a
 column whose package is missing says "-". ONNX needs `pip install -c constraints.txt -e '.[onnx]'`.
@@ -24,7 +24,7 @@ from torch import nn
 import sn
 from sn.norms import NORMS
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[1] / "docs" / "layers.md"
 BEGIN, END = "<!-- capabilities: begin -->", "<!-- capabilities: end -->"
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
@@ -154,8 +154,7 @@ def check_batch_average(model: nn.Module) -> None:
 def check_fold(model: nn.Module) -> None:
     for layer in model:
         if hasattr(layer, "mean_choice"):  # as at the end of its training
-            layer.mean_choice.fill_(2)
-            layer.var_choice.fill_(2)
+            layer.mean_choice[2] = layer.var_choice[2] = 1
     folded = sn.fold(model)
     assert sum(isinstance(m, sn.NoNorm) for m in folded) == 2, "nothing to fold"
     same(folded(images(4)), model(images(4)))
@@ -204,7 +203,7 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme", action="store_true", help="put the table into docs/layers.md")
     args = parser.parse_args()
     text = table()
     print(text)
@@ -213,7 +212,7 @@ def main() -> None:
 
 
 def replace_table(readme: str, text: str) -> str:
-    """The README with `text` and what it was made with between the markers."""
+    """The page with `text` and what it was made with between the markers."""
     head, _, rest = readme.partition(BEGIN)
     _, _, tail = rest.partition(END)
     versions = ", ".join(

@@ -3,18 +3,14 @@
 `import sn` needs torch and nothing else. Source: Luo et al., arXiv 1806.10779.
 """
 
+from . import functional
 from .batch_average import batch_average
-from .batch_kalman import (
-    BatchKalmanNorm1d,
-    BatchKalmanNorm2d,
-    BatchKalmanNorm3d,
-    connect_bkn,
-)
-from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .convert import NormAct, convert
 from .fold import fold
-from .functional import STATISTICS, switch_norm
-from .kernels import backend
+from .freezing import freeze, unfreeze
+from .functional import STATISTICS
+from .hooks import begin_step, connect
+from .kernels import backend, switch_norm
 from .modules import (
     SwitchNorm1d,
     SwitchNorm2d,
@@ -36,7 +32,14 @@ from .norms import (
     make_norm,
 )
 from .recurrent import SwitchNormLSTM, SwitchNormLSTMCell
-from .sparse import (
+from .variants.batch_kalman import (
+    BatchKalmanNorm1d,
+    BatchKalmanNorm2d,
+    BatchKalmanNorm3d,
+    connect_bkn,
+)
+from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .variants.sparse import (
     SparseSwitchNorm1d,
     SparseSwitchNorm2d,
     SparseSwitchNorm3d,
@@ -44,7 +47,7 @@ from .sparse import (
     sparsestmax,
     unfreeze_gates,
 )
-from .sync import (
+from .variants.sync import (
     SyncSwitchNorm1d,
     SyncSwitchNorm2d,
     SyncSwitchNorm3d,
@@ -83,10 +86,14 @@ __all__ = [
     "__version__",
     "backend",
     "batch_average",
+    "begin_step",
+    "connect",
     "connect_bkn",
     "convert",
     "convert_sync_switchnorm",
     "fold",
+    "freeze",
+    "functional",
     "gates",
     "importance_weights",
     "make_norm",
@@ -95,5 +102,6 @@ __all__ = [
     "set_virtual_gpus",
     "sparsestmax",
     "switch_norm",
+    "unfreeze",
     "unfreeze_gates",
 ]

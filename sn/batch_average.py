@@ -5,6 +5,7 @@ batch norm (Wu and Johnson, 2021): counts weight the batches, the variance is th
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from itertools import islice
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_renorm import BatchRenormBase
+from .freezing import is_frozen
 from .modules import SwitchNormBase
 from .running import RunningNorm
 
@@ -38,7 +39,7 @@ class _Moments:
 
     def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
-        if not layer.training:  # bkn looking at its network
+        if not layer.training:  # a layer is tracing the network
             return
         count = args[0].numel() // args[0].shape[1]
         freedom = count
@@ -88,12 +89,13 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
     process group every rank brings batches of its own and all end with the statistics of all; with
     synchronised layers the ranks must bring equal numbers of batches.
-    Modes, momenta and groups of virtual GPUs are restored. Returns the number of batches used by
-    all ranks; a model without batch statistics is left alone (0).
+    Modes, momenta and groups of virtual GPUs are restored; layers that `sn.freeze` has frozen stay
+    as they are. Returns the number of batches used by all ranks; a model without batch statistics
+    is left alone (0).
 
     Raises ValueError if no batch came. The model is unchanged after an error.
     """
-    layers = batch_statistics_layers(model)
+    layers = {n: m for n, m in batch_statistics_layers(model).items() if not is_frozen(m)}
     if not layers:
         return 0
     modes = {module: module.training for module in model.modules()}
@@ -102,10 +104,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     }
     before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
     moments = {layer: _Moments(layer) for layer in settings}
-    renormed = [layer for layer in settings if isinstance(layer, BatchRenormBase)]
-    images_seen = [layer.images_seen.clone() for layer in renormed]
     hooks = [layer.register_forward_hook(moments[layer].add) for layer in settings]
-    device = next(model.parameters()).device
+    first = next(iter(layers.values()))  # of a model without parameters
+    device = next(model.parameters(), first.running_mean).device
     batches = 0
     try:
         model.eval()
@@ -114,12 +115,14 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = 1.0
             if virtual_gpus is not None:
                 layer.virtual_gpus = 1
-        for layer in renormed:
-            layer.reference = "batch"
-        for item in islice(loader, num_batches):
-            inputs = item[0] if isinstance(item, (tuple, list)) else item
-            model(inputs.to(device))
-            batches += 1
+        with ExitStack() as stack:
+            for layer in settings:
+                if hasattr(layer, "batch_alone"):
+                    stack.enter_context(layer.batch_alone())
+            for item in islice(loader, num_batches):
+                inputs = item[0] if isinstance(item, (tuple, list)) else item
+                model(inputs.to(device))
+                batches += 1
         batches = sum_over_processes(torch.tensor(float(batches), device=device))
         for layer, collected in moments.items():
             collected.merge_over_processes()
@@ -141,9 +144,6 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = momentum
             if virtual_gpus is not None:
                 layer.virtual_gpus = virtual_gpus
-        for layer, images in zip(renormed, images_seen):
-            layer.reference = None
-            layer.images_seen.copy_(images)
         for module, mode in modes.items():
             module.training = mode
     return int(batches)

@@ -7,13 +7,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batch_kalman import connect_bkn
+from .hooks import connect
 from .modules import SwitchNormBase
 from .norms import FrozenBatchNorm, NoNorm, _options, make_norm
 from .running import RunningNorm
 
 _DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, timm's, Detectron2's
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 _EXACT = (_BatchNorm, RunningNorm, FrozenBatchNorm)  # their evaluation is batch norm's
 
 
@@ -42,16 +52,19 @@ def convert(
     Batch norm is torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, our own, timm's fused
     BatchNormAct2d (dropout and activation stay) and its synchronised form, and FrozenBatchNorm2d,
     whose replacement learns. `norm` and `options` are those of `make_norm`, or a callable; eps and
-    momentum are the replaced layer's unless given. Gain and shift, device, dtype, mode and
-    requires_grad are kept wherever the new norm has them; an optimizer needs the new parameters.
+    momentum are the replaced layer's unless given. Gain and shift, a missing one included, device,
+    dtype, mode, requires_grad and forward and backward hooks are kept wherever the new norm has
+    them; an optimizer needs the new parameters.
 
     Args:
         keep_outputs: also keep the running statistics, and start switchable layers with bn's
             control parameters at `gate_start` and the others at 0, so that outputs in evaluation
-            stay as they were. False starts as the paper: equal gates, statistics to be learnt.
-        gate_start: 5, 8, 13 leave the others a share of 1.3e-2, 6.7e-4 and 4.5e-6; their gates'
-            gradients shrink alike, so that from 13 they hardly move. Through ResNet-50's 53 layers
-            (random weights) that is 17 %, 1.2 % and 8e-5 of the logits' deviation.
+            stay as they were. False starts as the paper: equal control parameters, fresh
+            statistics.
+        gate_start: 5, 8, 13 leave the others a share of 1.3e-2, 6.7e-4 and 4.5e-6; their control
+            parameters' gradients shrink alike, so that from 13 they hardly move. Through
+            ResNet-50's 53 layers (random weights) that is 17 %, 1.2 % and 8e-5 of the logits'
+            deviation.
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
 
     Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, or for a
@@ -70,7 +83,7 @@ def convert(
         for layer in model.modules():  # without a norm before it, it would overwrite its input's
             if getattr(layer, "inplace", False) is True:
                 layer.inplace = False
-    return connect_bkn(model)
+    return connect(model)
 
 
 def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> nn.Module:
@@ -88,6 +101,7 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         dim = next((d for kind, d in _DIMS.items() if isinstance(layer, kind)), dim)
         build = make_norm(norm, dim=dim, **options)
         inherited = {"affine": layer.weight is not None, "eps": layer.eps}
+        inherited["bias"] = layer.bias is not None
         if not issubclass(build.func, nn.modules.instancenorm._InstanceNorm):
             inherited["track_running_stats"] = layer.running_mean is not None
         if hasattr(layer, "momentum"):
@@ -98,6 +112,9 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         if options:
             raise TypeError(f"options {sorted(options)} are those of a norm given by its name")
         twin = norm(features)
+    without_bias = layer.weight is not None and layer.bias is None
+    if without_bias and isinstance(getattr(twin, "bias", None), nn.Parameter):
+        twin.bias = None  # torch's norms have the argument only since 2.12
     if tensors:
         twin.to(tensors[0].device, tensors[0].dtype)
     if keep_outputs:
@@ -115,16 +132,15 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
             if hasattr(twin, "num_batches_tracked"):  # frozen layers do not count
                 twin.num_batches_tracked.copy_(getattr(layer, "num_batches_tracked", 1))
         if keep_outputs and isinstance(twin, SwitchNormBase):
-            for gate in (twin.mean_weight, twin.var_weight):
-                gate.zero_()
-                gate[twin.statistics.index("bn")] = gate_start
-    twin.train(layer.training)
-    if not fused:
-        return twin
+            for control in (twin.mean_weight, twin.var_weight):
+                control.zero_()
+                control[twin.statistics.index("bn")] = gate_start
     act, drop = getattr(layer, "act", nn.Identity()), getattr(layer, "drop", nn.Identity())
-    if isinstance(act, nn.Identity) and isinstance(drop, nn.Identity):
-        return twin
-    return NormAct(twin, drop, copy.copy(act)).train(layer.training)
+    if fused and not (isinstance(act, nn.Identity) and isinstance(drop, nn.Identity)):
+        twin = NormAct(twin, drop, copy.copy(act))
+    for hooks in _HOOKS:  # the dictionaries themselves: handles stay valid
+        setattr(twin, hooks, getattr(layer, hooks))
+    return twin.train(layer.training)
 
 
 def _check_keeps(where: str, layer: nn.Module, twin: nn.Module) -> None:

@@ -6,9 +6,9 @@ from collections import Counter
 import torch
 from torch import fx, nn
 
+from .modules import SwitchNormBase
 from .norms import FrozenBatchNorm, NoNorm, _VirtualGPUs
 from .running import RunningNorm
-from .sparse import SparseSwitchNormBase
 
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
@@ -22,12 +22,12 @@ class _Tracer(fx.Tracer):
 def fold(model: nn.Module) -> nn.Module:
     """Return a copy of `model`, for evaluation, without the norms that convolutions can absorb.
 
-    Absorbed are sparse switchable layers whose gates have both settled on bn, batch norm with its
-    renormalised, Kalman and frozen forms, where they alone take a convolution's output; a NoNorm
-    is left in their place. Others stay: in and ln depend on the image. The copy's outputs are those
-    of `model.eval()`, up to rounding; it is not for training. Measured on a CPU core, ResNet-50,
-    one image of 224: 0.49 of the time with SSN and 0.93 of that with batch norm; 8 images of 128:
-    0.66 and 0.95.
+    Absorbed are switchable layers whose importance weights are 1 for bn (sparse ones that have
+    settled on it), batch norm with its renormalised, Kalman and frozen forms, where they alone
+    take a convolution's output; a NoNorm is left in their place. Others stay: in and ln depend on
+    the image. The copy's outputs are those of `model.eval()`, up to rounding; it is not for
+    training. Measured on a CPU core, ResNet-50, one image of 224: 0.49 of the time with SSN and
+    0.93 of that with batch norm; 8 images of 128: 0.66 and 0.95.
 
     Raises ValueError if torch.fx cannot trace the model; then fold its parts.
     """
@@ -59,7 +59,7 @@ def foldable(layer: nn.Module) -> bool:
     """Whether `layer` in evaluation is an affine map of each channel that it knows by itself."""
     if getattr(layer, "running_mean", None) is None:
         return False
-    if isinstance(layer, SparseSwitchNormBase):
+    if isinstance(layer, SwitchNormBase):
         gates = layer.importance()
         return all(g.max() == 1 and layer.statistics[int(g.argmax())] == "bn" for g in gates)
     batch_norm = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, _VirtualGPUs.forward)

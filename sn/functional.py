@@ -1,6 +1,6 @@
 """Switchable Normalization as one function: the paper's formula in plain PyTorch.
 
-This is the reference that every faster path is compared with. It reads like the paper, saves what
+This is the reference that the kernels are compared with. It reads like the paper, saves what
 autograd asks for, and works wherever PyTorch does (any device, double backward, export).
 
 Source: Luo et al., Differentiable Learning-to-Normalize via Switchable Normalization,
@@ -8,7 +8,7 @@ arXiv 1806.10779.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -95,23 +95,56 @@ def switch_norm(
         unbiased: take the instances' variances times L / (L - 1), L values each, and the others
             from these, as the official code does. For its checkpoints.
 
-    All variances are biased; an instance of one value has variance 0. Statistics, gates and the
-    division are computed in at least float32 and the output has the dtype of `x`.
+    All variances are biased; an instance of one value has variance 0. Statistics, importance
+    weights and the division are computed in at least float32; the output has the dtype of `x`.
 
-    Raises ValueError for a wrong dimension, channel or gate count, or a batch that does not split.
+    Raises ValueError for a wrong dimension, a wrong number of channels or control parameters, or a
+    batch that does not split.
 
     Source: equations 2 to 4. Differs: layer, group and batch variances use the law of total
     variance instead of the paper's mean(var + mean^2) - mean^2: the same number, without
     cancellation.
     """
     statistics = canonical_statistics(statistics)
+
+    def batch_moments(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor]:
+        if not training and running_mean is not None:
+            dtype = mean_in.dtype
+            return running_mean.to(dtype) - mean_in, running_var.to(dtype)
+        batch, channels = mean_in.shape
+        groups = virtual_gpus if training else 1
+        check_virtual_gpus(groups, batch)
+        offset_bn, var_bn = _pool(mean_in, var_in, (groups, batch // groups, channels), 1)
+        if training and running_mean is not None and x.numel() > 0:
+            with torch.no_grad():  # every sample of a group holds its group's moments
+                _update(running_mean, (mean_in + offset_bn).mean(0), momentum)
+                _update(running_var, var_bn.mean(0), momentum)
+        return offset_bn, var_bn
+
+    parameters = mean_weight, var_weight, weight, bias
+    return normalize(x, parameters, statistics, num_groups, eps, unbiased, batch_moments)
+
+
+def normalize(
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    statistics: tuple[str, ...],
+    num_groups: int | None,
+    eps: float,
+    unbiased: bool,
+    batch_moments: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The formula with bn's moments from a function.
+
+    `batch_moments(mean_in, var_in)` takes the instances' moments (N, C) and returns
+    (mean - mean_in, variance), each broadcastable to (N, C). `statistics` are in canonical order.
+    """
+    mean_weight, var_weight, weight, bias = parameters
     _check_shapes(x, mean_weight, var_weight, weight, bias, statistics)
     batch, channels = x.shape[:2]
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    h = x.to(dtype)
-
+    h = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_in, var_in = _instance_moments(h, unbiased)
-    moments = []  # (mean - mean_in, variance) per statistic, each broadcastable to (N, C)
+    moments = []  # (mean - mean_in, variance) of each statistic
     for statistic in statistics:
         if statistic == "in":
             moments.append((torch.zeros_like(mean_in), var_in))
@@ -120,30 +153,14 @@ def switch_norm(
         elif statistic == "gn":
             check_num_groups(num_groups, channels)
             moments.append(_pool(mean_in, var_in, (batch, num_groups, channels // num_groups), 2))
-        elif training or running_mean is None:
-            groups = virtual_gpus if training else 1
-            check_virtual_gpus(groups, batch)
-            offset_bn, var_bn = _pool(mean_in, var_in, (groups, batch // groups, channels), 1)
-            moments.append((offset_bn, var_bn))
-            if training and running_mean is not None and x.numel() > 0:
-                with torch.no_grad():  # every sample of a group holds its group's moments
-                    _update(running_mean, (mean_in + offset_bn).mean(0), momentum)
-                    _update(running_var, var_bn.mean(0), momentum)
         else:
-            moments.append((running_mean.to(dtype) - mean_in, running_var.to(dtype)))
+            moments.append(batch_moments(mean_in, var_in))
 
-    return _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, eps).to(
-        x.dtype
-    )
-
-
-def _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, eps) -> Tensor:
-    """The formula's second half: from each statistic's (mean - mean_in, variance) to the output."""
-    mean_gates = mean_weight.to(h.dtype).softmax(0).unbind(0)
-    var_gates = var_weight.to(h.dtype).softmax(0).unbind(0)
+    mean_ratios = mean_weight.to(h.dtype).softmax(0).unbind(0)
+    var_ratios = var_weight.to(h.dtype).softmax(0).unbind(0)
     # sum_k w_k mu_k - mu_in, from differences; the softmax sums to 1
-    offset = sum(w * delta for w, (delta, _) in zip(mean_gates, moments, strict=True))
-    var = sum(v * var for v, (_, var) in zip(var_gates, moments, strict=True))
+    offset = sum(w * delta for w, (delta, _) in zip(mean_ratios, moments, strict=True))
+    var = sum(v * var for v, (_, var) in zip(var_ratios, moments, strict=True))
 
     scale = torch.rsqrt(var + eps)
     if weight is not None:
@@ -152,7 +169,8 @@ def _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, e
     if bias is not None:
         shift = shift + bias
     over_space = (...,) + (None,) * (h.dim() - 2)  # (N, C) -> (N, C, 1, 1)
-    return (h - mean_in[over_space]) * scale[over_space] + shift[over_space]
+    y = (h - mean_in[over_space]) * scale[over_space] + shift[over_space]
+    return y.to(x.dtype)
 
 
 def _instance_moments(h: Tensor, unbiased: bool = False) -> tuple[Tensor, Tensor]:
@@ -194,10 +212,10 @@ def _check_shapes(x, mean_weight, var_weight, weight, bias, statistics) -> None:
         raise ValueError(f"expected x of shape (N, C, *spatial), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"expected x of a floating-point dtype, got {x.dtype}")
-    for name, gates in (("mean_weight", mean_weight), ("var_weight", var_weight)):
-        if gates.shape != (len(statistics),):
+    for name, control in (("mean_weight", mean_weight), ("var_weight", var_weight)):
+        if control.shape != (len(statistics),):
             raise ValueError(
-                f"{name} has shape {tuple(gates.shape)}; expected ({len(statistics)},), "
+                f"{name} has shape {tuple(control.shape)}; expected ({len(statistics)},), "
                 f"one control parameter for each of {statistics}"
             )
     for name, affine in (("weight", weight), ("bias", bias)):

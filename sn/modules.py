@@ -1,19 +1,22 @@
 """Switchable Normalization layers, in the convention of torch.nn.BatchNorm."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
-from .running import count_batch
+from .running import count_batch, warn_of_update_bn
+from .tracing import Proxy, Traceable
 
 
-class SwitchNormBase(nn.Module):
+class SwitchNormBase(Traceable, nn.Module):
     """What all switchable normalisation layers share; use SwitchNorm1d, 2d, 3d or Recurrent.
 
     Parameters `weight`, `bias` (C,) are the gain and shift; `mean_weight`, `var_weight` (K,) the
@@ -23,10 +26,16 @@ class SwitchNormBase(nn.Module):
     Buffers `running_mean`, `running_var` (C,) and `num_batches_tracked` exist only with bn. The
     running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
     `unbiased` reproduces the official code's variances, by the plain formula; see `switch_norm`.
+
+    Tools that know batch norm by its class pass over these layers. Call `sn.batch_average` instead
+    of `torch.optim.swa_utils.update_bn`, `sn.freeze` instead of timm's freeze, `sn.fold` to fuse
+    layers into convolutions. Under activation checkpointing the running statistics are updated
+    twice a step, as batch norm's.
     """
 
     input_dims: tuple[int, ...]
     input_shape: str
+    default_statistics: tuple[str, ...] = ("in", "ln", "bn")
 
     def __init__(
         self,
@@ -38,7 +47,8 @@ class SwitchNormBase(nn.Module):
         device=None,
         dtype=None,
         *,
-        statistics: Sequence[str] = ("in", "ln", "bn"),
+        bias: bool = True,
+        statistics: Sequence[str] | None = None,
         num_groups: int | None = None,
         virtual_gpus: int = 1,
         unbiased: bool = False,
@@ -50,7 +60,9 @@ class SwitchNormBase(nn.Module):
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
-        self.statistics = canonical_statistics(statistics)
+        self.statistics = canonical_statistics(
+            self.default_statistics if statistics is None else statistics
+        )
         self.num_groups = num_groups
         self.virtual_gpus = virtual_gpus
         self.track_running_stats = track_running_stats and "bn" in self.statistics
@@ -62,8 +74,8 @@ class SwitchNormBase(nn.Module):
             )
 
         factory = {"device": device, "dtype": dtype}
-        for name in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(num_features, **factory)) if affine else None
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            value = nn.Parameter(torch.empty(num_features, **factory)) if wanted else None
             self.register_parameter(name, value)
         self.mean_weight = nn.Parameter(torch.empty(len(self.statistics), **factory))
         self.var_weight = nn.Parameter(torch.empty(len(self.statistics), **factory))
@@ -86,17 +98,34 @@ class SwitchNormBase(nn.Module):
         self.reset_running_stats()
         nn.init.ones_(self.mean_weight)
         nn.init.ones_(self.var_weight)
-        if self.affine:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @property
+    def eps(self) -> float:
+        """Raises ValueError in `torch.nn.utils.fuse_conv_bn_eval`, which takes any layer for bn."""
+        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
+            raise ValueError(
+                f"{type(self).__name__} is not batch norm in evaluation and cannot be fused into a "
+                "convolution; sn.fold(model) fuses the layers that can"
+            )
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = value
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._normalize(x)
+        return self.as_node(x) if isinstance(x, Proxy) else self._normalize(x)
 
     def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input(x)
         counter, momentum = None, 0.0
         if self.training and self.track_running_stats and x.numel() > 0:
+            if not torch.is_grad_enabled():
+                warn_of_update_bn(self)
             if self.unbiased or self.momentum is None:
                 momentum = count_batch(self)
             else:
@@ -114,7 +143,7 @@ class SwitchNormBase(nn.Module):
             self.num_groups,
             self.training,
             momentum,
-            self.eps,
+            self._eps,
             self.virtual_gpus,
         )
         if not self.unbiased:
@@ -155,6 +184,8 @@ class SwitchNormBase(nn.Module):
                 options.append("track_running_stats=False")
         if not self.affine:
             options.append("affine=False")
+        elif self.bias is None:
+            options.append("bias=False")
         if self.unbiased:
             options.append("unbiased=True")
         if self.virtual_gpus != 1:
@@ -171,33 +202,7 @@ class SwitchNorm1d(SwitchNormBase):
 
     input_dims = (2, 3)
     input_shape = "(N, C) or (N, C, L)"
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        statistics: Sequence[str] = ("ln", "bn"),
-        num_groups: int | None = None,
-        virtual_gpus: int = 1,
-    ):
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            device,
-            dtype,
-            statistics=statistics,
-            num_groups=num_groups,
-            virtual_gpus=virtual_gpus,
-        )
+    default_statistics = ("ln", "bn")
 
 
 class SwitchNorm2d(SwitchNormBase):
@@ -235,9 +240,11 @@ class SwitchNormAct2d(SwitchNorm2d):
         device=None,
         dtype=None,
         *,
-        statistics: Sequence[str] = ("in", "ln", "bn"),
+        bias: bool = True,
+        statistics: Sequence[str] | None = None,
         num_groups: int | None = None,
         virtual_gpus: int = 1,
+        unbiased: bool = False,
     ):
         super().__init__(
             num_features,
@@ -247,9 +254,11 @@ class SwitchNormAct2d(SwitchNorm2d):
             track_running_stats,
             device,
             dtype,
+            bias=bias,
             statistics=statistics,
             num_groups=num_groups,
             virtual_gpus=virtual_gpus,
+            unbiased=unbiased,
         )
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
         self.act = nn.Identity()
@@ -260,6 +269,8 @@ class SwitchNormAct2d(SwitchNorm2d):
             self.act = act_layer(**options)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy) or isinstance(residual, Proxy):
+            return self.as_node(x) if residual is None else self.as_node(x, residual)
         if type(self.drop) is nn.Identity:
             relu = type(self.act) is nn.ReLU
             y = self._normalize(x, residual, relu)
@@ -294,6 +305,7 @@ class SwitchNormRecurrent(SwitchNormBase):
         device=None,
         dtype=None,
         *,
+        bias: bool = True,
         statistics: Sequence[str] = ("ln", "gn"),
     ):
         foreign = [s for s in canonical_statistics(statistics) if s not in ("ln", "gn")]
@@ -308,6 +320,7 @@ class SwitchNormRecurrent(SwitchNormBase):
             affine=affine,
             device=device,
             dtype=dtype,
+            bias=bias,
             statistics=statistics,
             num_groups=num_groups if "gn" in statistics else None,
         )
@@ -319,15 +332,43 @@ def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]
 
     {"layer1.0.bn1": {"mean": {"in": 0.2, "ln": 0.5, "bn": 0.3}, "var": {...}}, ...} in network
     order; empty if `model` has no such layer. A layer that is itself the model has the name "".
+    Names are those of the network without wrappers (`named_layers`). With sharded parameters
+    (FSDP2) every rank must call.
     """
     weights = {}
-    for name, layer in model.named_modules():
+    for name, layer in named_layers(model):
         if isinstance(layer, SwitchNormBase):
             weights[name] = {
-                key: dict(zip(layer.statistics, gate.tolist()))
-                for key, gate in zip(("mean", "var"), layer.importance())
+                key: dict(zip(layer.statistics, _whole(ratios).tolist()))
+                for key, ratios in zip(("mean", "var"), layer.importance())
             }
     return weights
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+
+
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` under the names that the network has by itself.
+
+    Without what torch.compile, DataParallel, DistributedDataParallel, AveragedModel, FSDP and
+    checkpoint_wrapper put in front.
+    """
+    names = {}  # with wrappers -> without
+    for name, layer in model.named_modules():
+        parent, _, child = name.rpartition(".")
+        wrapped = name and isinstance(model.get_submodule(parent), _WRAPPERS)
+        if child in _WRAPPED or wrapped and child == "module":
+            names[name] = names[parent]
+        else:
+            names[name] = ".".join(part for part in (names.get(parent), child) if part)
+        yield names[name], layer
 
 
 def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
@@ -352,14 +393,18 @@ def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
-    """Return the control parameters of all switchable layers that are trained."""
-    return [
-        gate
+    """Return the control parameters of all switchable layers that are trained.
+
+    Of parametrised or pruned ones the parameters behind them; a shared one once.
+    """
+    found = [
+        parameter
         for layer in model.modules()
         if isinstance(layer, SwitchNormBase)
-        for gate in (layer.mean_weight, layer.var_weight)
-        if gate.requires_grad
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and ("mean_weight" in name or "var_weight" in name)
     ]
+    return list(dict.fromkeys(found))
 
 
 def parameter_groups(
@@ -384,8 +429,8 @@ def parameter_groups(
     own = gates(model)
     if not own:
         return [common]
-    gate_ids = {id(gate) for gate in own}
-    common["params"] = [p for p in trainable if id(p) not in gate_ids]
+    ids = {id(parameter) for parameter in own}
+    common["params"] = [p for p in trainable if id(p) not in ids]
     return [
         common,
         {

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
-from .batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from .running import count_batch
-from .sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
-from .sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
+from .tracing import Proxy, Traceable
+from .variants.batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
+from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from .variants.sparse import SparseSwitchNorm1d, SparseSwitchNorm2d, SparseSwitchNorm3d
+from .variants.sync import SyncSwitchNorm1d, SyncSwitchNorm2d, SyncSwitchNorm3d
 
 
-class _VirtualGPUs:
+class _VirtualGPUs(Traceable):
     """Batch normalisation that may treat a training batch as groups, one per virtual GPU.
 
     Also known as ghost batch normalisation (Hoffer et al. 2017).
@@ -31,6 +32,8 @@ class _VirtualGPUs:
         The running statistics get one update per call, with the mean of the groups' means and
         (unbiased, as torch stores them) variances.
         """
+        if isinstance(x, Proxy):
+            return self.as_node(x)
         groups = self.virtual_gpus
         if groups == 1 or not self.training:
             return super().forward(x)
@@ -93,11 +96,21 @@ class AutoGroupNorm(nn.GroupNorm):
         affine: bool = True,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
     ):
         if num_groups is None:
             num_groups = max(g for g in range(1, 33) if num_features % g == 0)
         check_num_groups(num_groups, num_features)
         super().__init__(num_groups, num_features, eps, affine, device, dtype)
+        if not bias:  # an argument of torch's own only since 2.12
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class NoNorm(nn.Module):
@@ -123,13 +136,30 @@ class FrozenBatchNorm(nn.Module):
     spatial dimensions; training and evaluation are the same function.
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        device=None,
+        dtype=None,
+        *,
+        affine: bool = True,
+        bias: bool = True,
+    ):
         super().__init__()
         self.num_features = num_features
         self.eps = eps
+        missing = {"weight": not affine, "bias": not (affine and bias)}
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = torch.empty(num_features, device=device, dtype=dtype)
+            self.register_buffer(name, None if missing.get(name) else value)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity, up to eps."""
         for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            fixed = torch.full((num_features,), float(value), device=device, dtype=dtype)
-            self.register_buffer(name, fixed)
+            if getattr(self, name) is not None:
+                getattr(self, name).fill_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         running = (self.running_mean, self.running_var)

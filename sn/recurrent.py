@@ -20,12 +20,13 @@ from .functional import check_num_groups
 from .kernels.lstm import LSTMStep, Norm, VectorNorm, norm_plain, step_plain
 from .modules import SwitchNormRecurrent
 from .norms import AutoGroupNorm, NoNorm
+from .tracing import Proxy, Traceable
 
 LSTM_NORMS = ("none", "ln", "gn", "sn_ln_gn")
 LSTM_PLACES = ("input", "hidden", "cell")
 
 
-class SwitchNormLSTMCell(nn.LSTMCell):
+class SwitchNormLSTMCell(Traceable, nn.LSTMCell):
     """nn.LSTMCell with a norm of its gates and cell state; the same parameters and arguments.
 
     `norm` is none, ln, gn or sn_ln_gn; `places` any subset of input, hidden, cell. `num_groups`
@@ -65,6 +66,8 @@ class SwitchNormLSTMCell(nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (h', c') for input (B, input_size) or (input_size,) and hx = (h, c), else 0."""
+        if isinstance(input, Proxy):
+            return self.as_node(input) if hx is None else self.as_node(input, hx)
         if self.norm == "none":
             return super().forward(input, hx)
         if input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
@@ -86,11 +89,13 @@ class SwitchNormLSTMCell(nn.LSTMCell):
         return f"{super().extra_repr()}, norm={self.norm}"
 
 
-class SwitchNormLSTM(nn.LSTM):
-    """nn.LSTM of one direction with a norm of its gates and cell states; see SwitchNormLSTMCell.
+class SwitchNormLSTM(Traceable, nn.LSTM):
+    """nn.LSTM with a norm of its gates and cell states; see SwitchNormLSTMCell.
 
-    Input (L, B, D), (B, L, D) with `batch_first`, or (L, D). The input's part of the gates and its
-    norm are computed for the whole sequence at once. Layer k's norms are `norms.k.input` and so on.
+    Input (L, B, D), (B, L, D) with `batch_first`, (L, D) or a PackedSequence. The input's part of
+    the gates and its norm are computed for the whole sequence at once. The norms of layer k and
+    direction d (1: reverse) are `norms.i.input` and so on, i = k or, if `bidirectional`, 2 k + d.
+    `proj_size` exists with norm none alone.
     """
 
     def __init__(
@@ -100,6 +105,9 @@ class SwitchNormLSTM(nn.LSTM):
         num_layers: int = 1,
         bias: bool = True,
         batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
         device=None,
         dtype=None,
         *,
@@ -109,12 +117,26 @@ class SwitchNormLSTM(nn.LSTM):
         per_gate: bool = False,
         eps: float = 1e-5,
     ):
+        if proj_size and norm != "none":
+            raise ValueError(
+                f"proj_size={proj_size} is not there for norm {norm!r}; use 0 or norm='none'"
+            )
         factory = {"device": device, "dtype": dtype}
-        super().__init__(input_size, hidden_size, num_layers, bias, batch_first, **factory)
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            **factory,
+        )
         self.norm = norm
         self.norms = nn.ModuleList(
             _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory)
-            for _ in range(num_layers)
+            for _ in range(num_layers * (1 + bidirectional))
         )
 
     def reset_parameters(self) -> None:
@@ -122,38 +144,69 @@ class SwitchNormLSTM(nn.LSTM):
         super().reset_parameters()
         _reset_norms(self)
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None):
-        """Return the outputs and the last (h, c), each (num_layers, B, D), as nn.LSTM does."""
-        if isinstance(input, PackedSequence):
-            raise TypeError("SwitchNormLSTM takes padded tensors, not a PackedSequence")
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Return outputs and last (h, c), each (num_layers * directions, B, D), as nn.LSTM does."""
+        if isinstance(input, Proxy):
+            return self.as_node(input) if hx is None else self.as_node(input, hx)
         if self.norm == "none":
             return super().forward(input, hx)
-        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
-            layout = "(B, L, D)" if self.batch_first else "(L, B, D)"
-            raise ValueError(
-                f"SwitchNormLSTM expects input of shape {layout} or (L, D) with "
-                f"D={self.input_size}, got {tuple(input.shape)}"
-            )
+        if isinstance(input, PackedSequence):
+            data, sizes, order, back = input
+            self._check_size(data, 2)
+            hx = None if hx is None else self.permute_hidden(hx, order)
+            data, states = self._layers(data, sizes.tolist(), hx)
+            return PackedSequence(data, sizes, order, back), self.permute_hidden(states, back)
+        self._check_size(input, 2, 3)
         batched = input.dim() == 3
         x = input if batched else input[:, None]
         x = x.transpose(0, 1) if batched and self.batch_first else x
-        if hx is None:
-            states = [x.new_zeros(self.num_layers, x.shape[1], self.hidden_size)] * 2
-        else:
-            states = [state if batched else state[:, None] for state in hx]
-        _check_states(*states, (self.num_layers, x.shape[1], self.hidden_size))
-        last = []
-        for layer, (norms, h, c) in enumerate(zip(self.norms, *states)):
-            x, h, c = _sequence(x, h, c, self._flat_layer(layer), norms)
-            last.append((h, c))
-        h, c = (torch.stack(state) for state in zip(*last))
+        if hx is not None and not batched:
+            hx = tuple(state[:, None] for state in hx)
+        length, batch = x.shape[:2]
+        if length == 0:
+            raise ValueError(f"SwitchNormLSTM got a sequence of no steps: {tuple(input.shape)}")
+        y, (h, c) = self._layers(x.flatten(0, 1), [batch] * length, hx)
+        y = y.unflatten(0, (length, batch))
         if not batched:
-            return x[:, 0], (h[:, 0], c[:, 0])
-        return x.transpose(0, 1) if self.batch_first else x, (h, c)
+            return y[:, 0], (h[:, 0], c[:, 0])
+        return y.transpose(0, 1) if self.batch_first else y, (h, c)
 
-    def _flat_layer(self, layer: int) -> tuple:
+    def _check_size(self, x: Tensor, *dims: int) -> None:
+        if x.dim() not in dims or x.shape[-1] != self.input_size:
+            layout = "(B, L, D)" if self.batch_first else "(L, B, D)"
+            raise ValueError(
+                f"SwitchNormLSTM expects input of shape {layout} or (L, D), or a PackedSequence of "
+                f"such, with D={self.input_size}, got {tuple(x.shape)}"
+            )
+
+    def _layers(self, x: Tensor, sizes: list[int], hx) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """All layers over packed steps x (sum of `sizes`, D): outputs and last states."""
+        directions = 1 + self.bidirectional
+        shape = (self.num_layers * directions, sizes[0], self.hidden_size)
+        states = [x.new_zeros(shape)] * 2 if hx is None else list(hx)
+        _check_states(*states, shape)
+        last = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                parameters = self._parameters_of(layer, direction)
+                own = (states[0][index], states[1][index])
+                y, *ended = _sequence(x, sizes, *own, parameters, self.norms[index], direction == 1)
+                outputs.append(y)
+                last.append(ended)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            if self.dropout and layer < self.num_layers - 1:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+        h, c = (torch.stack(state) for state in zip(*last))
+        return x, (h, c)
+
+    def _parameters_of(self, layer: int, direction: int) -> tuple:
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        return tuple(getattr(self, f"{name}_l{layer}", None) for name in names)
+        suffix = f"_l{layer}" + ("_reverse" if direction else "")
+        return tuple(getattr(self, name + suffix, None) for name in names)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm}"
@@ -183,6 +236,8 @@ def norm_spec(norm: nn.Module) -> tuple[Norm, tuple[Tensor, ...]] | None:
     """What the fused functions have to know of a module; None if they cannot do it."""
     if isinstance(norm, NoNorm):
         return Norm("none"), ()
+    if getattr(norm, "bias", None) is None:
+        return None
     if isinstance(norm, AutoGroupNorm):
         return Norm("group", norm.num_groups, norm.eps), (norm.weight, norm.bias)
     if isinstance(norm, SwitchNormRecurrent) and norm.statistics == ("ln", "gn") and norm.affine:
@@ -270,11 +325,27 @@ def _step(driven, h, c, weight_hh, hidden_norm, cell_norm) -> tuple[Tensor, Tens
     return step_plain(hidden[0], cell[0], *tensors)
 
 
-def _sequence(x, h, c, parameters, norms) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer over (L, B, D): its outputs and last states."""
+def _sequence(
+    x: Tensor, sizes: list[int], h: Tensor, c: Tensor, parameters, norms, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer and direction over packed steps x (sum of `sizes`, D): outputs, last h and c.
+
+    `sizes` are those of a PackedSequence: how many of the sequences, longest first, have a step t.
+    """
     weight_ih, weight_hh, bias_ih, bias_hh = parameters
-    outputs = []
-    for driven in _input_gates(x, norms["input"], weight_ih, bias_ih, bias_hh):
-        h, c = _step(driven, h, c, weight_hh, norms["hidden"], norms["cell"])
-        outputs.append(h)
-    return torch.stack(outputs), h, c
+    driven = _input_gates(x, norms["input"], weight_ih, bias_ih, bias_hh).split(sizes)
+    steps = range(len(sizes))
+    outputs = [None] * len(sizes)
+    for t in reversed(steps) if reverse else steps:
+        size = sizes[t]
+        if size == len(h):
+            h, c = _step(driven[t], h, c, weight_hh, norms["hidden"], norms["cell"])
+            outputs[t] = h
+            continue
+        # the others have ended or, in reverse, not yet begun: their states stay
+        own_h, own_c = _step(
+            driven[t], h[:size], c[:size], weight_hh, norms["hidden"], norms["cell"]
+        )
+        outputs[t] = own_h
+        h, c = torch.cat((own_h, h[size:])), torch.cat((own_c, c[size:]))
+    return torch.cat(outputs), h, c

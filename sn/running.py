@@ -1,9 +1,37 @@
 """What batch normalisations with running statistics share."""
 
+import sys
+import warnings
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import check_virtual_gpus
+from .tracing import Traceable
+
+_SWA = "torch.optim.swa_utils"
+
+
+def warn_of_update_bn(layer: nn.Module) -> None:
+    """Warn if `torch.optim.swa_utils.update_bn` is running, which passes over `layer`.
+
+    To be asked where gradients are disabled, as there.
+
+    It can be noticed where the model also holds batch norm; without, it runs no batch at all.
+    """
+    if torch.compiler.is_compiling():
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "update_bn" and frame.f_globals.get("__name__") == _SWA:
+            warnings.warn(
+                f"update_bn passes over {type(layer).__name__}, whose running statistics are not "
+                "those of the batches; call sn.batch_average(model, loader)",
+                stacklevel=2,
+            )
+            return
+        frame = frame.f_back
 
 
 def count_batch(layer: nn.Module) -> float:
@@ -17,7 +45,12 @@ def count_batch(layer: nn.Module) -> float:
     return layer.momentum
 
 
-class RunningNorm(nn.Module):
+def in_backward() -> bool:
+    """Whether autograd is under way: a forward pass is then one that checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class RunningNorm(Traceable, nn.Module):
     """Gain, shift and running statistics under batch norm's names, and the checks of the input.
 
     The running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
@@ -34,6 +67,7 @@ class RunningNorm(nn.Module):
         device=None,
         dtype=None,
         virtual_gpus: int = 1,
+        bias: bool = True,
     ):
         super().__init__()
         check_virtual_gpus(virtual_gpus)
@@ -44,8 +78,8 @@ class RunningNorm(nn.Module):
         self.track_running_stats = True
         self.virtual_gpus = virtual_gpus
         factory = {"device": device, "dtype": dtype}
-        for name in ("weight", "bias"):
-            value = nn.Parameter(torch.empty(num_features, **factory)) if affine else None
+        for name, wanted in (("weight", affine), ("bias", affine and bias)):
+            value = nn.Parameter(torch.empty(num_features, **factory)) if wanted else None
             self.register_parameter(name, value)
         self.register_buffer("running_mean", torch.zeros(num_features, **factory))
         self.register_buffer("running_var", torch.ones(num_features, **factory))
@@ -60,15 +94,28 @@ class RunningNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         self.reset_running_stats()
-        if self.affine:
+        if self.weight is not None:
             nn.init.ones_(self.weight)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @torch.no_grad()
+    def _evaluate(self, x: Tensor) -> Tensor:
+        """Batch norm with the running statistics, whatever the dtypes of its tensors."""
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        dtypes = {t.dtype for t in tensors if t is not None}
+        if dtypes <= {x.dtype} or dtypes == {torch.float32}:
+            return F.batch_norm(x, *tensors, False, 0.0, self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tensors = (t if t is None else t.to(dtype) for t in tensors)
+        return F.batch_norm(x.to(dtype), *tensors, False, 0.0, self.eps).to(x.dtype)
+
     def _update(self, mean: Tensor, var: Tensor) -> None:
-        momentum = count_batch(self)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+        if not torch.is_grad_enabled():
+            warn_of_update_bn(self)
+        with torch.no_grad():
+            momentum = count_batch(self)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self.input_dims or x.shape[1] != self.num_features:

@@ -28,6 +28,7 @@ SCHEMAS = {  # root config -> module of its schema
     "style_transfer": "sn.training.style.config",
     "enas": "enas.config",
     "enas_retrain": "enas.config",
+    "nasbench201": "enas.config",
 }
 
 

@@ -1,13 +1,28 @@
-"""The fused layer: `switch_norm` with the reference's arguments, at batch norm's cost.
+"""The layer's implementations and the choice between them.
 
-    native.c           the CPU's passes and mixture, compiled when the package is installed
-    native.py          its calls as autograd function
-    autograd.cpp       the same for the usual call, compiled for the PyTorch that is installed
-    aten.py            the passes without a compiler, from PyTorch's own kernels
-    mixture.py         everything on (N, C) numbers, forward and backward
-    function.py        the two as one autograd function
-    triton_kernels.py  the same on CUDA, in three kernels each way
+There are three of the formula: sn/functional.py, which is the reference; the CPU's; CUDA's.
+
+    native.c           the CPU's passes and (N, C) numbers, compiled when the package is installed
+    native.py          its calls as autograd function, by ctypes
+    autograd.cpp       the same for the usual call in C++, compiled for the installed PyTorch
+    triton_kernels.py  the same on CUDA, in three kernels forward and three backward
     cuda.py            their launches as autograd function and custom operators
+    common.py          what both share
+
+Both read x twice forward, dy and x twice backward, and keep x. Between the passes everything is
+(N, C) numbers: from each instance's mean m and variance v to y = scale (x - m) + shift, and from
+S = sum dy and T = sum dy (x - m) to dx = scale dy + p (x - m) + q. With M_k, V_k the moments of
+statistic k, w and u the importance weights of means and variances, d_k = m - M_k and L positions:
+
+    M_k = pool(m),  V_k = pool(v) + pool(d_k^2)      pool: mean over channels, groups or samples
+    r = (sum u_k V_k + eps)^-1/2,  scale = weight r,  o = sum w_k (M_k - m) = -sum w_k d_k
+    shift = bias - o scale
+
+    P = scale S  and  Q = scale r^2 (T - o S)  are minus the gradient of the mixed mean and minus
+    twice that of the mixed variance, hence
+    dm = -(w_in P + sum w_k pool(P) + sum u_k pool(Q) d_k)
+    dv = -(u_in Q + sum u_k pool(Q)) / 2
+    q = dm / L,  p = 2 dv / L
 
 `backend` or the environment variable SN_BACKEND forces one implementation, for debugging.
 """
@@ -24,11 +39,10 @@ from torch import Tensor
 
 from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
-from .function import fused_switch_norm, is_transformed
-from .mixture import Options
+from .common import Options, is_transformed
 from .native import native_switch_norm, quick_switch_norm, takes
 
-BACKENDS = ("auto", "reference", "native", "aten", "triton")
+BACKENDS = ("auto", "reference", "native", "triton")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -49,10 +63,10 @@ _backend = _check_backend(os.environ.get("SN_BACKEND", "auto"))
 def backend(name: str):
     """Compute switchable layers by `name` inside the context.
 
-    `name` is one of auto, reference, native, aten and triton. A backend that cannot take an input
-    leaves it to the reference. The environment variable SN_BACKEND sets the outermost one. auto is
-    native on the CPU, aten where that was not compiled, and the reference elsewhere: the Triton
-    kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula;
+    `name` is one of auto, reference, native and triton. A backend that cannot take an input leaves
+    it to the reference, the plain formula. The environment variable SN_BACKEND sets the outermost
+    one. auto is native on the CPU, if it was compiled, and the reference elsewhere: the Triton
+    kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula and
     triton the custom operators.
     """
     global _backend
@@ -78,11 +92,17 @@ def switch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     virtual_gpus: int = 1,
+    unbiased: bool = False,
 ) -> Tensor:
-    """`sn.functional.switch_norm`, by the fastest implementation that can take the arguments."""
+    """`sn.functional.switch_norm`, by the fastest implementation that can take the arguments.
+
+    Arguments and errors are the same; see there.
+    """
     statistics = canonical_statistics(statistics)
     options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
     tensors = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
+    if unbiased:  # for the official code's checkpoints; no kernel has it
+        return functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
     return switch_norm_act(tensors, options)
 
 
@@ -93,7 +113,7 @@ def switch_norm_act(
     relu: bool = False,
     counter: Tensor | None = None,
 ) -> Tensor:
-    """relu(switch_norm(*tensors) + residual), in one go where there are kernels for it.
+    """relu(switch_norm(*tensors) + residual), fused where there are kernels for it.
 
     `tensors` are the seven of `switch_norm`, `options.statistics` in canonical order. Where there
     are no kernels for the residual and ReLU these follow as PyTorch's operations. `counter`, if
@@ -119,12 +139,10 @@ def switch_norm_act(
         fused = (residual, relu) if matches else (None, False)  # which of these the kernel does
         if chosen == "native":
             y = native_switch_norm(tensors, options, *fused, counter)
-        elif chosen == "triton":
+        else:
             from .cuda import triton_switch_norm  # brings Triton
 
             y = triton_switch_norm(tensors, options, *fused)
-        else:
-            matches, y = False, fused_switch_norm(tensors, options)
         if matches:
             return y
     if residual is not None:
@@ -148,8 +166,8 @@ def choose_backend(
 ) -> str:
     """The implementation for `x` and the layer's parameters and buffers.
 
-    The plain formula wherever something has to see through it (compilation, export, tracing,
-    function transforms, forward derivatives, tensor subclasses) and where there is little to gain.
+    The plain formula wherever something has to see its operations (compilation, export, tracing,
+    function transforms, forward derivatives, tensor subclasses) and for what no kernel takes.
     """
     if _backend == "reference" or x.numel() == 0 or x.dim() < 2:
         return "reference"
@@ -175,9 +193,6 @@ def choose_backend(
             return "reference"
     if on_cpu and _backend in ("auto", "native") and takes(x, running_mean, running_var):
         return "native"
-    if on_cpu and _backend in ("auto", "aten"):
-        single = x.dim() == 2 or x.numel() == x.shape[0] * x.shape[1]
-        return "reference" if single else "aten"
     # Not auto: the kernels have been interpreted and compiled, but not yet run on a GPU.
     if _backend != "triton" or x.dtype is torch.float64 or x.shape[1] > 16384:
         return "reference"

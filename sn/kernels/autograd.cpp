@@ -55,7 +55,7 @@ int kind_of(const Tensor& x) {
   }
 }
 
-// Dense on the CPU and nothing else: not wrapped by a transform, negated lazily, without values.
+// Dense on the CPU and nothing else: no transform's wrapper, not negated lazily, no zero tensor.
 bool is_plain(const Tensor& t) {
   static const auto usual =
       c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,

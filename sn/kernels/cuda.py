@@ -12,8 +12,14 @@ import triton
 from torch import Tensor
 
 from . import triton_kernels as kernels
-from .function import dense_in_layout, goes_by_formula, keep, like_layout, reference_backward
-from .mixture import Options
+from .common import (
+    Options,
+    dense_in_layout,
+    goes_by_formula,
+    keep,
+    like_layout,
+    reference_backward,
+)
 
 TILE = 2048  # numbers that a program loads at a time
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
@@ -39,7 +45,7 @@ class Moments(NamedTuple):
 
 
 def _moment_shapes(x: Tensor, options: Options, running: bool) -> list[tuple[int, ...]]:
-    """Those of `Moments`; a statistic that there is not has no numbers."""
+    """Those of `Moments`; a statistic that is not used is empty."""
     batch, channels = x.shape[:2]
     groups = options.virtual_gpus if options.training else 1
     has = options.statistics
@@ -61,7 +67,7 @@ class _Plan:
         self.num_groups = options.num_groups if has_gn else 1
         self.groups = options.virtual_gpus if options.training else 1
         place = {s: options.statistics.index(s) for s in options.statistics}
-        self.gates = {
+        self.places = {
             "K": len(options.statistics),
             "IN": place.get("in", -1),
             "LN": place.get("ln", -1),
@@ -69,7 +75,7 @@ class _Plan:
             "BN": place.get("bn", -1),
         }
         self.running = not options.training and running is not None and "bn" in place
-        self.mixture = self.gates | {"RUNNING": self.running, "AFFINE": weight is not None}
+        self.mixture = self.places | {"RUNNING": self.running, "AFFINE": weight is not None}
         self.shape = {"C": self.channels, "Q": self.num_groups}
         # short maps are rarely multiples of 16 long: as a constant their accesses stay wide
         fixed = self.length if self.length <= 256 else 0
@@ -124,8 +130,8 @@ def forward(
     kernels.moments_kernel[(plan.columns, plan.splits)](
         x, partial, n, length, chunk, C=c, SPLITS=plan.splits, **plan.tile
     )
-    batch_of_bn = plan.gates["BN"] >= 0 and not plan.running
-    gates = {name: plan.gates[name] for name in ("LN", "GN")}
+    batch_of_bn = plan.places["BN"] >= 0 and not plan.running
+    pools = {name: plan.places[name] for name in ("LN", "GN")}
     kernels.pool_kernel[(plan.rows if batch_of_bn else n,)](
         partial,
         *moments,
@@ -137,10 +143,10 @@ def forward(
         plan.groups,
         options.momentum,
         SPLITS=plan.splits,
-        BN=plan.gates["BN"] if batch_of_bn else -1,
+        BN=plan.places["BN"] if batch_of_bn else -1,
         UPDATE=update,
         **plan.shape,
-        **gates,
+        **pools,
         **plan.pool,
     )
     kernels.apply_kernel[(plan.columns, plan.splits)](
@@ -187,17 +193,17 @@ def backward(
     """The three launches of the backward pass.
 
     Returns the gradients of x, mean_logits, var_logits, weight, bias and the residual, those of
-    parameters in float32, empty ones for what there is not.
+    parameters in float32, empty tensors where the input is None.
     """
     plan = _Plan(x, last, weight, options, running_mean)
     n, c, length, chunk = plan.batch, plan.channels, plan.length, plan.chunk
-    k = plan.gates["K"]
+    k = plan.places["K"]
 
     def new(*shape):
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     partial, sums = new(2, plan.splits, n, c), new(2, n, c)
-    gates, grad_mean, grad_var = new(2 * k, n), new(k), new(k)
+    ratio_grads, grad_mean, grad_var = new(2 * k, n), new(k), new(k)
     ln_pool, gn_pool, bn_pool = new(2, n), new(2, n, plan.num_groups), new(2, plan.groups, c)
     affine = c if weight is not None else 0
     grad_weight, grad_bias = new(affine), new(affine)
@@ -235,7 +241,7 @@ def backward(
     kernels.pool_backward_kernel[(plan.rows,)](
         partial,
         sums,
-        gates,
+        ratio_grads,
         ln_pool,
         gn_pool,
         bn_pool,
@@ -257,7 +263,7 @@ def backward(
         dx,
         d_residual if residual else dx,
         sums,
-        gates,
+        ratio_grads,
         ln_pool,
         gn_pool,
         bn_pool,
@@ -279,7 +285,7 @@ def backward(
 
 
 def _cast(grads: tuple[Tensor, ...], inputs) -> list[Tensor | None]:
-    """Gradients in the dtype of their tensors, None for what there is not."""
+    """Gradients in the dtype of their inputs, None where the input is None."""
     return [None if t is None else g.to(t.dtype) for g, t in zip(grads, inputs)]
 
 

@@ -118,7 +118,7 @@ def norm_plain(norm: Norm, tensors: Sequence[Tensor], x: Tensor) -> Tensor:
     """
     if norm.kind == "none":
         return x
-    *gates, weight, bias = tensors
+    *control, weight, bias = tensors
     if norm.kind == "group":
         return torch.nn.functional.group_norm(x, norm.num_groups, weight, bias, norm.eps)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -127,7 +127,7 @@ def norm_plain(norm: Norm, tensors: Sequence[Tensor], x: Tensor) -> Tensor:
     spread, mean_ln = torch.var_mean(mean_gn, -2, correction=0, keepdim=True)
     var_ln = var_gn.mean(-2, keepdim=True) + spread
     # the two importance weights sum to 1: mixing is interpolation from gn to ln
-    mean_ratio, var_ratio = (gate.to(dtype).softmax(0)[0] for gate in gates)
+    mean_ratio, var_ratio = (z.to(dtype).softmax(0)[0] for z in control)
     mean = torch.lerp(mean_gn, mean_ln, mean_ratio)
     var = torch.lerp(var_gn, var_ln, var_ratio)
     y = ((grouped - mean) * torch.rsqrt(var + norm.eps)).flatten(-2)
@@ -138,7 +138,7 @@ def norm_forward(norm: Norm, tensors: Sequence[Tensor], x: Tensor) -> tuple[Tens
     """The norm without autograd, and what its backward pass needs."""
     if norm.kind == "none":
         return x, ()
-    *gates, weight, bias = tensors
+    *control, weight, bias = tensors
     groups = norm.num_groups
     x = x.contiguous()  # PyTorch 2.11's kernels ask for it
     if norm.kind == "group":
@@ -148,7 +148,7 @@ def norm_forward(norm: Norm, tensors: Sequence[Tensor], x: Tensor) -> tuple[Tens
     grouped = x.view(len(x), groups, -1)
     var_gn, mean_gn = torch.var_mean(grouped, 2, correction=0, keepdim=True)
     spread, mean_ln = torch.var_mean(mean_gn, 1, correction=0, keepdim=True)
-    ratios = torch.stack(list(gates)).softmax(1)[:, 0]  # of ln, in the mean and in the variance
+    ratios = torch.stack(list(control)).softmax(1)[:, 0]  # of ln, in the mean and in the variance
     mean_gap = mean_ln - mean_gn
     var_gap = spread.add_(var_gn.mean(1, keepdim=True)) - var_gn
     mean_ratio, var_ratio = ratios.unbind()
@@ -165,7 +165,7 @@ def norm_backward(
     """Gradients of x and of the norm's tensors."""
     if norm.kind == "none":
         return dy, ()
-    *gates, weight, bias = tensors
+    *control, weight, bias = tensors
     groups, (batch, size) = norm.num_groups, x.shape
     if norm.kind == "group":
         dx, d_weight, d_bias = torch.ops.aten.native_group_norm_backward(

@@ -1,7 +1,7 @@
 /* The layer on the CPU, compiled when the package is installed where there is a C compiler.
 
    Two passes over x forward, two over dy and x backward, in either layout; everything on (N, C)
-   numbers in double, with the formulas of mixture.py. Sums are taken over short pieces in the
+   numbers in double, with the formulas of __init__.py. Sums are taken over short pieces in the
    dtype of the arithmetic, joined in double. Who sums what does not depend on the number of
    threads, so neither do the results. native.py calls it; nothing here knows Python or torch. */
 
@@ -97,7 +97,7 @@ INLINE void join(double before, double count, double other, double more, double 
 
 /* What the forward pass leaves for the backward one, in doubles that the caller allocates. */
 typedef struct {
-    double *w, *u;                 /* gates of means and variances, 4 each */
+    double *w, *u;                 /* importance weights of means and variances, 4 each */
     double *mean, *var;            /* (N, C), of the instances */
     double *rstd, *offset;         /* (N, C): y = weight rstd (x - mean - offset) + bias */
     double *ln, *gn, *bn;          /* means, then variances: (2, N), (2, N, Q), (2, G, C) */
@@ -122,11 +122,11 @@ int64_t sn_saved(const Layer *s) {
     return lay_out(s, NULL, &mix);
 }
 
-static void softmax(double *gates, int64_t places) {
-    double top = gates[0], total = 0;
-    for (int i = 1; i < places; i++) top = gates[i] > top ? gates[i] : top;
-    for (int i = 0; i < places; i++) total += gates[i] = exp(gates[i] - top);
-    for (int i = 0; i < places; i++) gates[i] /= total;
+static void softmax(double *ratios, int64_t places) {
+    double top = ratios[0], total = 0;
+    for (int i = 1; i < places; i++) top = ratios[i] > top ? ratios[i] : top;
+    for (int i = 0; i < places; i++) total += ratios[i] = exp(ratios[i] - top);
+    for (int i = 0; i < places; i++) ratios[i] /= total;
 }
 
 /* Moments of `count` moments in a row: the law of total variance. */
@@ -262,12 +262,13 @@ CLONES static void parts_of_sample(int64_t channels, const double *restrict weig
     }
 }
 
-/* A pooled statistic of `count` values in a row: adds its part to p, q and the gates' gradients. */
+/* A pooled statistic of `count` values in a row: adds its part to p, q and the importance
+   weights' gradients. */
 CLONES static void spread_row(int64_t count, const double *restrict mean, double pooled_mean,
                               double pooled_var, double w, double u,
                               const double *restrict mean_part, const double *restrict var_part,
-                              double *restrict p, double *restrict q, double *gate_w,
-                              double *gate_u) {
+                              double *restrict p, double *restrict q, double *grad_w,
+                              double *grad_u) {
     double sum_p = 0, sum_q = 0, dot = 0;
     #pragma omp simd reduction(+ : sum_p, sum_q, dot)
     for (int64_t c = 0; c < count; c++) {
@@ -275,8 +276,8 @@ CLONES static void spread_row(int64_t count, const double *restrict mean, double
         sum_q += var_part[c];
         dot += mean_part[c] * (mean[c] - pooled_mean);
     }
-    *gate_w += dot;
-    *gate_u -= 0.5 * sum_q * pooled_var;
+    *grad_w += dot;
+    *grad_u -= 0.5 * sum_q * pooled_var;
     sum_p *= w / count;
     sum_q *= u / count;
     for (int64_t c = 0; c < count; c++) {
@@ -295,25 +296,25 @@ CLONES static double dot(int64_t count, const double *restrict a, const double *
 /* in of one sample. */
 CLONES static void own_row(int64_t count, const double *restrict var, double w, double u,
                            const double *restrict mean_part, const double *restrict var_part,
-                           double *restrict p, double *restrict q, double *gate_u) {
+                           double *restrict p, double *restrict q, double *grad_u) {
     for (int64_t c = 0; c < count; c++) {
         p[c] += u * var_part[c];
         q[c] += w * mean_part[c];
     }
-    *gate_u -= 0.5 * dot(count, var_part, var);
+    *grad_u -= 0.5 * dot(count, var_part, var);
 }
 
-/* bn of running statistics: constants, which reach the gates alone. */
+/* bn of running statistics: constants, which reach the importance weights alone. */
 CLONES static void constant_row(int64_t count, const double *restrict mean,
                                 const double *restrict running_mean,
                                 const double *restrict running_var,
                                 const double *restrict mean_part,
-                                const double *restrict var_part, double *gate_w, double *gate_u) {
+                                const double *restrict var_part, double *grad_w, double *grad_u) {
     double sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < count; c++) sum += mean_part[c] * (mean[c] - running_mean[c]);
-    *gate_w += sum;
-    *gate_u -= 0.5 * dot(count, var_part, running_var);
+    *grad_w += sum;
+    *grad_u -= 0.5 * dot(count, var_part, running_var);
 }
 
 /* bn of one group of `count` samples. */
@@ -322,7 +323,7 @@ CLONES static void spread_rows(int64_t count, int64_t channels, const double *re
                                const double *restrict pooled_var, double w, double u,
                                const double *restrict mean_part, const double *restrict var_part,
                                double *restrict p, double *restrict q, double *restrict sum_p,
-                               double *restrict sum_q, double *gate_w, double *gate_u) {
+                               double *restrict sum_q, double *grad_w, double *grad_u) {
     double dot = 0, dot_var = 0;
     memset(sum_p, 0, channels * sizeof(double));
     memset(sum_q, 0, channels * sizeof(double));
@@ -344,21 +345,21 @@ CLONES static void spread_rows(int64_t count, int64_t channels, const double *re
             p[i + c] += sum_q[c];
             q[i + c] += sum_q[c] * (mean[i + c] - pooled_mean[c]) + sum_p[c];
         }
-    *gate_w += dot;
-    *gate_u -= 0.5 * dot_var;
+    *grad_w += dot;
+    *grad_u -= 0.5 * dot_var;
 }
 
-static void softmax_backward(const double *gates, double *grads, int64_t places) {
+static void softmax_backward(const double *ratios, double *grads, int64_t places) {
     double common = 0;
-    for (int i = 0; i < places; i++) common += gates[i] * grads[i];
-    for (int i = 0; i < places; i++) grads[i] = gates[i] * (grads[i] - common);
+    for (int i = 0; i < places; i++) common += ratios[i] * grads[i];
+    for (int i = 0; i < places; i++) grads[i] = ratios[i] * (grads[i] - common);
 }
 
 /* Of the backward pass alone, in one allocation. */
 typedef struct {
     double *weight;                    /* (C) */
     double *total, *product;           /* (N, C): sum dy, sum dy (x - mean) */
-    double *mean_part, *var_part;      /* (N, C): P, Q of mixture.py */
+    double *mean_part, *var_part;      /* (N, C): P, Q of __init__.py */
     double *p, *q;                     /* (N, C): dx = scale dy + p (x - mean) + q */
     double *grad_weight, *grad_bias;   /* (C) */
     double *pools;                     /* (2, C) */

@@ -8,13 +8,13 @@ typedef struct {
     int64_t num_groups;                 /* of gn */
     int64_t groups;                     /* virtual GPUs of bn */
     int64_t last;                       /* channels last: (N, L, C) instead of (N, C, L) */
-    int64_t places, in, ln, gn, bn;     /* their number; the place of each gate, -1: not there */
+    int64_t places, in, ln, gn, bn;     /* number of statistics; index of each, -1 if unused */
     int64_t running;                    /* bn takes the running statistics */
     int64_t update;                     /* of the running statistics */
     double eps;
 } Layer;
 
-/* What there is not is NULL. */
+/* NULL stands for a tensor that is not given. */
 typedef struct {
     const Layer *layer;
     int64_t threads, relu;

@@ -1,8 +1,8 @@
 """The layer on the CPU by the compiled library of native.c, as one autograd function.
 
 The library is built when the package is installed where there is a C compiler (setup.py). Without
-it, or where it does not fit, the ATen path is taken. The usual call goes through autograd.cpp, if
-that was built too: the same function without Python, which costs more than a small map.
+it the layer is the plain formula. The usual call goes through autograd.cpp, if that was built too:
+the same function without Python, whose calls take longer than a small map.
 """
 
 import ctypes
@@ -21,9 +21,15 @@ import torch
 from torch import Tensor
 
 from ..functional import STATISTICS
-from .aten import as_dtype
-from .function import dense_in_layout, goes_by_formula, keep, like_layout, reference_backward
-from .mixture import Options
+from .common import (
+    Options,
+    as_dtype,
+    dense_in_layout,
+    goes_by_formula,
+    keep,
+    like_layout,
+    reference_backward,
+)
 
 # `Forward` and `Backward` of native.h: one packed argument costs less than fourteen.
 _FORWARD, _BACKWARD = struct.Struct("=QqqdQQQQQQQQQQQ"), struct.Struct("=QqqQQQQQQQQQQQQ")
@@ -143,7 +149,8 @@ def _functions(dtype: torch.dtype):
 def takes(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> bool:
     """Whether there is a library, with code for x's dtype and such running statistics.
 
-    One that was compiled without OpenMP leaves more than two threads to PyTorch's kernels.
+    One that was compiled without OpenMP is left for the plain formula, whose operations are
+    parallel, from three threads on.
     """
     if x.dtype not in _SUFFIXES or library() is None:
         return False

@@ -1,13 +1,13 @@
-"""The layer on CUDA: six Triton kernels, three launches each way.
+"""The layer on CUDA: six Triton kernels, three launches forward and three backward.
 
     moments  ->  pool           ->  apply             x to y
     sums     ->  pool_backward  ->  apply_backward    dy, x to dx and the parameters' gradients
 
 The outer ones pass over x seen as (N, C, L) by strides, so that one source serves contiguous and
 channels_last tensors. The pool kernels gather (N, C) numbers: one program per sample for layer and
-group statistics, one per block of channels for batch statistics. Gates and coefficients are
-computed where they are used. No atomics, no host synchronisation: deterministic, safe in CUDA
-graphs. See mixture.py for the formulas.
+group statistics, one per block of channels for batch statistics. Importance weights and
+coefficients are computed where they are used. No atomics, no host synchronisation: deterministic,
+safe in CUDA graphs. See __init__.py for the formulas.
 
 Means are kept as two float32, the rounded mean and what rounding left: differences of means, which
 is all that is ever used, are then exact however far from zero the data is.
@@ -22,7 +22,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _gate(logits, K: tl.constexpr, k: tl.constexpr):
+def _ratio(logits, K: tl.constexpr, k: tl.constexpr):
     """Softmax of K logits, entry k."""
     i = tl.arange(0, 4)
     value = tl.load(logits + i, mask=i < K, other=float("-inf")).to(tl.float32)
@@ -64,7 +64,7 @@ def _mixture(
 ):  # fmt: skip
     """Of instances (n, c): mean, rest, rstd, scale, offset, distances and variances of ln, gn, bn.
 
-    IN, LN, GN, BN are the places of the statistics among the K gates, -1 for those absent.
+    IN, LN, GN, BN are the indices of the statistics among the K, -1 for those not used.
     """
     plane = N * C
     at = n * C + c
@@ -76,20 +76,20 @@ def _mixture(
     ln_distance, gn_distance, bn_distance = offset, offset, offset
     ln_var, gn_var, bn_var = offset, offset, offset
     if IN >= 0:
-        var += _gate(var_logits, K, IN) * own_var
+        var += _ratio(var_logits, K, IN) * own_var
     if LN >= 0:
         ln_distance = (mean - tl.load(layer + n)) + (rest - tl.load(layer + N + n))
         ln_var += tl.load(layer + 2 * N + n)
-        var += _gate(var_logits, K, LN) * ln_var
-        offset -= _gate(mean_logits, K, LN) * ln_distance
+        var += _ratio(var_logits, K, LN) * ln_var
+        offset -= _ratio(mean_logits, K, LN) * ln_distance
     if GN >= 0:
         g = n * Q + c // (C // Q)
         gn_mean = tl.load(group + g, mask=inside, other=0.0)
         gn_rest = tl.load(group + N * Q + g, mask=inside, other=0.0)
         gn_distance = (mean - gn_mean) + (rest - gn_rest)
         gn_var += tl.load(group + 2 * N * Q + g, mask=inside, other=0.0)
-        var += _gate(var_logits, K, GN) * gn_var
-        offset -= _gate(mean_logits, K, GN) * gn_distance
+        var += _ratio(var_logits, K, GN) * gn_var
+        offset -= _ratio(mean_logits, K, GN) * gn_distance
     if BN >= 0:
         if RUNNING:
             bn_mean = tl.load(running_mean + c, mask=inside, other=0.0).to(tl.float32)
@@ -101,8 +101,8 @@ def _mixture(
             bn_rest = tl.load(batch + G * C + b, mask=inside, other=0.0)
             bn_distance = (mean - bn_mean) + (rest - bn_rest)
             bn_var += tl.load(batch + 2 * G * C + b, mask=inside, other=0.0)
-        var += _gate(var_logits, K, BN) * bn_var
-        offset -= _gate(mean_logits, K, BN) * bn_distance
+        var += _ratio(var_logits, K, BN) * bn_var
+        offset -= _ratio(mean_logits, K, BN) * bn_distance
     rstd = 1.0 / tl.sqrt(var)
     scale = rstd
     if AFFINE:
@@ -376,14 +376,14 @@ def _sums(partial, n, c, inside, N, C, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _store_gate(gates, n, N, k: tl.constexpr, K: tl.constexpr, mean_grad, var_grad):
-    tl.store(gates + k * N + n, mean_grad)
-    tl.store(gates + (K + k) * N + n, -0.5 * var_grad)
+def _store_ratio_grads(ratio_grads, n, N, k: tl.constexpr, K: tl.constexpr, mean_grad, var_grad):
+    tl.store(ratio_grads + k * N + n, mean_grad)
+    tl.store(ratio_grads + (K + k) * N + n, -0.5 * var_grad)
 
 
 @triton.jit
 def _pool_backward_sample(
-    partial, sums, gates, ln_pool, gn_pool,
+    partial, sums, ratio_grads, ln_pool, gn_pool,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
     n, N, G, eps,
     C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
@@ -407,18 +407,18 @@ def _pool_backward_sample(
     var_part = scale * rstd * rstd * (product - offset * total)
     var_part = tl.where(inside, var_part, 0.0)
     if IN >= 0:
-        _store_gate(gates, n, N, IN, K, 0.0, tl.sum(var_part * v0))
+        _store_ratio_grads(ratio_grads, n, N, IN, K, 0.0, tl.sum(var_part * v0))
     if LN >= 0:
-        _store_gate(gates, n, N, LN, K, tl.sum(mean_part * d1), tl.sum(var_part * v1))
+        _store_ratio_grads(ratio_grads, n, N, LN, K, tl.sum(mean_part * d1), tl.sum(var_part * v1))
         tl.store(ln_pool + n, tl.sum(mean_part) / C)
         tl.store(ln_pool + N + n, tl.sum(var_part) / C)
     if GN >= 0:
-        _store_gate(gates, n, N, GN, K, tl.sum(mean_part * d2), tl.sum(var_part * v2))
+        _store_ratio_grads(ratio_grads, n, N, GN, K, tl.sum(mean_part * d2), tl.sum(var_part * v2))
         g = tl.arange(0, BQ)
         tl.store(gn_pool + n * Q + g, tl.sum(mean_part, 1) / size, mask=g < Q)
         tl.store(gn_pool + N * Q + n * Q + g, tl.sum(var_part, 1) / size, mask=g < Q)
     if BN >= 0:
-        _store_gate(gates, n, N, BN, K, tl.sum(mean_part * d3), tl.sum(var_part * v3))
+        _store_ratio_grads(ratio_grads, n, N, BN, K, tl.sum(mean_part * d3), tl.sum(var_part * v3))
 
 
 @triton.jit
@@ -466,7 +466,7 @@ def _pool_backward_batch(
 
 @triton.jit
 def pool_backward_kernel(
-    partial, sums, gates, ln_pool, gn_pool, bn_pool, grad_weight, grad_bias,
+    partial, sums, ratio_grads, ln_pool, gn_pool, bn_pool, grad_weight, grad_bias,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
     N, G, eps,
     C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
@@ -475,11 +475,11 @@ def pool_backward_kernel(
     BQ: tl.constexpr, BD: tl.constexpr, BN_N: tl.constexpr, BN_C: tl.constexpr,
 ):  # fmt: skip
     """Whole S, T `sums` (2, N, C); means of P, Q over layers, groups, batches (2, ...); each
-    sample's share of the gates' gradients (2 K, N); the gradients of weight and bias."""
+    sample's share of the importance weights' gradients (2 K, N); gradients of weight and bias."""
     pid = tl.program_id(0)
     if pid < N:
         _pool_backward_sample(
-            partial, sums, gates, ln_pool, gn_pool,
+            partial, sums, ratio_grads, ln_pool, gn_pool,
             own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
             pid, N, G, eps, C, Q, SPLITS, K, IN, LN, GN, BN, RUNNING, AFFINE, BQ, BD,
         )  # fmt: skip
@@ -492,19 +492,19 @@ def pool_backward_kernel(
 
 
 @triton.jit
-def _logit_grads(gates, logits, out, N, K: tl.constexpr, BN_N: tl.constexpr):
-    """The softmax's derivative applied to the samples' shares `gates` (K, N)."""
+def _logit_grads(ratio_grads, logits, out, N, K: tl.constexpr, BN_N: tl.constexpr):
+    """The softmax's derivative applied to the samples' shares `ratio_grads` (K, N)."""
     k = tl.arange(0, 4)
     total = tl.zeros((4, BN_N), tl.float32)
     for start in tl.range(0, N, BN_N):
         i = start + tl.arange(0, BN_N)
         inside = (k < K)[:, None] & (i < N)[None, :]
-        total += tl.load(gates + k[:, None] * N + i[None, :], mask=inside, other=0.0)
+        total += tl.load(ratio_grads + k[:, None] * N + i[None, :], mask=inside, other=0.0)
     grad = tl.sum(total, 1)
     value = tl.load(logits + k, mask=k < K, other=float("-inf")).to(tl.float32)
     power = tl.exp(value - tl.max(value, 0))
-    gate = power / tl.sum(power, 0)
-    tl.store(out + k, gate * (grad - tl.sum(gate * grad, 0)), mask=k < K)
+    ratio = power / tl.sum(power, 0)
+    tl.store(out + k, ratio * (grad - tl.sum(ratio * grad, 0)), mask=k < K)
 
 
 @triton.jit
@@ -531,23 +531,23 @@ def _apply_backward(
     p = tl.zeros_like(mean)
     q = tl.zeros_like(mean)
     if IN >= 0:
-        p += _gate(var_logits, K, IN) * scale * rstd * rstd * (product - offset * total)
-        q += _gate(mean_logits, K, IN) * scale * total
+        p += _ratio(var_logits, K, IN) * scale * rstd * rstd * (product - offset * total)
+        q += _ratio(mean_logits, K, IN) * scale * total
     if LN >= 0:
-        part = _gate(var_logits, K, LN) * tl.load(ln_pool + N + n)
+        part = _ratio(var_logits, K, LN) * tl.load(ln_pool + N + n)
         p += part
-        q += _gate(mean_logits, K, LN) * tl.load(ln_pool + n) + part * d1
+        q += _ratio(mean_logits, K, LN) * tl.load(ln_pool + n) + part * d1
     if GN >= 0:
         g = gn_pool + n * Q + c // (C // Q)
-        part = _gate(var_logits, K, GN) * tl.load(g + N * Q, mask=inside, other=0.0)
+        part = _ratio(var_logits, K, GN) * tl.load(g + N * Q, mask=inside, other=0.0)
         p += part
-        q += _gate(mean_logits, K, GN) * tl.load(g, mask=inside, other=0.0) + part * d2
+        q += _ratio(mean_logits, K, GN) * tl.load(g, mask=inside, other=0.0) + part * d2
     if BN >= 0:
         if not RUNNING:
             b = bn_pool + (n // (N // G)) * C + c
-            part = _gate(var_logits, K, BN) * tl.load(b + G * C, mask=inside, other=0.0)
+            part = _ratio(var_logits, K, BN) * tl.load(b + G * C, mask=inside, other=0.0)
             p += part
-            q += _gate(mean_logits, K, BN) * tl.load(b, mask=inside, other=0.0) + part * d3
+            q += _ratio(mean_logits, K, BN) * tl.load(b, mask=inside, other=0.0) + part * d3
     p = -p / length
     q = -q / length - p * rest
     shift = -(offset + rest) * scale
@@ -578,7 +578,7 @@ def _apply_backward(
 
 @triton.jit
 def apply_backward_kernel(
-    dy, x, y, dx, d_residual, sums, gates, ln_pool, gn_pool, bn_pool, grad_mean, grad_var,
+    dy, x, y, dx, d_residual, sums, ratio_grads, ln_pool, gn_pool, bn_pool, grad_mean, grad_var,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight, bias,
     N, L, CHUNK, G, eps,
     C: tl.constexpr, Q: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr,
@@ -586,13 +586,14 @@ def apply_backward_kernel(
     RUNNING: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """dx = scale dy + p (x - mean) + q; the last program column computes the gates' gradients."""
+    """dx = scale dy + p (x - mean) + q; the last program column computes the control parameters'
+    gradients."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     if pid == N * blocks:
         if tl.program_id(1) == 0:
-            _logit_grads(gates, mean_logits, grad_mean, N, K, 64)
-            _logit_grads(gates + K * N, var_logits, grad_var, N, K, 64)
+            _logit_grads(ratio_grads, mean_logits, grad_mean, N, K, 64)
+            _logit_grads(ratio_grads + K * N, var_logits, grad_var, N, K, 64)
     else:
         _apply_backward(
             dy, x, y, dx, d_residual, sums, ln_pool, gn_pool, bn_pool,

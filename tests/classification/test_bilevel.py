@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -10,7 +11,8 @@ from workers import config, train_in_group
 
 import sn
 from sn.training.classification.bilevel import gate_gradients, split_images
-from sn.training.run.record import experiment_part
+from sn.training.classification.data import ArrayImages
+from sn.training.run.config import recorded
 
 A, C, T = 0.7, 2.0, 1.5
 
@@ -137,14 +139,18 @@ def test_split():
     assert list(one) != list(split_images(list(range(101)), 4)[0])
     with pytest.raises(ValueError):
         split_images([1], 0)
+    arrays = ArrayImages(np.arange(101 * 12).reshape(101, 3, 2, 2) % 251, np.arange(101))
+    part = split_images(arrays, 3)[0]
+    assert isinstance(part, ArrayImages) and part.labels == list(one)  # so batches are augmented
+    assert all(torch.equal(part[i][0], arrays[index][0]) for i, index in enumerate(one))
 
 
 def test_records_of_joint_runs_stay_as_they_were():
-    plain = {"seed": 0, "optimizer": {"momentum": 0.9}}
-    now = {"seed": 0, "gates": "joint", "optimizer": {"momentum": 0.9, "gate_clip": None}}
-    assert experiment_part(now) == plain
-    assert experiment_part(now | {"gates": "bilevel"})["gates"] == "bilevel"
-    assert experiment_part({"optimizer": {"gate_clip": 1.0}}) == {"optimizer": {"gate_clip": 1.0}}
+    """Keys that came later are left out of a record that does not use them."""
+    plain = recorded(config())
+    assert "gates" not in plain and "gate_clip" not in plain["optimizer"]
+    used = recorded(config("gates=bilevel", "optimizer.gate_clip=1"))
+    assert used["gates"] == "bilevel" and used["optimizer"]["gate_clip"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,25 @@ from torchvision.transforms import v2
 from sn.training.classification.data import (
     PCA_VALUES,
     PCA_VECTORS,
+    ArrayImages,
+    ArrayTransform,
     Augmentation,
     BadImages,
     FileImages,
     Lighting,
     SettingSampler,
     TransformedImages,
+    average_down,
     batch_average_batches,
     build_data,
     evaluation_batches,
     load_image_folder,
     make_loader,
+    random_bits,
     read_image,
 )
 from sn.training.classification.evaluation import evaluate
+from sn.training.run.schedule import mix_seed
 
 CPU = torch.device("cpu")
 SETTINGS = [(8, 32), (8, 3), (4, 1), (1, 16), (2, 5)]
@@ -139,10 +144,13 @@ def test_random_numbers_belong_to_the_image_and_the_epoch():
 
 def test_global_generators_are_left_alone():
     data = build_data("digits", train_images=8)
-    images = TransformedImages(data.train, data.augmentation, epochs=2, seed=0)
     before = torch.get_rng_state(), np.random.get_state()
-    images[1, 3]
-    images[0, 2]
+    for images in (
+        TransformedImages(data.train, data.augmentation, epochs=2, seed=0),
+        TransformedImages(images_of(), Augmentation(Noise()), epochs=2, seed=0),
+    ):
+        images[1, 3]
+        images[0, 2]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1][1]).all()
 
@@ -174,6 +182,91 @@ def test_workers_change_nothing(workers):
     assert len(ours) == len(theirs) == 5
     for (x, y), (x0, y0) in zip(ours, theirs):
         assert torch.equal(x, x0) and torch.equal(y, y0)
+
+
+def test_random_bits_are_splitmix64():
+    """The published outputs of splitmix64.c from state 1234567, in any order and number."""
+    stream = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+    assert random_bits(1234567, np.arange(5)).tolist() == stream
+    assert random_bits(1234567, np.array([4, 1])).tolist() == [stream[4], stream[1]]
+    assert random_bits(2**64 - 1, np.arange(3)).dtype == np.uint64
+
+
+class SlowTransform:
+    """One image at a time: Python's whole numbers for splitmix64, pad, slice, flip, normalise."""
+
+    def __init__(self, mean, std, padding, flip):
+        self.mean, self.std = mean, std
+        self.padding, self.flip = padding, flip
+
+    def __call__(self, image, seed, epoch, index):
+        mask = 2**64 - 1
+        z = (mix_seed(seed, epoch) + (index + 1) * 0x9E3779B97F4A7C15) & mask
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        z ^= z >> 31
+        offsets, side = 2 * self.padding + 1, image.shape[1]
+        row, column = (z >> 40) * offsets >> 24, ((z >> 16) % 2**24) * offsets >> 24
+        padded = np.zeros((3, side + 2 * self.padding, side + 2 * self.padding), dtype=np.uint8)
+        inside = slice(self.padding, self.padding + side)
+        padded[:, inside, inside] = image.numpy()
+        crop = padded[:, row : row + side, column : column + side].astype(np.float64) / 255
+        if self.flip and z % 2:
+            crop = crop[:, :, ::-1]
+        return (crop - np.array(self.mean)[:, None, None]) / np.array(self.std)[:, None, None]
+
+
+@pytest.mark.parametrize("padding, flip", [(0, False), (0, True), (1, False), (2, True), (4, True)])
+def test_batches_are_augmented_as_their_images_one_by_one(padding, flip):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    generator = np.random.default_rng(0)
+    arrays = generator.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    part = ArrayImages(arrays, np.arange(40) % 10)
+    augmentation = Augmentation(ArrayTransform(mean, std, padding, flip))
+    images = TransformedImages(part, augmentation, epochs=3, seed=5)
+    slow = SlowTransform(mean, std, padding, flip)
+    for epoch in (0, 2):
+        keys = [(epoch, int(index)) for index in generator.permutation(40)]
+        x, y = images.__getitems__(keys)
+        assert x.dtype == torch.float32 and y.tolist() == [index % 10 for _, index in keys]
+        expected = np.stack([slow(part[index][0], 5, epoch, index) for _, index in keys])
+        np.testing.assert_allclose(x.numpy(), expected, atol=1e-5)
+        for size in (1, 7):  # other batches, other order: the same numbers
+            parts = [images.__getitems__(keys[i : i + size])[0] for i in range(0, 40, size)]
+            assert torch.equal(torch.cat(parts), x)
+        single, label = images[keys[3]]
+        assert torch.equal(single, x[3]) and label == keys[3][1] % 10
+
+
+@pytest.mark.parametrize("padding", [1, 2, 4])
+def test_offsets_and_flips_are_uniform_and_independent(padding):
+    """Chi-squared over (row, column, flip) of images, and of epochs and seeds for one image."""
+    transform = ArrayTransform((0.5,) * 3, (0.5,) * 3, padding, flip=True)
+    cells = 2 * (2 * padding + 1) ** 2
+    of_images = random_bits(mix_seed(0, 0), np.arange(100 * cells))
+    of_epochs = np.concatenate(
+        [random_bits(mix_seed(seed, epoch), np.array([17])) for seed in range(20)
+         for epoch in range(5 * cells)]
+    )  # fmt: skip
+    for bits in (of_images, of_epochs):
+        rows, columns, mirrored = transform.choices(bits)
+        reach = range(2 * padding + 1)
+        assert set(rows) == set(columns) == set(reach) and set(mirrored) == {True, False}
+        counts = Counter(zip(rows.tolist(), columns.tolist(), mirrored.tolist()))
+        squares = sum((count - 100) ** 2 / 100 for count in counts.values())
+        squares += 100 * (cells - len(counts))
+        assert abs(squares - (cells - 1)) < 4 * (2 * (cells - 1)) ** 0.5
+    rows, columns, mirrored = (v[:-1] for v in transform.choices(of_images))
+    following = transform.choices(of_images[1:])
+    for one in (rows, columns, mirrored):
+        for other in following:  # of the next image
+            assert abs(np.corrcoef(one, other)[0, 1]) < 5 / len(one) ** 0.5
 
 
 def test_last_part_of_the_run_takes_the_other_transform():
@@ -363,9 +456,34 @@ def test_cifar10_augmentation(cifar):
             crop = padded[:, y : y + 32, x : x + 32]
             crops[data.evaluation.usual(crop).numpy().tobytes()] = (y, x, False)
             crops[data.evaluation.usual(crop.flip(-1)).numpy().tobytes()] = (y, x, True)
-    torch.manual_seed(0)
-    seen = {crops[data.augmentation.usual(image).numpy().tobytes()] for _ in range(100)}
+    bits = random_bits(0, np.arange(100))
+    batch = data.augmentation.usual(image.expand(100, -1, -1, -1), bits)
+    seen = {crops[augmented.numpy().tobytes()] for augmented in batch}
     assert len(seen) > 50 and {flipped for *_, flipped in seen} == {True, False}
+
+
+@pytest.mark.parametrize("size, std", [(32, 0.2470), (16, 0.2381), (8, 0.2220)])
+def test_cifar10_averaged_down(size, std, cifar, tmp_path):
+    """As torch's mean over squares; crops and normalisation of that size."""
+    data = build_data("cifar10", root=str(cifar), image_size=size)
+    whole = build_data("cifar10", root=str(cifar))
+    assert data.train.images.shape == (500, 3, size, size)
+    pooled = torch.nn.functional.avg_pool2d(whole.train.images.double(), 32 // size)
+    assert torch.equal(data.train.images.double(), (pooled + 0.5).floor())
+    assert data.augmentation.usual.padding == {32: 4, 16: 2, 8: 1}[size]
+    assert data.augmentation.usual.flip
+    assert (data.sha256 == whole.sha256) == (size == 32)
+    white = torch.full((3, size, size), 255, dtype=torch.uint8)
+    assert data.evaluation.usual(white)[0, 0, 0].item() == pytest.approx((1 - 0.4914) / std)
+    noise = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)
+    pooled = torch.nn.functional.avg_pool2d(torch.from_numpy(noise).double(), 32 // size)
+    assert (average_down(noise, size) == (pooled + 0.5).floor().numpy()).all()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 12, 24, 64, "16", None])
+def test_cifar10_of_another_size(size, cifar):
+    with pytest.raises(ValueError, match=f"data.image_size={size};.*32, 16, 8"):
+        build_data("cifar10", root=str(cifar), image_size=size)
 
 
 @pytest.mark.parametrize("missing", [1, 5])
@@ -603,7 +721,7 @@ def test_bad_folder_option(options, tmp_path):
 
 def test_unknown_data_option(tmp_path):
     write_folder(tmp_path)
-    with pytest.raises(TypeError, match="image_sise"):
+    with pytest.raises(ValueError, match="image_sise"):
         build_data("bugs", root=str(tmp_path), image_sise=8)
 
 

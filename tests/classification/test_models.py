@@ -71,6 +71,28 @@ def test_resnet20_is_the_papers():
     assert not list(PadShortcut(16, 32).parameters())
 
 
+@pytest.mark.parametrize("name, blocks", [("resnet8", 1), ("resnet14", 2), ("resnet20", 3)])
+@pytest.mark.parametrize("width", [None, 16, 8, 24])
+def test_small_cifar_resnets(name, blocks, width):
+    """Depth 6 blocks + 2; stages of one, two and four widths; parameter-free shortcuts."""
+    model = build(name, "cifar", "bn", 10, "cpu", width=width)
+    w = width or 16
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) + 1 == int(name.removeprefix("resnet")) == 6 * blocks + 2
+    assert {m.kernel_size for m in convolutions} == {(3, 3)}
+    widths = [m.weight.shape[0] for m in convolutions]
+    assert widths == [w] * (2 * blocks + 1) + [2 * w] * 2 * blocks + [4 * w] * 2 * blocks
+    assert sum(isinstance(m, PadShortcut) for m in model.modules()) == 2
+    weights = 9 * 3 * w + sum(9 * a * b for a, b in zip(widths, widths[1:]))
+    assert count(model) == weights + 2 * sum(widths) + (4 * w + 1) * 10
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_width_of_a_foreign_model():
+    with pytest.raises(ValueError, match="model.width=8.*use null"):
+        build("resnet50", width=8)
+
+
 def test_he_initialisation():
     """Normal with deviation sqrt(2 / (k k out)): the official code's, as torchvision's ResNet."""
     torch.manual_seed(0)

@@ -11,14 +11,15 @@ from coco_files import annotation, content, write
 from pycocotools.coco import COCO
 from torchvision import datasets
 
-from sn.training.detection import data as coco
+from sn.training.detection import digits
 from sn.training.detection.data import (
     GroupedSampler,
     TrainingImages,
     augmentation,
+    decode_mask,
     load_coco,
-    write_digits_coco,
 )
+from sn.training.detection.digits import write_digits_coco
 
 
 def by_id(images, image_id):
@@ -185,15 +186,15 @@ def test_masks_of_every_form(tmp_path):
     expected[10:30, 5:25] = 1
     compressed = rle.encode(np.asfortranarray(expected))
     compressed["counts"] = compressed["counts"].decode()
-    listed = {"size": [48, 64], "counts": coco._run_lengths(expected.astype(bool))}
+    listed = {"size": [48, 64], "counts": digits._run_lengths(expected.astype(bool))}
     polygon = [[5, 10, 25, 10, 25, 30, 5, 30]]
     for shape in (compressed, listed, polygon):
         one = annotation(1, 10, 3, (5, 10, 20, 20), segmentation=shape)
-        assert np.array_equal(coco.decode_mask(one, 64, 48, "f.json"), expected)
+        assert np.array_equal(decode_mask(one, 64, 48, "f.json"), expected)
     for shape in (None, {"size": [48, 64]}, {"size": [4, 4], "counts": [16]}, [["a"] * 6]):
         one = annotation(8, 10, 3, (5, 10, 20, 20), segmentation=shape)
         with pytest.raises(ValueError, match="f.json: annotation 8 has"):
-            coco.decode_mask(one, 64, 48, "f.json")
+            decode_mask(one, 64, 48, "f.json")
 
 
 def test_masks_to_be_evaluated_against_are_read_at_once(tmp_path):
@@ -359,21 +360,21 @@ def test_digits_are_real_coco_files(tmp_path):
 def test_digits_of_training_and_validation_are_other_ones(tmp_path, monkeypatch):
     """As for the classifier: the 360 digits held out are drawn in validation images only."""
     drawn = collections.defaultdict(set)
-    draw = coco.draw_digits
+    draw = digits.draw_digits
 
     def watched(random, digits, chosen, size):
         drawn[len(chosen)].update(chosen.tolist())
         return draw(random, digits, chosen, size)
 
-    monkeypatch.setattr(coco, "draw_digits", watched)
+    monkeypatch.setattr(digits, "draw_digits", watched)
     write_digits_coco(tmp_path / "d", 2, 2, size=48)
     assert set(drawn) == {1437, 360} and not drawn[1437] & drawn[360]
 
 
 def test_run_lengths():
     mask = np.zeros((2, 3), bool)
-    assert coco._run_lengths(mask) == [6]
+    assert digits._run_lengths(mask) == [6]
     mask[0, 0] = True  # starts with a run of ones: zeros first
-    assert coco._run_lengths(mask) == [0, 1, 5]
+    assert digits._run_lengths(mask) == [0, 1, 5]
     mask[:, 2] = True
-    assert coco._run_lengths(mask) == [0, 1, 3, 2]
+    assert digits._run_lengths(mask) == [0, 1, 3, 2]

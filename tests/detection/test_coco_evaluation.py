@@ -14,7 +14,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from workers import run_in_group
 
-from sn.training.detection.data import load_coco, write_digits_coco
+from sn.training.detection.data import load_coco
+from sn.training.detection.digits import write_digits_coco
 from sn.training.detection.evaluation import (
     STATS,
     coco_metrics,

@@ -3,25 +3,33 @@
 import contextlib
 import copy
 import functools
+import io
 import json
 import math
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from coco_files import annotation, content, write
+from coco_files import write
 from faults import assert_same
-from hydra import compose, initialize_config_dir
 from PIL import Image
-from workers import CONFIGS, run_in_group
+from workers import composed, config, run_in_group
 
 import sn
 import train_detection
-from sn.training.detection.data import write_digits_coco
+from sn.training.classification.models import build_model
+from sn.training.detection import predict
+from sn.training.detection.detectors import build_detector
+from sn.training.detection.digits import write_digits_coco
+from sn.training.run import session
+from sn.training.run.config import typed
+from sn.training.run.precision import Precision
+from sn.training.run.schedule import mix_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (  # 4 steps of (2,1) on pictures of 48 pixels
@@ -31,6 +39,7 @@ TINY = (  # 4 steps of (2,1) on pictures of 48 pixels
     *("model.fpn_channels=16", "model.box_features=16", "model.rois_per_image=8"),
     *("model.proposals_train=20", "model.proposals_test=10", "evaluation.pictures=2"),
 )
+MASKS = ("model=mask_rcnn_r18_fpn", "evaluation.threshold=0.05")
 REQUIRED = (
     *("task", "run", "status", "parts", "init", "setting", "data", "model", "box_ap", "box_ap50"),
     *("steps", "seed", "images_seen", "wall_s", "lr", "schedule", "scale", "versions", "device"),
@@ -46,20 +55,43 @@ def digits(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def every_class(tmp_path_factory):
+    """A folder of digits enough for every class to occur."""
+    root = tmp_path_factory.mktemp("digits") / "coco"
+    write_digits_coco(root, 12, 4, size=64)
+    return root
+
+
 @functools.cache
-def composed(*overrides):
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        return compose("detection", [*TINY, *overrides])
+def tiny(*overrides):
+    return composed("detection", *TINY, *overrides)
 
 
 def tiny_config(digits, out, *overrides):
-    cfg = copy.deepcopy(composed(*overrides))
+    cfg = copy.deepcopy(tiny(*overrides))
     cfg.data.root, cfg.output_dir = str(digits), str(out)
-    return cfg
+    return typed(cfg)
 
 
 def train(digits, out, *overrides):
     return train_detection.train(tiny_config(digits, out, *overrides))
+
+
+def coco_config(root, out, *overrides):
+    """COCO files of one's own."""
+    options = [option for option in TINY if not option.startswith("data.generate")]
+    options += ["data=coco", "data.workers=0", f"data.root={root}", f"output_dir={out}"]
+    return config("model=faster_rcnn_r18_fpn", *options, *overrides, root="detection")
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """(folder, summary, what was printed) of a run with masks that is evaluated twice."""
+    out, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        summary = train(digits, out, *MASKS, "evaluation.every_images=4")
+    return out, summary, printed.getvalue()
 
 
 def lines(path):
@@ -77,6 +109,8 @@ def record(folder):
     for key in ("wall_s", "date", "commit", "device"):
         summary.pop(key)
     importance = folder / "importance.jsonl"
+    best = torch.load(folder / "checkpoint_best.pt", weights_only=True)
+    best["progress"].pop("wall_s")
     return {
         "metrics": metrics,
         "importance": lines(importance) if importance.exists() else None,
@@ -84,15 +118,15 @@ def record(folder):
         "config": (folder / "config.yaml").read_text(),
         "predictions": json.loads((folder / "predictions.json").read_text()),
         "checkpoint": state,
+        "best": best,
     }
 
 
 # --- records
 
 
-def test_run_writes_every_record(digits, tmp_path, capsys):
-    summary = train(digits, tmp_path, "model=mask_rcnn_r18_fpn", "evaluation.every_images=4")
-    printed = capsys.readouterr().out
+def test_run_writes_every_record(digits, trained):
+    tmp_path, summary, printed = trained
     for words in (
         "backbone.layer1",
         "SwitchNorm2d",
@@ -103,10 +137,12 @@ def test_run_writes_every_record(digits, tmp_path, capsys):
         assert words in printed
     files = {path.name for path in tmp_path.iterdir()}
     wanted = {"config.yaml", "metrics.jsonl", "importance.jsonl", "summary.json", "checkpoint.pt"}
+    wanted |= {"checkpoint_best.pt"}
     assert files >= wanted | {"tensorboard", "predictions.json", "predictions.png"}
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert not set(REQUIRED) - summary.keys()
     assert summary["status"] == "finished" and summary["scale"] == "proxy"
+    assert summary["bad_images"] == 0
     assert summary["parts"] == dict.fromkeys(("backbone", "fpn", "box_head", "mask_head"), "sn")
     assert summary["steps"] == 4 and summary["images_seen"] == 8
     assert summary["lr"] == pytest.approx(0.02 * 2 / 16)
@@ -134,17 +170,42 @@ def test_run_writes_every_record(digits, tmp_path, capsys):
     assert str(digits) not in (tmp_path / "config.yaml").read_text()
     recorded = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert recorded["parts"]["fpn"]["name"] == "sn" and "mode" not in recorded
+    assert summary["best_box_ap"] == max(line["val/box_ap"] for line in metrics)
 
 
-def test_second_call_is_a_no_op(digits, tmp_path, capsys):
-    first = train(digits, tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert train(digits, tmp_path) == first
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+def test_second_call_is_a_no_op(digits, trained, capsys):
+    out, summary, _ = trained
+    options = [*MASKS, "evaluation.every_images=4"]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert train(digits, out, *options) == summary
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert "ended already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="parts.fpn.name: sn there, gn asked for"):
-        train(digits, tmp_path, "norm@parts.fpn=gn")
+        train(digits, out, *options, "norm@parts.fpn=gn")
+
+
+def test_the_best_checkpoint_is_kept(digits, tmp_path, monkeypatch):
+    """The one whose weights were evaluated best, whatever came after it."""
+    scores, evaluated = iter([5.0, 3.0]), []
+    evaluate = train_detection.evaluate_detections
+
+    def scored(images, results, masks):
+        metrics, results = evaluate(images, results, masks)
+        return metrics | {"box_ap": next(scores)}, results
+
+    def seen(model, *args):
+        evaluated.append(copy.deepcopy(model.state_dict()))
+        return detect(model, *args)
+
+    detect = train_detection.detect
+    monkeypatch.setattr(train_detection, "evaluate_detections", scored)
+    monkeypatch.setattr(train_detection, "detect", seen)
+    options = ("evaluation.every_images=4", "evaluation.pictures=0", "parts=bn")
+    summary = train(digits, tmp_path, *options)
+    assert summary["box_ap"] == 3.0 and summary["best_box_ap"] == 5.0
+    for name, weights in (("checkpoint_best", evaluated[0]), ("checkpoint", evaluated[1])):
+        state = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert_same(state["model"], dict(weights), name)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +225,9 @@ def test_second_call_is_a_no_op(digits, tmp_path, capsys):
     ],
     ids=" ".join,
 )
-def test_switches_run(options, tmp_path):
-    """On digits enough for every class to occur."""
-    root = tmp_path / "coco"
-    write_digits_coco(root, 12, 4, size=64)
+def test_switches_run(options, every_class, tmp_path):
     generate = "data.generate={train_images: 12, val_images: 4, size: 64, seed: 0}"
-    summary = train(root, tmp_path / "run", generate, "schedule.images=4", *options)
+    summary = train(every_class, tmp_path / "run", generate, "schedule.images=4", *options)
     assert summary["status"] == "finished" and summary["box_ap"] is not None
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     wanted = torch.float64 if "precision=fp64" in options else torch.float32
@@ -180,21 +238,30 @@ def test_switches_run(options, tmp_path):
 
 
 FP64 = ("precision=fp64", "setting.gpus=4", "setting.images_per_gpu=2", "schedule.images=24")
-RUNS = {"1 process": 1, "2 processes": 2}
+OPTIONS = {  # norm -> options of a run of three steps
+    "bn": (*FP64, "parts=bn"),
+    "sn": (*FP64, "parts=sn", "model=mask_rcnn_r18_fpn", "checkpoint_steps=1"),
+}
 
 
-@pytest.mark.parametrize(
-    "parts, model", [("bn", "faster_rcnn_r18_fpn"), ("sn", "mask_rcnn_r18_fpn")]
-)
-def test_accumulated_steps_equal_processes(parts, model, digits, tmp_path):
+@pytest.fixture(scope="module")
+def two_processes(digits, tmp_path_factory):
+    """The folder of a norm's run in two processes."""
+
+    @functools.cache
+    def run(norm):
+        out = tmp_path_factory.mktemp("two")
+        run_in_group(2, _train, (*OPTIONS[norm], f"data.root={digits}", f"output_dir={out}"))
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("norm", OPTIONS)
+def test_accumulated_steps_equal_processes(norm, two_processes, digits, tmp_path):
     """(4,2) in four forward passes of one process equals two processes, in float64."""
-    results = {}
-    options = (*TINY, *FP64, f"parts={parts}", f"model={model}", f"data.root={digits}")
-    for name, world_size in RUNS.items():
-        out = tmp_path / str(world_size)
-        run_in_group(world_size, _train, (*options, f"output_dir={out}"))
-        results[name] = record(out)
-    one, two = results.values()
+    train(digits, tmp_path, *OPTIONS[norm])
+    one, two = record(tmp_path), record(two_processes(norm))
     assert two["summary"]["setting"]["world_size"] == 2
     assert one["metrics"][-1]["step"] == 3
     for ours, theirs in zip(two["metrics"], one["metrics"]):
@@ -210,10 +277,8 @@ def test_accumulated_steps_equal_processes(parts, model, digits, tmp_path):
 
 
 def _train(rank, overrides):
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        cfg = compose("detection", list(overrides))
     try:
-        train_detection.train(cfg)
+        train_detection.train(config(*TINY, *overrides, root="detection"))
     finally:
         train_detection.distributed.stop()
 
@@ -224,11 +289,11 @@ def test_one_step_by_hand(digits, tmp_path, monkeypatch):
     build = train_detection.build
 
     def captured_build(*args):
-        run = build(*args)
-        captured["model"] = copy.deepcopy(run.model)
-        captured["images"] = run.loader.dataset
-        captured["sampler"] = list(copy.deepcopy(run.sampler))
-        return run
+        task = build(*args)
+        captured["model"] = copy.deepcopy(task.model)
+        captured["images"] = task.loader.dataset
+        captured["sampler"] = list(copy.deepcopy(task.sampler))
+        return task
 
     monkeypatch.setattr(train_detection, "build", captured_build)
     options = ["precision=fp64", "schedule.images=2", "schedule.warmup_images=0", "seed=3"]
@@ -238,7 +303,7 @@ def test_one_step_by_hand(digits, tmp_path, monkeypatch):
     for gpu, key in enumerate(keys):
         image, target = captured["images"][key]
         target = {k: v.double() if v.is_floating_point() else v for k, v in target.items()}
-        torch.manual_seed(train_detection.mix_seed(3, 1, 0, gpu))
+        torch.manual_seed(mix_seed(3, 1, 0, gpu))
         (sum(model([image.double()], [target]).values()) / 2).backward()
     trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     lr = 0.02 * 2 / 16
@@ -256,9 +321,9 @@ def test_lr_by_images(digits, tmp_path, monkeypatch):
     seen = []
     step = train_detection.train_step
 
-    def watched(run, *args):
-        seen.append([group["lr"] for group in run.optimizer.param_groups])
-        return step(run, *args)
+    def watched(task, *args):
+        seen.append([group["lr"] for group in task.optimizer.param_groups])
+        return step(task, *args)
 
     monkeypatch.setattr(train_detection, "train_step", watched)
     options = ["schedule.images=12", "schedule.milestones=[0.5,0.8]", "schedule.warmup_images=4"]
@@ -298,13 +363,16 @@ def crash_at(event):
         patch.setattr(owner, name, wrapped)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("train_step", "evaluate", "save_checkpoint", "write_predictions"):
+        for name in ("train_step", "evaluate", "write_predictions"):
             wrap(train_detection, name)
+        for name in ("save_checkpoint", "keep_best"):
+            wrap(session, name)
         for name in ("open", "metrics", "importance", "finish"):
-            wrap(train_detection.Recorder, name)
+            wrap(session.Recorder, name)
         yield passed
 
 
+# lines of metrics after steps 2 and 4, evaluations with them; a checkpoint after every step
 RESUMED = ("checkpoint_steps=1", "evaluation.every_images=4", "evaluation.pictures=0")
 
 
@@ -329,16 +397,10 @@ def crash_and_compare(digits, tmp_path, choose, *options):
 
 
 def test_resumed_run_equals_unbroken_one(digits, tmp_path):
-    """Killed in mid-run, during an evaluation and at the end, it ends with the same bits."""
+    """Killed between two lines of metrics, and in an evaluation, it ends with the same bits."""
 
     def some(moments):
-        for name, turn in (
-            ("after train_step", 2),
-            ("before evaluate", 0),
-            ("after metrics", 0),
-            ("after evaluate", 1),
-            ("before finish", 0),
-        ):
+        for name, turn in (("before train_step", 3), ("before write_predictions", 0)):
             yield [place for place, moment in enumerate(moments) if moment == name][turn]
 
     crash_and_compare(digits, tmp_path, some)
@@ -350,28 +412,14 @@ def test_resumed_run_equals_unbroken_one_wherever_it_crashes(parts, digits, tmp_
     crash_and_compare(digits, tmp_path, lambda m: range(len(m)), f"parts={parts}")
 
 
-def test_a_checkpoint_between_lines_of_metrics(digits, tmp_path):
-    """The losses summed since the last line survive."""
-    options = ("checkpoint_steps=3", "log_steps=4", "evaluation.pictures=0")
-    train(digits, tmp_path / "whole", *options)
-    with crash_at(None) as moments:
-        train(digits, tmp_path / "count", *options)
-    place = [i for i, moment in enumerate(moments) if moment == "before train_step"][3]
-    with crash_at(place), pytest.raises(Crash):
-        train(digits, tmp_path / "broken", *options)
-    train(digits, tmp_path / "broken", *options)
-    assert_same(record(tmp_path / "broken"), record(tmp_path / "whole"), "between lines")
-
-
-def test_two_processes_resume(digits, tmp_path):
-    options = (*TINY, f"data.root={digits}", "checkpoint_steps=1", "evaluation.pictures=0")
-    run_in_group(2, _train, (*options, f"output_dir={tmp_path / 'whole'}"))
-    out = f"output_dir={tmp_path / 'broken'}"
+def test_two_processes_resume(two_processes, digits, tmp_path):
+    """Both die before their third step; the run still equals an unbroken one bit by bit."""
+    options = (*OPTIONS["sn"], f"data.root={digits}", f"output_dir={tmp_path}")
     with pytest.raises(RuntimeError, match="exit codes"):
-        run_in_group(2, _train_and_fail, (*options, out), timeout=120)
-    assert not (tmp_path / "broken" / "summary.json").exists()
-    run_in_group(2, _train, (*options, out))
-    assert_same(record(tmp_path / "broken"), record(tmp_path / "whole"), "two processes")
+        run_in_group(2, _train_and_fail, options, timeout=120)
+    assert not (tmp_path / "summary.json").exists()
+    run_in_group(2, _train, options)
+    assert_same(record(tmp_path), record(two_processes("sn")), "two processes")
 
 
 def _train_and_fail(rank, overrides):
@@ -389,17 +437,19 @@ def _train_and_fail(rank, overrides):
     _train(rank, overrides)
 
 
-def test_resume_on_other_data_is_refused(digits, tmp_path):
-    with crash_at(12), pytest.raises(Crash):
-        train(digits, tmp_path / "run", "checkpoint_steps=1")
-    cfg = tiny_config(digits, tmp_path / "run", "checkpoint_steps=1")
-    other = tmp_path / "other"
+def interrupted(folder, out):
+    """A run's folder as it was before its end."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("summary.json", "tensorboard"))
+    return out
+
+
+def test_resume_on_other_data_is_refused(trained, tmp_path):
+    out, other = interrupted(trained[0], tmp_path / "run"), tmp_path / "other"
     write_digits_coco(other, 6, 3, size=64)
     file = other / "annotations" / "instances_train2017.json"
     file.write_text(file.read_text() + " ")
-    cfg.data.root = str(other)
-    with pytest.raises(ValueError, match="trained on other data"):
-        train_detection.train(cfg)
+    with pytest.raises(ValueError, match="trained with other data: .*sha256"):
+        train(other, out, *MASKS, "evaluation.every_images=4")
 
 
 # --- divergence
@@ -418,10 +468,10 @@ def test_diverged_run_is_a_result(digits, tmp_path):
 def test_a_bad_step_is_skipped_if_allowed(digits, tmp_path, monkeypatch):
     step, calls = train_detection.train_step, []
 
-    def poisoned(run, images, *args):
+    def poisoned(task, run, images, targets):
         calls.append(1)
         factor = math.nan if len(calls) == 2 else 1
-        return step(run, [image * factor for image in images], *args)
+        return step(task, run, [image * factor for image in images], targets)
 
     monkeypatch.setattr(train_detection, "train_step", poisoned)
     summary = train(digits, tmp_path, "max_skipped_steps=1", "parts=bn")
@@ -439,8 +489,17 @@ def test_a_bad_step_is_skipped_if_allowed(digits, tmp_path, monkeypatch):
         (["model.freeze_at=2"], "random layers frozen"),
         (["norm@parts.backbone=frozen_bn"], "parts.backbone=frozen_bn"),
         (["setting.emulation=grouped"], "forward pass of its own"),
-        (["mode=tran"], "mode=tran; expected train, evaluate or predict"),
-        (["model.architecture=yolo"], "model.architecture='yolo'"),
+        (["mode=tran"], "mode=tran; expected one of train, evaluate, predict"),
+        (["model.architecture=yolo"], "model.architecture=yolo; expected one of faster_rcnn_c4"),
+        (["init.name=imagenet"], "init.name=imagenet; expected one of scratch, checkpoint"),
+        (["init=checkpoint"], "init.path is not set"),
+        (["data.root=null"], "data.root is not set"),
+        (["parts.backbone.momentum=2"], "parts.backbone.momentum=2; expected a number, 0 to 1"),
+        (["norm@parts.fpn=gn", "parts.fpn.num_groups=x"], "num_groups"),
+        (["norm@parts.fpn=gn", "+parts.fpn.groups=2"], "groups"),
+        (["+data.size=3"], "unknown key data.size; data has name, root"),
+        (["model.fpn_channels=2147483648"], "model.fpn_channels=2147483648; expected .* 65536"),
+        (["data.generate.size=8"], "data.generate.size=8; expected a whole number, 48"),
         (["data.sizes=[]"], "data.sizes="),
         (["schedule.milestones=[2]"], "schedule.milestones="),
         (["optimizer.clip=0"], "optimizer.clip=0"),
@@ -456,15 +515,14 @@ def test_a_bad_step_is_skipped_if_allowed(digits, tmp_path, monkeypatch):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_value_is_named(options, words, digits, tmp_path):
+    place = (f"data.root={digits}", f"output_dir={tmp_path / 'out'}")
     with pytest.raises((ValueError, OSError), match=words):
-        train(digits, tmp_path / "out", *options)
+        train_detection.train(config(*TINY, *place, *options, root="detection"))
     assert not (tmp_path / "out").exists()
 
 
 def test_pretrained_and_frozen(digits, tmp_path):
     """A classifier's checkpoint goes in, the frozen stages come out as they went in."""
-    from sn.training.classification.models import build_model
-
     torch.manual_seed(1)
     classifier = build_model("resnet18", "torchvision", 10, sn.make_norm("bn"))
     torch.save({"model": classifier.state_dict()}, tmp_path / "c.pt")
@@ -487,41 +545,56 @@ def test_pretrained_and_frozen(digits, tmp_path):
     with pytest.raises(ValueError, match="do not fit"):
         train(digits, tmp_path / "gn", *options[:3], "parts=gn")
 
+    start["conv1.weight"] += 1
+    torch.save({"model": start}, tmp_path / "other.pt")
+    out = interrupted(tmp_path / "run", tmp_path / "again")
+    with pytest.raises(ValueError, match="trained with other init: .*sha256.* there, .* now"):
+        train(digits, out, *options, f"init.path={tmp_path / 'other.pt'}")
+
 
 # --- evaluate and predict
 
 
-@pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    train(digits, out, "model=mask_rcnn_r18_fpn", "evaluation.threshold=0.05")
-    return out
-
-
-def test_evaluate_mode(trained, digits, capsys):
-    cfg = tiny_config(digits, trained, "model=mask_rcnn_r18_fpn", "mode=evaluate")
-    (trained / "predictions.png").unlink()
-    metrics = train_detection.evaluate_checkpoint(cfg)
-    assert (trained / "predictions.png").stat().st_size > 1000
-    summary = json.loads((trained / "summary.json").read_text())
+def test_evaluate_mode(trained, digits, tmp_path, capsys):
+    folder, summary, _ = trained
+    place = [f"checkpoint.path={folder / 'checkpoint.pt'}", "mode=evaluate"]
+    metrics = predict.evaluate_checkpoint(tiny_config(digits, tmp_path / "e", *MASKS, *place))
+    assert (tmp_path / "e" / "predictions.png").stat().st_size > 1000
     assert {key: summary[key] for key in metrics} == metrics
-    assert json.loads((trained / "evaluation.json").read_text())["box_ap"] == summary["box_ap"]
+    evaluation = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert evaluation["box_ap"] == summary["box_ap"]
+    found = [json.loads((f / "predictions.json").read_text()) for f in (folder, tmp_path / "e")]
+    assert found[0] == found[1]
     assert "mask AP" in capsys.readouterr().out
+
+
+def predicted(trained, images, out, *overrides):
+    options = [*MASKS, "mode=predict", f"predict.out={out}", *overrides]
+    options += [] if images is None else [f"predict.images='{images}'"]
+    return predict.predict(tiny_config("/nowhere", trained[0], *options))
 
 
 def test_predict_mode(trained, digits, tmp_path):
     """Needs no annotations: the checkpoint knows the classes. Any image, or a folder of them."""
     out = tmp_path / "out"
-    cfg = tiny_config("/nowhere", trained, "model=mask_rcnn_r18_fpn", "mode=predict")
-    cfg.predict.images, cfg.predict.out = str(digits / "val2017"), str(out)
-    results = train_detection.predict(cfg)
+    results = predicted(trained, digits / "val2017", out)
     assert json.loads((out / "predictions.json").read_text()) == results
     assert {path.name for path in out.glob("*.png")} == {f"{i:06d}.png.png" for i in (1, 2, 3)}
     for result in results:
         assert result["category"] in "0123456789" and result["file_name"].endswith(".png")
         assert "segmentation" in result
-    cfg.predict.images = str(digits / "val2017" / "000001.png")
-    assert {r["file_name"] for r in train_detection.predict(cfg)} <= {"000001.png"}
+    one = predicted(trained, digits / "val2017" / "000001.png", out)
+    assert {r["file_name"] for r in one} <= {"000001.png"}
+
+
+def test_other_modes_need_neither_data_nor_initial_weights():
+    """An experiment's file as it is, with data=coco and init=checkpoint."""
+    options = ("experiment=detection/mask_sn_sn", "mode=predict")
+    assert config(*options, root="detection").data.root is None
+    with pytest.raises(ValueError, match="data.root is not set; add data.root=... to the command"):
+        config(options[0], "mode=evaluate", root="detection")
+    with pytest.raises(ValueError, match="init.path is not set; add init.path=... to the command"):
+        config(options[0], "data.root=/data", root="detection")
 
 
 @pytest.mark.parametrize(
@@ -540,14 +613,11 @@ def test_predict_says_what_is_wrong(images, checkpoint, words, trained, digits, 
     (tmp_path / "text").write_text("no checkpoint")
     torch.save({"model": {}}, tmp_path / "other")
     places = {"empty": tmp_path, "val2017": digits, "text": tmp_path, "other": tmp_path}
-    cfg = tiny_config("/nowhere", trained, "model=mask_rcnn_r18_fpn", "mode=predict")
-    cfg.predict.images = str(places[images] / images) if images in places else images
-    cfg.checkpoint.path = (
-        str(places[checkpoint] / checkpoint) if checkpoint in places else checkpoint
-    )
-    cfg.predict.out = str(tmp_path / "out")
+    images = places[images] / images if images in places else images
+    path = places[checkpoint] / checkpoint if checkpoint in places else checkpoint
+    options = [] if path is None else [f"checkpoint.path={path}"]
     with pytest.raises((ValueError, OSError), match=words):
-        train_detection.predict(cfg)
+        predicted(trained, images, tmp_path / "out", *options)
 
 
 def test_predict_leaves_out_what_it_cannot_read(trained, digits, tmp_path, capsys):
@@ -558,10 +628,8 @@ def test_predict_leaves_out_what_it_cannot_read(trained, digits, tmp_path, capsy
     (folder / "notes.txt").write_text("no image either")
     (folder / "c.png").write_bytes((digits / "val2017" / "000001.png").read_bytes())
     Image.new("RGB", (300, 1)).save(folder / "thin.png")
-    cfg = tiny_config("/nowhere", trained, "model=mask_rcnn_r18_fpn", "mode=predict")
-    cfg.predict.images, cfg.predict.out = str(folder), str(out)
     with pytest.raises(ValueError, match="2 of 3 images were left out: cannot read .*a.png"):
-        train_detection.predict(cfg)
+        predicted(trained, folder, out)
     assert sorted(path.name for path in out.iterdir()) == ["c.png.png", "predictions.json"]
     assert "thin.png has 300 x 1 pixels: nothing is left" in capsys.readouterr().err
 
@@ -571,36 +639,21 @@ def test_predict_leaves_out_what_it_cannot_read(trained, digits, tmp_path, capsy
     [
         (["parts=bn", "norm@parts.fpn=gn"], "fpn is .*'bn'.* there, .*'gn'.* asked for"),
         (["model.anchor_sizes=[8,16,32,64,99]"], "anchor_sizes is .* there"),
+        (["parts=gn"], "backbone is .*'sn'.* there, .*'gn'.* asked for"),
+        (["model=mask_rcnn_r18_fpn"], "not of this model and these parts"),
         (["parts=bn", "parts.backbone.momentum=0.5"], None),
     ],
 )
-def test_checkpoint_of_weights_that_mean_something_else(options, words, digits, tmp_path):
+def test_checkpoint_of_weights_that_mean_something_else(options, words, tmp_path):
     """Group norm of other groups, or as layer norm, has parameters of the same shapes."""
-    out, base = tmp_path / "run", ["parts=bn"] if "parts=bn" in options else []
-    train(digits, out, *base)
-    cfg = tiny_config(digits, out, "mode=evaluate", *options)
+    mine = tiny_config("/nowhere", tmp_path, *(["parts=bn"] if "parts=bn" in options else []))
+    state = {"model": build_detector(num_classes=2, **mine.detector()).state_dict()}
+    state |= {"classes": ["a", "b"], "category_ids": [1, 2]}
+    torch.save(state | {"detector": predict.detector_options(mine)}, tmp_path / "checkpoint.pt")
+    asked = tiny_config("/nowhere", tmp_path, *options)
     refused = pytest.raises(ValueError, match=words) if words else contextlib.nullcontext()
     with refused:
-        train_detection.evaluate_checkpoint(cfg)
-
-
-def test_resume_with_other_initial_weights_is_refused(digits, tmp_path):
-    from sn.training.classification.models import build_model
-
-    for name in ("a.pt", "b.pt"):
-        torch.save(build_model("resnet18", "torchvision", 10, sn.make_norm("sn")).state_dict(),
-                   tmp_path / name)  # fmt: skip
-    options = ["init=checkpoint", "checkpoint_steps=1"]
-    with crash_at(12), pytest.raises(Crash):
-        train(digits, tmp_path / "run", *options, f"init.path={tmp_path / 'a.pt'}")
-    with pytest.raises(ValueError, match="started from other weights than those of init.path=.*b"):
-        train(digits, tmp_path / "run", *options, f"init.path={tmp_path / 'b.pt'}")
-
-
-def test_checkpoint_of_other_parts(trained, digits):
-    cfg = tiny_config(digits, trained, "model=mask_rcnn_r18_fpn", "mode=evaluate", "parts=gn")
-    with pytest.raises(ValueError, match="not of this model and these parts"):
-        train_detection.evaluate_checkpoint(cfg)
+        predict.trained_model(asked, Precision("fp32", torch.device("cpu")))
 
 
 # --- COCO files of one's own
@@ -609,20 +662,31 @@ def test_checkpoint_of_other_parts(trained, digits):
 def test_other_coco_files_from_the_command_line(tmp_path):
     """`data=coco data.root=...`: ids with gaps, crowds, an image without objects."""
     root = write(tmp_path / "mine")
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        cfg = compose(
-            "detection",
-            [
-                *("data=coco", "model=mask_rcnn_r18_fpn", f"data.root={root}", "data.name=mine"),
-                *(option for option in TINY if not option.startswith("data.generate")),
-                *("data.workers=0", f"output_dir={tmp_path / 'run'}"),
-            ],
-        )
-    summary = train_detection.train(cfg)
+    options = ("model=mask_rcnn_r18_fpn", "data.name=mine")
+    summary = train_detection.train(coco_config(root, tmp_path / "run", *options))
     assert summary["data"]["train_images"] == 2 and summary["data"]["val_images"] == 4
     assert summary["data"]["classes"] == 3
     results = json.loads((tmp_path / "run" / "predictions.json").read_text())
     assert {r["category_id"] for r in results} <= {3, 17, 44}
+
+
+def test_bad_images_are_skipped(tmp_path, capsys):
+    """Up to data.max_bad_images: listed, counted, and the run goes on; one more is an error."""
+    root = write(tmp_path / "mine")
+    for name in ("train2017/a.png", "val2017/b.png"):
+        (root / name).write_bytes(b"no picture")
+    out = tmp_path / "run"
+    summary = train_detection.train(coco_config(root, out))
+    assert summary["status"] == "finished" and summary["bad_images"] == 2
+    listed = (out / "bad_images.txt").read_text().splitlines()
+    assert sorted(line.partition(" of ")[0] for line in listed) == ["image 10", "image 7"]
+    results = json.loads((out / "predictions.json").read_text())
+    assert results and 7 not in {result["image_id"] for result in results}
+    assert (out / "predictions.png").exists()
+    assert "max_bad_images" not in (out / "config.yaml").read_text()
+    assert "skipped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="2 unreadable images, more than data.max_bad_images=1"):
+        train_detection.train(coco_config(root, tmp_path / "few", "data.max_bad_images=1"))
 
 
 def command_line(tmp_path, *arguments):
@@ -649,29 +713,15 @@ def _command(arguments, folder):
 
 def test_errors_are_one_line(tmp_path):
     """From a data worker too: the annotation file, the picture, the id."""
-    broken = content()
-    broken["annotations"].append(annotation(77, 10, 4, (1, 1, 5, 5)))
-    cases = [("data.root=none", ["no annotation file", "<root>/annotations"])]
-    cases.append(
-        (f"data.root={write(tmp_path / 'a', broken)}", ["annotation 77 has category_id 4"])
-    )
     root = write(tmp_path / "b")
-    (root / "train2017" / "a.png").write_bytes(b"no picture")
-    (root / "train2017" / "b.png").write_bytes(b"no picture")
-    cases.append((f"data.root={root}", [".png", "image "]))
+    for name in ("a.png", "b.png"):
+        (root / "train2017" / name).write_bytes(b"no picture")
     options = [option for option in TINY if not option.startswith("data.generate")]
-    options = [
-        "data=coco",
-        "model=faster_rcnn_r18_fpn",
-        "data.workers=1",
-        "output_dir=run",
-        *options,
-    ]
-    for argument, words in cases:
-        code, err = command_line(tmp_path, *options, argument)
-        assert code == 2 and "Traceback" not in err, err
-        (line,) = [line for line in err.splitlines() if line.startswith("train_detection.py: ")]
-        assert all(word in line for word in words), line
+    options += ["data=coco", "model=faster_rcnn_r18_fpn", "output_dir=run", f"data.root={root}"]
+    code, err = command_line(tmp_path, *options, "data.workers=1", "data.max_bad_images=0")
+    assert code == 2 and "Traceback" not in err, err
+    (line,) = [line for line in err.splitlines() if line.startswith("train_detection.py: ")]
+    assert ".png" in line and "image " in line
 
 
 # --- learning
@@ -687,13 +737,10 @@ def test_overfits_eight_images(tmp_path):
     )
     for path in (root / "train2017").iterdir():
         (root / "val2017" / path.name).write_bytes(path.read_bytes())
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        cfg = compose(
-            "detection",
-            [
-                *("device=cpu", "parts=gn", f"data.root={root}", f"output_dir={tmp_path / 'run'}"),
-                *("data.generate=null", "setting.gpus=1", "setting.images_per_gpu=4"),
-                *("schedule.images=1600", "schedule.lr_per_16=0.08", "schedule.warmup_images=160"),
-            ],
-        )
+    cfg = config(
+        *("device=cpu", "parts=gn", f"data.root={root}", f"output_dir={tmp_path / 'run'}"),
+        *("data.generate=null", "setting.gpus=1", "setting.images_per_gpu=4"),
+        *("schedule.images=1600", "schedule.lr_per_16=0.08", "schedule.warmup_images=160"),
+        root="detection",
+    )
     assert train_detection.train(cfg)["box_ap"] > 80

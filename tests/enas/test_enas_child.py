@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
 
 from enas.child import Child, drop_paths, reduction_layers
 from enas.data import DeviceImages
@@ -244,7 +243,7 @@ def test_errors():
 def test_crops_and_mirrors():
     """Each augmented image is one of its image's 2 x 3 x 3 mirrors and shifts, and all occur."""
     data = build_data("digits", train_images=4)
-    data.augmentation.usual.transforms.append(v2.RandomHorizontalFlip())
+    data.augmentation.usual.flip = True
     held = DeviceImages(data, data.train, torch.device("cpu"), torch.float64)
     assert held.padding == 1 and held.flip
     plain, labels = held.batch(torch.tensor([2]))

@@ -16,11 +16,11 @@ from torch import nn
 from workers import train_in_group
 
 import sn
-from sn.batch_kalman import _clip, _linear, _relu
 from sn.training.classification.models import build_model
 from sn.training.detection import detectors
 from sn.training.run.distributed import one_running_update
 from sn.training.style.networks import build_style_net
+from sn.variants.batch_kalman import _clip, _linear, _relu
 
 
 @pytest.fixture(autouse=True, scope="module")

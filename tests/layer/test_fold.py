@@ -31,8 +31,7 @@ def randomised(model, choice=2):
                         drawn = torch.rand(value.shape, generator=generator) + 0.5
                         value.copy_(drawn if name != "bias" else drawn - 1)
             if hasattr(layer, "mean_choice"):
-                layer.mean_choice.fill_(choice)
-                layer.var_choice.fill_(choice)
+                layer.mean_choice[choice] = layer.var_choice[choice] = 1
     return model.double().eval()
 
 
@@ -102,7 +101,7 @@ def test_what_does_not_fold():
                  sn.SparseSwitchNorm2d(4)):  # fmt: skip
         assert count(sn.fold(nn.Sequential(nn.Conv2d(4, 4, 1), norm)), sn.NoNorm) == 0
     mixed = randomised(nn.Sequential(nn.Conv2d(4, 4, 1), sn.SparseSwitchNorm2d(4)))
-    mixed[1].mean_choice.fill_(0)
+    mixed[1].mean_choice.copy_(torch.tensor([1.0, 0.0, 0.0]))
     assert count(sn.fold(mixed), sn.NoNorm) == 0
     split = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
     assert count(sn.fold(split), sn.NoNorm) == 0

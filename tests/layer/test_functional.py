@@ -1,5 +1,9 @@
-"""sn.switch_norm against the float64 oracle, finite differences and torch's own normalisers."""
+"""sn.switch_norm against the float64 oracle, finite differences and torch's own normalisers.
 
+As the plain formula, and by what the machine has.
+"""
+
+import inspect
 import itertools
 
 import oracle
@@ -21,6 +25,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def implementation(request):
+    with sn.backend(request.param):
+        yield
+
+
+def test_which_function_is_which():
+    """sn.switch_norm is the fast one, sn.functional.switch_norm the formula; same arguments."""
+    inputs, _, options = case((3, 4, 5, 6), ("in", "ln", "bn"), torch.float32)
+    inputs = [x.requires_grad_() for x in inputs]
+    formula = sn.functional.switch_norm(*inputs, **options)
+    assert "SwitchNorm" not in formula.grad_fn.name()
+    with sn.backend("auto"):
+        fast = sn.switch_norm(*inputs, **options)
+    if sn.kernels.native.library() is not None:
+        assert "SwitchNorm" in fast.grad_fn.name()
+    torch.testing.assert_close(fast, formula)
+    signatures = [inspect.signature(f) for f in (sn.switch_norm, sn.functional.switch_norm)]
+    assert signatures[0] == signatures[1]
+    unbiased = [f(*inputs, unbiased=True) for f in (sn.switch_norm, sn.functional.switch_norm)]
+    assert torch.equal(*unbiased) and not torch.equal(unbiased[0], formula)
 
 
 def groups_for(channels):

@@ -301,6 +301,82 @@ def test_bad_input_is_named():
         cell(torch.randn(3, 5), (torch.randn(3, 8), torch.randn(2, 8)))
     with pytest.raises(ValueError, match=r"\(L, B, D\).*D=5"):
         layer(torch.randn(4, 3, 6))
-    packed = nn.utils.rnn.pack_sequence([torch.randn(4, 5), torch.randn(2, 5)])
-    with pytest.raises(TypeError, match="PackedSequence"):
+    packed = nn.utils.rnn.pack_sequence([torch.randn(4, 6), torch.randn(2, 6)])
+    with pytest.raises(ValueError, match="PackedSequence.*D=5"):
         layer(packed)
+    with pytest.raises(ValueError, match="no steps"):
+        layer(torch.randn(0, 3, 5))
+    with pytest.raises(ValueError, match="proj_size=3"):
+        sn.SwitchNormLSTM(5, 8, proj_size=3)
+    assert sn.SwitchNormLSTM(5, 8, proj_size=3, norm="none")(torch.randn(4, 2, 5))[0].shape[2] == 3
+
+
+# --- packed sequences, two directions, dropout: without norms torch's layer, with them itself
+
+
+def packed_case(lengths, size=5):
+    sequences = [randn(length, size, seed=k) for k, length in enumerate(lengths)]
+    return sequences, nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_packed_and_bidirectional_without_places_are_torch_s(given, bidirectional):
+    options = {"num_layers": 2, "bidirectional": bidirectional}
+    theirs = nn.LSTM(5, 8, **options).double()
+    ours = sn.SwitchNormLSTM(5, 8, norm="gn", places=[], **options).double()
+    ours.load_state_dict(theirs.state_dict())
+    states = tuple(randn(2 + 2 * bidirectional, 4, 8, seed=k) for k in (7, 8)) if given else None
+    sequences, packed = packed_case((3, 6, 1, 4))
+    for x in (packed, randn(6, 4, 5)):
+        x_leaf = x.data if isinstance(x, nn.utils.rnn.PackedSequence) else x
+        found = []
+        for layer in (ours, theirs):
+            layer.zero_grad()
+            y, (h, c) = layer(x, states)
+            y = y.data if isinstance(y, nn.utils.rnn.PackedSequence) else y
+            (y.square().sum() + h.sum() + (2 * c).sum()).backward()
+            grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
+            found.append([y.detach(), h.detach(), c.detach(), grads])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+        assert x_leaf.grad is None
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_packed_equals_each_sequence_alone(norm):
+    options = {"num_layers": 2, "bidirectional": True, "norm": norm}
+    layer = randomise(sn.SwitchNormLSTM(5, 8, **options)).double()
+    sequences, packed = packed_case((3, 6, 1, 4))
+    outputs, (h, c) = layer(packed)
+    padded, lengths = nn.utils.rnn.pad_packed_sequence(outputs)
+    assert lengths.tolist() == [3, 6, 1, 4]
+    for k, sequence in enumerate(sequences):
+        y, (own_h, own_c) = layer(sequence)
+        torch.testing.assert_close(padded[: len(sequence), k], y)
+        torch.testing.assert_close(h[:, k], own_h)
+        torch.testing.assert_close(c[:, k], own_c)
+
+
+def test_the_reverse_direction_is_the_layer_on_the_reversed_sequence():
+    both = randomise(sn.SwitchNormLSTM(5, 8, bidirectional=True)).double()
+    one = sn.SwitchNormLSTM(5, 8).double()
+    state = both.state_dict()
+    one.load_state_dict(
+        {k: state[k.replace("norms.0", "norms.1")] for k in one.state_dict() if "norms" in k}
+        | {f"{name}_l0": state[f"{name}_l0_reverse"] for name in WEIGHTS}
+    )
+    x = randn(6, 3, 5)
+    y, (h, _) = both(x)
+    reverse, (own_h, _) = one(x.flip(0))
+    torch.testing.assert_close(y[..., 8:], reverse.flip(0))
+    torch.testing.assert_close(h[1], own_h[0])
+
+
+def test_dropout_stands_between_layers_in_training_alone():
+    layer = sn.SwitchNormLSTM(5, 8, 2, dropout=0.5)
+    x = torch.randn(4, 3, 5)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    layer.eval()
+    plain = sn.SwitchNormLSTM(5, 8, 2).eval()
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], plain(x)[0])

@@ -126,6 +126,20 @@ def test_another_experiment_is_refused(values, shown, is_main, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_keys_of_later_versions(tmp_path):
+    """What runs did before has no place in a record, old or new; anything else has."""
+    write(tmp_path).close()
+    Recorder(tmp_path, changed(data__image_size=32, model__width=None, gates="joint"))
+    for values in ({"data__image_size": 16}, {"model__width": 8}):
+        with pytest.raises(ValueError, match="there, (16|8) asked for"):
+            Recorder(tmp_path, changed(**values))
+    old = {**experiment_part(CONFIG), "data": {"name": "imagenet", "image_size": 32}}
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(old)
+    )  # said before the key was a later one
+    Recorder(tmp_path, changed(data__image_size=32))
+
+
 def test_all_differences_are_shown(tmp_path):
     write(tmp_path).close()
     with pytest.raises(ValueError) as error:

@@ -148,7 +148,9 @@ needs_onnx = pytest.mark.skipif(
 
 
 @needs_onnx
-@pytest.mark.parametrize("norm", ["bn", "in", "sn"])
+@pytest.mark.parametrize(
+    "norm", ["sn", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("bn", "in"))]
+)
 def test_onnx_at_sizes_it_was_not_exported_at(norm, tmp_path):
     net = trained(norm)
     export_onnx(net, tmp_path / "deep" / "style.onnx")

@@ -1,6 +1,7 @@
-"""Gates trained on other images than the weights, as architectures are in DARTS.
+"""Control parameters trained on other images than the weights, as architectures are in DARTS.
 
-min over gates of L_val(weights*(gates), gates), with weights* = argmin L_train(weights, gates).
+min over gates of L_val(weights*(gates), gates), with weights* = argmin L_train(weights, gates);
+`gates` are the control parameters.
 Section 3.4 of the paper holds that SN needs no such thing; this is for testing that.
 Source: Liu et al., DARTS, arXiv 1806.09055, section 2.3.
 """
@@ -12,23 +13,57 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from ...modules import gates as model_gates
 from ..run.distributed import in_group, sum_over_processes
 from ..run.schedule import mix_seed
+from .data import ArrayImages
 
 ORDERS = {"bilevel_first": 1, "bilevel": 2}  # the config's `gates`, beside "joint"
 
 
-def split_images(images: Sequence, seed: int) -> tuple[Subset, Subset]:
-    """Two random halves of a training set: for the weights, and for the gates.
+def split_images(images: Sequence, seed: int) -> tuple[Sequence, Sequence]:
+    """Two random halves of a training set: for the weights, and for the control parameters.
 
     Raises ValueError for fewer than two images.
     """
     if len(images) < 2:
-        raise ValueError(f"bilevel gates split the training set in two; it has {len(images)}")
+        raise ValueError(
+            f"bilevel training splits the images in two halves; there are {len(images)}"
+        )
     generator = torch.Generator().manual_seed(mix_seed(seed, len(images), 2))
     order = torch.randperm(len(images), generator=generator).tolist()
     half = len(images) // 2
-    return Subset(images, sorted(order[:half])), Subset(images, sorted(order[half : 2 * half]))
+    halves = sorted(order[:half]), sorted(order[half : 2 * half])
+    if isinstance(images, ArrayImages):
+        return tuple(images.subset(indices) for indices in halves)
+    return tuple(Subset(images, indices) for indices in halves)
+
+
+def control_step(
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    train_loss: Callable[[], Tensor],
+    val_loss: Callable[[], Tensor],
+    order: int,
+    clip: float | None = None,
+) -> None:
+    """Update the model's control parameters alone, by the loss on held-out images.
+
+    Args:
+        optimizer: the one of all parameters; the others have no gradient afterwards.
+        order, train_loss, val_loss: as for `gate_gradients`.
+        clip: largest norm of all their gradients together.
+    """
+    gates = model_gates(model)
+    known = {id(gate) for gate in gates}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    grads = gate_gradients(train_loss, val_loss, gates, weights, optimizer, model, order)
+    optimizer.zero_grad(set_to_none=True)  # SGD leaves parameters without gradient alone
+    for gate, grad in zip(gates, grads):
+        gate.grad = grad
+    if clip is not None:
+        nn.utils.clip_grad_norm_(gates, clip)
+    optimizer.step()
 
 
 def gate_gradients(

@@ -24,7 +24,7 @@ class ImageData:
     root: str | None = option(None, machine=True)
     download: bool | None = option(None, machine=True)
     train_images: int | None = whole(1)
-    image_size: int | None = whole(1, 16384, default=None, before=None)
+    image_size: int | None = whole(1, 16384, default=None, before=(None, 32))  # 32: CIFAR-10
     resize: int | None = whole(1, 16384, default=None, before=None)
     lighting: float | None = number(0, 100, default=None, before=None)
     color_jitter: float | None = number(0, 100, default=None, before=None)
@@ -39,12 +39,15 @@ class ImageData:
 
 
 @dataclass
-class ModelKeys:
-    """What is checked here of `model`; `build_model` checks its arguments itself."""
+class Model:
+    """Arguments of `build_model`; null where they do not apply."""
 
     name: str = option(name=True)
+    source: str = option(choices=("cifar", "torchvision", "timm"))
     dropout: float = number(0, None, below=1)
     zero_init_residual: bool = option()
+    width: int | None = whole(1, 4096, default=None, before=None)
+    fused_activation: bool = option(False, before=False)
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Evaluation:
 @dataclass
 class ImagenetConfig(RunConfig):
     norm: dict[str, Any] = option()  # arguments of sn.make_norm
-    model: dict[str, Any] = option()  # arguments of build_model
+    model: Model = option(Model)
     data: ImageData = option(ImageData)
     setting: Setting = option(Setting)
     schedule: Schedule = option(Schedule)
@@ -96,7 +99,6 @@ class ImagenetConfig(RunConfig):
 
     def check(self) -> None:
         check_open(self.norm, "norm", NormKeys)
-        check_open(self.model, "model", ModelKeys)
         if self.gates != "joint" and self.precision == "fp16":
             raise ValueError(
                 f"gates={self.gates} does not scale its losses; use precision=bf16 or fp32"

@@ -5,22 +5,30 @@ import hashlib
 import inspect
 import io
 import pickle
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from ..run.images import BadImages
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_STD = {  # image size -> of the 50,000 training images averaged down to it
+    32: (0.2470, 0.2435, 0.2616),
+    16: (0.2381, 0.2347, 0.2536),
+    8: (0.2220, 0.2191, 0.2394),
+}
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's step: 2^64 / golden ratio, odd
 # eigenvalues and eigenvectors of ImageNet's RGB values (Krizhevsky et al. 2012)
 PCA_VALUES = (0.2175, 0.0188, 0.0045)
 PCA_VECTORS = (
@@ -72,7 +80,7 @@ class ImageData:
 class Augmentation:
     """The transform at a fraction of the run: `usual`, then `last` for its last fraction."""
 
-    usual: Callable
+    usual: Any
     last: Callable | None = None
     last_fraction: float = 0.0
 
@@ -94,6 +102,72 @@ class ArrayImages:
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
 
+    def subset(self, indices: list[int]) -> "ArrayImages":
+        return ArrayImages(self.images[indices].numpy(), np.array(self.labels)[indices])
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, H, W) and labels (n,)."""
+        labels = torch.tensor([self.labels[index] for index in indices])
+        return self.images[torch.tensor(indices)], labels
+
+
+def random_bits(key: int, counters: np.ndarray) -> np.ndarray:
+    """64 random bits for each of `counters` (whole numbers, 0 or more): uint64 of their shape.
+
+    Item i of the splitmix64 stream that starts at `key`, without those before it.
+    *Source:* Steele, Lea and Flood 2014, with the constants of Vigna's splitmix64.c.
+    """
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64, also where numpy has a scalar
+        z = np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * GOLDEN_GAMMA
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+class ArrayTransform:
+    """Whole batches of uint8 images (n, 3, H, W) to normalised floats, augmented if asked for.
+
+    Each image is shifted by -padding..padding pixels either way, black moving in, and mirrored in
+    half of all cases if `flip`. `bits`, uint64 (n,), decide for each image. Where there is nothing
+    to decide they may be left out, and the images be a single (3, H, W).
+    """
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        padding: int = 0,
+        flip: bool = False,
+    ):
+        self.normalise = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+        )
+        self.padding, self.flip = padding, flip
+
+    def __call__(self, images: Tensor, bits: np.ndarray | None = None) -> Tensor:
+        if self.padding or self.flip:
+            images = self._crop_and_flip(images, *self.choices(bits))
+        return self.normalise(images)
+
+    def choices(self, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows and columns that the crops in the padded images start at, and which are mirrored."""
+        offsets = np.uint64(2 * self.padding + 1)
+        rows = (bits >> np.uint64(40)) * offsets >> np.uint64(24)  # the upper 24 bits
+        columns = (bits >> np.uint64(16) & np.uint64(0xFFFFFF)) * offsets >> np.uint64(24)
+        return rows.astype(np.int64), columns.astype(np.int64), self.flip & (bits & 1).astype(bool)
+
+    def _crop_and_flip(self, images: Tensor, top, left, mirrored) -> Tensor:
+        height, width = images.shape[2:]
+        padded = F.pad(images, [self.padding] * 4)
+        columns = np.arange(width)
+        columns = np.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None]
+        rows = top[:, None] + np.arange(height)
+        pixels = rows[:, :, None] * padded.shape[3] + columns[:, None]  # (n, H, W)
+        pixels = torch.from_numpy(pixels).view(len(images), 1, -1)
+        channels = images.shape[1]
+        picked = padded.flatten(2).gather(2, pixels.expand(-1, channels, -1))
+        return picked.view(images.shape)
+
 
 def read_image(path: str | Path) -> Image.Image:
     """The image at `path` in RGB. Raises ValueError, naming the file, if it cannot be read."""
@@ -105,43 +179,6 @@ def read_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {path}: {error}") from None
-
-
-class BadImages:
-    """Counts unreadable images over all processes, data workers and resumptions of a run.
-
-    They share the text file `path`, one bad image a line, each once. Past `limit` of them `add`
-    raises its error, naming the limit by `key`. Without a path nothing is counted and every bad
-    image is past the limit.
-    """
-
-    def __init__(
-        self, path: str | Path | None = None, limit: int = 0, key: str = "data.max_bad_images"
-    ):
-        self.path, self.limit, self.key = path and Path(path), limit, key
-
-    def lines(self) -> list[str]:
-        """What the file holds."""
-        if self.path is None or not self.path.exists():
-            return []
-        return self.path.read_text(encoding="utf-8").splitlines()
-
-    def add(self, error: ValueError) -> None:
-        """Note a bad image, described by `error`; raise ValueError if that is one too many."""
-        if not self.limit or self.path is None:
-            raise error
-        line = str(error).replace("\n", " ")
-        known = self.lines()
-        if line not in known:
-            print(f"warning: {line}; skipped", file=sys.stderr, flush=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")  # one short write: whole, whoever else appends
-            known = list(dict.fromkeys(self.lines()))
-        if len(known) > self.limit:
-            raise ValueError(
-                f"{len(known)} unreadable images, more than {self.key}={self.limit}; "
-                f"the last: {line}; all of them in {self.path}"
-            )
 
 
 class FileImages:
@@ -174,7 +211,10 @@ class FileImages:
 
 
 class TransformedImages(Dataset):
-    """Images by (epoch, index); a transform's random numbers depend on these and `seed` alone."""
+    """Images by (epoch, index); a transform's random numbers depend on these and `seed` alone.
+
+    Images in memory are transformed a batch at a time, by an `ArrayTransform`.
+    """
 
     def __init__(self, images: Sequence, augmentation: Augmentation, epochs: int, seed: int = 0):
         self.images, self.augmentation = images, augmentation
@@ -185,6 +225,9 @@ class TransformedImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
+        if isinstance(self.images, ArrayImages):
+            images, labels = self.__getitems__([key])
+            return images[0], labels.item()
         image, label = self.images[index]
         transform = self.augmentation.at(epoch / self.epochs)
         state = torch.get_rng_state()
@@ -193,6 +236,15 @@ class TransformedImages(Dataset):
             return transform(image), label
         finally:
             torch.set_rng_state(state)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """The batch of `keys`, all of one epoch: images (n, 3, H, W) and labels (n,)."""
+        if not isinstance(self.images, ArrayImages):
+            return default_collate([self[key] for key in keys])
+        epoch, indices = keys[0][0], [index for _, index in keys]
+        images, labels = self.images.batch(indices)
+        bits = random_bits(mix_seed(self.seed, epoch), np.array(indices))
+        return self.augmentation.at(epoch / self.epochs)(images, bits), labels
 
 
 class SettingSampler(Sampler):
@@ -257,15 +309,22 @@ def batch_average_batches(
     ]
 
 
-def make_loader(dataset: Dataset, batches, workers: int, device: torch.device) -> DataLoader:
+def make_loader(
+    dataset: TransformedImages, batches, workers: int, device: torch.device
+) -> DataLoader:
     """A DataLoader over given batches of (epoch, index) keys."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=_as_it_is,  # TransformedImages gives whole batches
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
 
 
 def build_data(name: str, **options) -> ImageData:
@@ -300,23 +359,27 @@ def load_digits(train_images: int | None = None) -> ImageData:
     images = np.repeat(images[:, None], 3, axis=1)
     order = np.random.RandomState(0).permutation(len(images))  # the same split for every run
     held_out, rest = order[:360], order[360:]
-    mean, std = (0.3053,) * 3, (0.3760,) * 3  # of the images
     return _in_memory(
         "digits",
         (images[rest], digits.target[rest]),
         (images[held_out], digits.target[held_out]),
         train_images,
-        [v2.RandomCrop(8, padding=1)],
-        mean,
-        std,
+        mean=(0.3053,) * 3,  # of the images
+        std=(0.3760,) * 3,
+        padding=1,
     )
 
 
-def load_cifar10(root: str, download: bool = False, train_images: int | None = None) -> ImageData:
+def load_cifar10(
+    root: str, download: bool = False, train_images: int | None = None, image_size: int = 32
+) -> ImageData:
     """CIFAR-10 from `root`/cifar-10-batches-py; the last 5,000 training images are held out.
 
-    Raises FileNotFoundError if the five training batches are not there.
+    The images are averaged down to `image_size` pixels, 32, 16 or 8, and crops padded by an eighth
+    of it. Raises FileNotFoundError if the five training batches are not there, ValueError for any
+    other size.
     """
+    _check_cifar_size(image_size)
     if download:
         datasets.CIFAR10(root, train=True, download=True)
     folder = Path(root) / "cifar-10-batches-py"
@@ -328,7 +391,7 @@ def load_cifar10(root: str, download: bool = False, train_images: int | None = N
             "layout <root>/cifar-10-batches-py/data_batch_1..5 (data.download=true fetches it)"
         )
     batches = [_load_cifar_batch(file) for file in files]
-    images = np.concatenate([images for images, _ in batches])
+    images = average_down(np.concatenate([images for images, _ in batches]), image_size)
     labels = np.concatenate([labels for _, labels in batches])
     if len(images) <= 5000:
         raise ValueError(f"{folder} has {len(images)} training images; 5,000 are held out of them")
@@ -338,21 +401,38 @@ def load_cifar10(root: str, download: bool = False, train_images: int | None = N
         (images[train], labels[train]),
         (images[val], labels[val]),
         train_images,
-        [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()],
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=CIFAR10_STD[image_size],
+        padding=image_size // 8,
+        flip=True,
     )
 
 
-def load_cifar10_test(root: str) -> ArrayImages:
+def _check_cifar_size(image_size: int) -> None:
+    if image_size not in CIFAR10_STD:
+        raise ValueError(f"data.image_size={image_size}; CIFAR-10 takes one of {list(CIFAR10_STD)}")
+
+
+def average_down(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 images (N, C, H, H) averaged over squares to (N, C, size, size), rounded half up."""
+    count, channels, height, _ = images.shape
+    side = height // size  # of a square
+    squares = images.reshape(count, channels, size, side, size, side)
+    sums = squares.sum((3, 5), dtype=np.uint32)
+    return ((sums + side * side // 2) // (side * side)).astype(np.uint8)
+
+
+def load_cifar10_test(root: str, image_size: int = 32) -> ArrayImages:
     """CIFAR-10's test images, from `root`/cifar-10-batches-py/test_batch, for a last evaluation.
 
-    Raises FileNotFoundError if they are not there.
+    Averaged down like the others. Raises FileNotFoundError if they are not there.
     """
+    _check_cifar_size(image_size)
     path = Path(root) / "cifar-10-batches-py" / "test_batch"
     if not path.is_file():
         raise FileNotFoundError(f"no CIFAR-10 test images in data.root={root}: {path} is missing")
-    return ArrayImages(*_load_cifar_batch(path))
+    images, labels = _load_cifar_batch(path)
+    return ArrayImages(average_down(images, image_size), labels)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -380,21 +460,20 @@ def _load_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _in_memory(name, train, val, train_images, augmentation, mean, std) -> ImageData:
+def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -> ImageData:
     if train_images is not None and train_images > len(train[0]):
         raise ValueError(f"data.train_images={train_images}, but {name} has {len(train[0])}")
     train = tuple(part[:train_images] for part in train)
     sha256 = hashlib.sha256()
     for part in (*train, *val):
         sha256.update(np.ascontiguousarray(part).tobytes())
-    normalise = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     return ImageData(
         name,
         ArrayImages(*train),
         ArrayImages(*val),
         10,
-        Augmentation(v2.Compose([*augmentation, *normalise])),
-        Augmentation(v2.Compose(normalise)),
+        Augmentation(ArrayTransform(mean, std, padding, flip)),
+        Augmentation(ArrayTransform(mean, std)),
         sha256.hexdigest(),
     )
 

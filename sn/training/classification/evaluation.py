@@ -1,12 +1,14 @@
 """Top-1 and top-5 over a validation set, each image once whatever the number of processes."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...batch_average import batch_average
 from ..run.distributed import sum_over_processes, untrained_statistics
 
 
@@ -49,3 +51,16 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
     if count == 0:
         raise ValueError("there is no image to evaluate on")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+@contextmanager
+def batch_averaged(model: nn.Module, images: Iterable, batches: int) -> Iterator[dict]:
+    """Inside, the model has the batch average of `images` for its running statistics.
+
+    Yields the model's buffers by name. Source: section 3.1, "batch average".
+    """
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch_average(model, images, batches)
+    yield {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])

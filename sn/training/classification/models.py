@@ -9,11 +9,13 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
+from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 Norm = Callable[[int], nn.Module]
 
 CIFAR_RESNETS = {  # name -> (blocks per stage, width of the first stage, projection shortcuts)
+    "resnet8": ((1, 1, 1), 16, False),
+    "resnet14": ((2, 2, 2), 16, False),
     "resnet20": ((3, 3, 3), 16, False),
     "cifar_resnet18": ((2, 2, 2, 2), 64, True),
 }
@@ -95,6 +97,7 @@ def build_model(
     dropout: float = 0.0,
     zero_init_residual: bool = True,
     fused_activation: bool = False,
+    width: int | None = None,
 ) -> nn.Module:
     """Build a classifier whose norm layers come from `norm`, with random weights.
 
@@ -104,6 +107,7 @@ def build_model(
         zero_init_residual: the last gain of each residual block starts at 0, where the model can
             and the norm has a gain that learns.
         fused_activation: SN layers of residual blocks do the sum and ReLU too (`fuse_activations`).
+        width: channels of a CIFAR ResNet's first stage; None: its own.
 
     Raises ValueError for an unknown name, or a model that cannot take the norm.
     """
@@ -112,8 +116,12 @@ def build_model(
     builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
+    if width is not None and source != "cifar":
+        raise ValueError(f"model.width={width}: only CIFAR ResNets take a width; use null")
+    options = {"width": width} if source == "cifar" else {}
     zero_init_residual = zero_init_residual and _gain_learns(norm)
-    model = connect_bkn(builders[source](name, num_classes, norm, dropout, zero_init_residual))
+    model = builders[source](name, num_classes, norm, dropout, zero_init_residual, **options)
+    model = connect(model)
     return fuse_activations(model) if fused_activation else model
 
 
@@ -159,10 +167,11 @@ def fuse_activations(model: nn.Module) -> nn.Module:
     return model
 
 
-def _cifar(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
+def _cifar(name, num_classes, norm, dropout, zero_init_residual, width) -> nn.Module:
     if name not in CIFAR_RESNETS:
         raise ValueError(f"unknown CIFAR model {name!r}; choose one of {list(CIFAR_RESNETS)}")
-    model = CifarResNet(*CIFAR_RESNETS[name], num_classes, norm)
+    blocks, own_width, projection = CIFAR_RESNETS[name]
+    model = CifarResNet(blocks, width or own_width, projection, num_classes, norm)
     if zero_init_residual:
         for module in model.modules():
             if isinstance(module, BasicBlock):

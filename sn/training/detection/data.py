@@ -1,4 +1,4 @@
-"""COCO-format detection data: checked files, targets, augmentation, grouped batches, and digits.
+"""COCO-format detection data: checked files, targets, augmentation, grouped batches.
 
 Source: the COCO format (cocodataset.org); 2017 folder layout.
 """
@@ -6,15 +6,12 @@ Source: the COCO format (cocodataset.org); 2017 folder layout.
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..classification.data import read_image
+from ..classification.data import BadImages, read_image
 from ..run.schedule import mix_seed
 
 LAYOUT = (
@@ -177,12 +174,23 @@ class CocoImages:
     left. `limit` takes that many at even distances. Boxes are (x1, y1, x2, y2) in pixels. With
     `masks`, those that are evaluated against are read at once, into compressed RLE.
 
-    Raises ValueError naming path and id for a picture that cannot be read or has another size, or
-    a mask that cannot be read.
+    A picture that cannot be read or has another size is noted in `bad`. While that lets it pass,
+    the next one that can be read stands in for it; `unread` collects such ids in an evaluation.
+
+    Raises ValueError naming path and id for one bad picture too many, or a mask that cannot be
+    read.
     """
 
-    def __init__(self, file: CocoFile, masks: bool, trained: bool, limit: int | None = None):
-        self.file, self.masks = file, masks
+    def __init__(
+        self,
+        file: CocoFile,
+        masks: bool,
+        trained: bool,
+        limit: int | None = None,
+        bad: BadImages | None = None,
+    ):
+        self.file, self.masks, self.bad = file, masks, bad or BadImages()
+        self.unread: set[int] = set()
         by_image = {image["id"]: [] for image in file.content["images"]}
         self.crowds = self.degenerate = 0
         images = {image["id"]: image for image in file.content["images"]}
@@ -213,18 +221,26 @@ class CocoImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def content(self) -> dict:
-        """What these images are evaluated against, in COCO's format."""
-        ids = {image["id"] for image in self.images}
+    def content(self, without: Collection = ()) -> dict:
+        """What these images are evaluated against, in COCO's format, but for the ids `without`."""
+        images = [image for image in self.images if image["id"] not in without]
+        ids = {image["id"] for image in images}
         content = self.file.content
         annotations = [a for a in content["annotations"] if a["image_id"] in ids]
-        return content | {"images": self.images, "annotations": annotations}
+        return content | {"images": images, "annotations": annotations}
 
     def landscape(self) -> list[bool]:
         return [image["width"] >= image["height"] for image in self.images]
 
-    def picture(self, index: int) -> Tensor:
-        """The uint8 image (3, H, W)."""
+    def picture(self, index: int) -> Tensor | None:
+        """The uint8 image (3, H, W); None if it cannot be read and `bad` lets that pass."""
+        try:
+            return self._read(index)
+        except ValueError as error:
+            self.bad.add(error)
+            return None
+
+    def _read(self, index: int) -> Tensor:
         image = self.images[index]
         path = self.file.folder / image["file_name"]
         where = f"image {image['id']} of {self.file.path}"
@@ -239,8 +255,17 @@ class CocoImages:
             )
         return F.pil_to_tensor(picture)
 
+    def _readable(self, first: int) -> tuple[int, Tensor]:
+        """The first picture from index `first` on that can be read, and its index."""
+        for place in range(first, first + len(self)):
+            index = place % len(self)
+            picture = self.picture(index)
+            if picture is not None:
+                return index, picture
+        raise ValueError(f"none of {len(self)} images of {self.file.path} can be read")
+
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        picture = tv_tensors.Image(self.picture(index))
+        index, picture = self._readable(index)
         width, height = self.images[index]["width"], self.images[index]["height"]
         annotations, masks = self.annotations[index], []
         if self.masks:
@@ -257,7 +282,7 @@ class CocoImages:
         if self.masks:
             stack = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(stack))
-        return picture, target
+        return tv_tensors.Image(picture), target
 
 
 def augmentation(sizes: Sequence[int], max_size: int, flip: bool) -> v2.Transform:
@@ -400,10 +425,12 @@ def load_coco(
     categories: Sequence[str] | None = None,
     train_images: int | None = None,
     val_images: int | None = None,
+    bad: BadImages | None = None,
 ) -> DetectionData:
     """COCO 2017, or any COCO-format files; paths are relative to `root` or absolute.
 
     masks: whether targets have masks. train_images, val_images: only that many, evenly spread.
+    bad: notes pictures that cannot be read; None: each of them is an error.
 
     Raises FileNotFoundError or ValueError naming the file and the entry's id.
     """
@@ -420,21 +447,11 @@ def load_coco(
         )
     return DetectionData(
         name,
-        CocoImages(train, masks, trained=True, limit=train_images),
-        CocoImages(val, masks, trained=False, limit=val_images),
+        CocoImages(train, masks, trained=True, limit=train_images, bad=bad),
+        CocoImages(val, masks, trained=False, limit=val_images, bad=bad),
         train.names,
         hashlib.sha256((train.sha256 + val.sha256).encode()).hexdigest(),
     )
-
-
-def load_detection_data(name: str, root: str, generate: dict | None = None, **options):
-    """Load a data set; with `generate` it is `write_digits_coco`'s, written first if not there.
-
-    Raises ValueError if `root` holds digits written with other arguments.
-    """
-    if generate is not None:
-        write_digits_coco(Path(root), **generate)
-    return load_coco(name, root, **options)
 
 
 def training_loader(
@@ -453,139 +470,3 @@ def training_loader(
 def lists(batch: list[tuple]) -> tuple[list, list]:
     images, targets = zip(*batch)
     return list(images), list(targets)
-
-
-# --- digits as a detection task
-
-
-def write_digits_coco(
-    root: Path, train_images: int = 1600, val_images: int = 200, size: int = 128, seed: int = 0
-) -> None:
-    """Write scikit-learn's digits on textured backgrounds as COCO 2017 files, if not there.
-
-    Up to five digits of 16 to 56 pixels (in 128), none overlapping another's box; a mask is what is
-    drawn, a box its extent. Images have a long side of `size`; one in 25 is empty. The digits of
-    training and validation are other ones, split as in data.load_digits. A function of its
-    arguments alone.
-
-    Raises ValueError if `root` holds digits written with other arguments, or for impossible ones.
-    """
-    if min(train_images, val_images) < 1 or size < 48:
-        raise ValueError(
-            f"data.generate: {train_images} and {val_images} images of {size} pixels; expected 1 "
-            "or more, and 48 pixels or more"
-        )
-    info = {
-        "description": "digits of scikit-learn (UCI Optical Recognition of Handwritten Digits)",
-        "arguments": {
-            "train_images": train_images,
-            "val_images": val_images,
-            "size": size,
-            "seed": seed,
-        },
-    }
-    there = root / "annotations" / "instances_val2017.json"
-    if there.is_file():
-        found = CocoFile(there, root / "val2017").info
-        if found != info:
-            raise ValueError(
-                f"data.root={root} holds digits written with {(found or {}).get('arguments')}, "
-                f"asked for are {info['arguments']}; choose another data.root"
-            )
-        return
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.RandomState(0).permutation(len(digits.images))  # as data.load_digits
-    part = root.with_name(f"{root.name}.part{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "annotations").mkdir(parents=True)
-    for split, (name, count, chosen) in enumerate(
-        [("train2017", train_images, order[360:]), ("val2017", val_images, order[:360])]
-    ):
-        (part / name).mkdir()
-        content = {"info": info, "images": [], "annotations": []}
-        content["categories"] = [{"id": d + 1, "name": str(d)} for d in range(10)]
-        for index in range(count):
-            random = np.random.RandomState(mix_seed(seed, split, index))
-            picture, objects = draw_digits(random, digits, chosen, size)
-            height, width = picture.shape[:2]
-            file_name = f"{index + 1:06d}.png"
-            Image.fromarray(picture).save(part / name / file_name, compress_level=1)
-            content["images"].append(
-                {"id": index + 1, "file_name": file_name, "width": width, "height": height}
-            )
-            for digit, mask in objects:
-                content["annotations"].append(
-                    {
-                        "id": len(content["annotations"]) + 1,
-                        "image_id": index + 1,
-                        "category_id": digit + 1,
-                        "iscrowd": 0,
-                        "bbox": _extent(mask),
-                        "area": int(mask.sum()),
-                        "segmentation": {"size": [height, width], "counts": _run_lengths(mask)},
-                    }
-                )
-        with open(part / "annotations" / f"instances_{name}.json", "w") as file:
-            json.dump(content, file)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.rename(root)
-    except OSError:  # another process was first
-        shutil.rmtree(part)
-        if not there.is_file():
-            raise
-
-
-def draw_digits(random, digits, chosen: np.ndarray, size: int) -> tuple[np.ndarray, list]:
-    """One picture (H, W, 3) uint8 and its [(digit, mask (H, W) bool)]."""
-    sides = [size, int(size * random.uniform(0.7, 1.0))]
-    width, height = sides if random.rand() < 0.6 else sides[::-1]
-    canvas = texture(random, height, width)
-    objects, boxes = [], []
-    count = 0 if random.rand() < 0.04 else random.randint(1, 6)
-    for _ in range(count):
-        index = chosen[random.randint(len(chosen))]
-        side = int(size / 128 * 16 * 3.5 ** random.rand())
-        shape = Image.fromarray((digits.images[index] * (255 / 16)).astype(np.uint8))
-        strength = np.asarray(shape.resize((side, side), Image.BICUBIC)) / 255
-        drawn = strength > 0.4
-        color = random.uniform(0.75, 1.0, 3) if random.rand() < 0.5 else random.uniform(0, 0.15, 3)
-        for _ in range(20):
-            x, y = random.randint(width - side + 1), random.randint(height - side + 1)
-            if all(x + side <= a or a + s <= x or y + side <= b or b + s <= y for a, b, s in boxes):
-                break
-        else:
-            continue
-        boxes.append((x, y, side))
-        mask = np.zeros((height, width), bool)
-        mask[y : y + side, x : x + side] = drawn
-        canvas[mask] = color
-        objects.append((int(digits.target[index]), mask))
-    noise = random.normal(0, 0.03, canvas.shape)
-    return ((canvas + noise).clip(0, 1) * 255).astype(np.uint8), objects
-
-
-def texture(random, height: int, width: int) -> np.ndarray:
-    """A background (H, W, 3) in 0.2 to 0.7: coloured clouds and stripes."""
-    clouds = random.randint(0, 256, (random.randint(2, 9), random.randint(2, 9), 3))
-    clouds = Image.fromarray(clouds.astype(np.uint8)).resize((width, height), Image.BICUBIC)
-    y, x = np.mgrid[:height, :width]
-    angle, period = random.uniform(0, np.pi), random.uniform(4, 24)
-    stripes = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / period)[..., None]
-    return 0.2 + 0.5 * (0.8 * np.asarray(clouds) / 255 + 0.1 * (stripes + 1))
-
-
-def _extent(mask: np.ndarray) -> list[int]:
-    """Box x, y, width, height of a mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
-
-
-def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: lengths of runs in column order, zeros first."""
-    flat = mask.flatten(order="F").astype(np.int8)
-    changes = np.flatnonzero(np.diff(flat, prepend=0))
-    return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()

@@ -23,7 +23,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from sn import NoNorm, gates
+from sn import NoNorm, connect_bkn, gates
 
 from ..classification.models import build_model
 from ..run.checkpoint import load_weights
@@ -37,6 +37,7 @@ ARCHITECTURES = {  # name -> the parts it has
     "faster_rcnn_fpn": ("backbone", "fpn", "box_head"),
     "mask_rcnn_fpn": PARTS,
 }
+INITS = ("scratch", "checkpoint", "torchvision", "timm")
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -217,7 +218,7 @@ def build_detector(
         if type(layer) is nn.InstanceNorm2d:
             layer.__class__ = RoIInstanceNorm2d
     freeze(model, freeze_at)
-    return model
+    return connect_bkn(model)
 
 
 def _check_choices(architecture, norms, box_head, freeze_at) -> None:
@@ -286,10 +287,8 @@ def pretrained_weights(name: str, backbone: str, path: str | None) -> dict[str, 
     "torchvision", "timm": the library's own ImageNet weights of `backbone` (batch norm), which it
     downloads unless they are in its cache.
     """
-    if name not in ("scratch", "checkpoint", "torchvision", "timm"):
-        raise ValueError(
-            f"unknown init.name={name!r}; choose scratch, checkpoint, torchvision or timm"
-        )
+    if name not in INITS:
+        raise ValueError(f"unknown init.name={name!r}; choose one of {', '.join(INITS)}")
     if name != "checkpoint" and path is not None:
         raise ValueError(f"init.path={path} needs init=checkpoint, not {name}")
     if name == "scratch":

@@ -34,16 +34,20 @@ def detect(
 ) -> list[dict]:
     """Detections on `images` of the indices in `batches`, in COCO's results format.
 
-    The model resizes the images itself and is in evaluation mode meanwhile. Images of one batch
+    A picture that cannot be read, and may be passed over, is noted in `images.unread`. The model
+    resizes the images itself and is in evaluation mode meanwhile. Images of one batch
     are padded to a common size, which norms over space see: one at a time is what users get.
     """
     training = model.training
     model.eval()
     results = []
     for indices in batches:
-        pictures = [to_device(images.picture(index).float() / 255) for index in indices]
-        for index, found in zip(indices, model(pictures)):
-            results += coco_results(found, images.images[index]["id"], images.file.category_ids)
+        read = {images.images[index]["id"]: images.picture(index) for index in indices}
+        pictures = {id: picture for id, picture in read.items() if picture is not None}
+        images.unread |= read.keys() - pictures.keys()
+        inputs = [to_device(picture.float() / 255) for picture in pictures.values()]
+        for id, found in zip(pictures, model(inputs) if inputs else []):
+            results += coco_results(found, id, images.file.category_ids)
     model.train(training)
     return results
 
@@ -77,11 +81,18 @@ def gather(results: list[dict]) -> list[dict]:
 def evaluate_detections(
     images: CocoImages, results: list[dict], masks: bool
 ) -> tuple[dict[str, float | None], list[dict]]:
-    """(metrics, results) of all processes together, on every process; the main one computes."""
-    results = gather(results)
+    """(metrics, results) of all processes together, on every process; the main one computes.
+
+    Images whose pictures could not be read do not count.
+    """
+    results, unread = gather(results), images.unread
+    if in_group():
+        parts = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, unread)
+        unread = set().union(*parts)
     metrics = [None]
     if not in_group() or dist.get_rank() == 0:
-        metrics = [coco_metrics(images.content(), results, masks)]
+        metrics = [coco_metrics(images.content(without=unread), results, masks)]
     if in_group():
         dist.broadcast_object_list(metrics)
     return metrics[0], results
@@ -126,3 +137,17 @@ def _of_type(results: list[dict], iou_type: str) -> list[dict]:
     if iou_type == "bbox":
         return [{k: v for k, v in r.items() if k != "segmentation"} for r in results]
     return [{k: v for k, v in r.items() if k != "bbox"} for r in results]
+
+
+def describe_ap(metrics: dict[str, float | None]) -> str:
+    """`box AP 12.3 (AP50 30.1, AP75 8.0)`, and the masks'."""
+
+    def text(value: float | None) -> str:
+        return "none" if value is None else f"{value:.1f}"
+
+    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap50" in metrics]
+    return "; ".join(
+        f"{kind} AP {text(metrics[f'{kind}_ap'])} (AP50 {text(metrics[f'{kind}_ap50'])}, "
+        f"AP75 {text(metrics[f'{kind}_ap75'])})"
+        for kind in kinds
+    )

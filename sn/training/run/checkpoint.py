@@ -45,8 +45,8 @@ def save_checkpoint(path: str | Path, state: dict, keep: int = 2, best: bool = F
     os.replace(temporary, path)
     sync_folder(path.parent)
     for surplus in path.parent.glob(f"{path.stem}_previous*{path.suffix}"):
-        number = surplus.name[len(f"{path.stem}_previous") : -len(path.suffix)]
-        if number.isdigit() and int(number) >= keep:
+        ending = surplus.name[len(f"{path.stem}_previous") : -len(path.suffix)]
+        if ending.isdigit() and int(ending) >= keep:
             with suppress(OSError):
                 surplus.unlink()
 

@@ -43,7 +43,8 @@ def option(
         choices: all values allowed.
         name: a name fit to be a part of a path.
         machine: says where or how fast, not what: not recorded, may change at a resumption.
-        before: what runs did before this field existed; a record leaves it out then.
+        before: what runs did before this field existed, or a tuple of such values; a record
+            leaves it out then.
         expected: what is expected, in words, if it cannot be said from the rest.
     """
     metadata = dict(low=low, high=high, above=above, below=below, choices=choices, name=name)
@@ -160,7 +161,7 @@ def refuse_unknown(cfg: DictConfig, prefix: str = "") -> None:
     known = [field.name for field in dataclasses.fields(schema)]
     for key in cfg:
         if key not in known:
-            raise ValueError(unknown_key(f"{prefix}{key}", known))
+            raise ValueError(unknown_key(f"{prefix}{key!s}", known))
         child = cfg._get_node(key)
         if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
             refuse_unknown(child, f"{prefix}{key}.")
@@ -283,7 +284,13 @@ def recorded(config: Any) -> dict:
     result = {}
     for field in dataclasses.fields(config):
         value, before = getattr(config, field.name), field.metadata.get("before", NOTHING)
-        if field.metadata.get("machine") or (before is not NOTHING and value == before):
+        if field.metadata.get("machine") or value in (
+            before if isinstance(before, tuple) else (before,)
+        ):
             continue
-        result[field.name] = recorded(value) if dataclasses.is_dataclass(value) else value
+        if dataclasses.is_dataclass(value):
+            value = recorded(value)
+            if not value:  # nothing in this group is recorded
+                continue
+        result[field.name] = value
     return result

@@ -4,7 +4,7 @@ import datetime
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...batch_average import batch_statistics_layers, sum_over_processes
-from ...batch_renorm import BatchRenormBase
 from ...modules import set_virtual_gpus
-from ...sync import SyncSwitchNormBase
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,10 @@ def in_group() -> bool:
 
 
 @torch.no_grad()
-def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None:
+def average_running_statistics(model: nn.Module, used_in_training: bool = False) -> None:
     """Give every process the mean over processes of the running means and variances.
 
-    Of layers of class `kind` alone, if given.
+    With `used_in_training` only of layers whose training forwards depend on them.
 
     With one linear update per step this is the running average of the mean over all GPUs.
     Differs: plain DDP evaluates and saves rank 0's statistics, one GPU's noisier estimate of the
@@ -121,7 +119,7 @@ def average_running_statistics(model: nn.Module, kind: type = nn.Module) -> None
     buffers = [
         buffer
         for layer in batch_statistics_layers(model).values()
-        if isinstance(layer, kind)
+        if not used_in_training or getattr(layer, "trains_on_running", False)
         for buffer in (layer.running_mean, layer.running_var)
     ]
     if not buffers:
@@ -181,12 +179,15 @@ def prepare_setting(
             "use setting.emulation=accumulated"
         )
     if emulation == "accumulated" or ungrouped:
-        synchronised = [n for n, m in model.named_modules() if isinstance(m, SyncSwitchNormBase)]
-        if synchronised:
-            raise ValueError(
-                f"{synchronised[0]} is a synchronised norm, which micro-batches do not emulate; "
-                "use setting.emulation=grouped (the whole batch is one group to it)"
-            )
+        for name, layer in model.named_modules():
+            try:
+                if hasattr(layer, "micro_batches"):
+                    layer.micro_batches()
+            except ValueError as error:
+                raise ValueError(
+                    f"{name} is {error}; "
+                    "use setting.emulation=grouped (the whole batch is one group to it)"
+                ) from None
         return "accumulated", virtual_gpus
     set_virtual_gpus(model, virtual_gpus)
     return "grouped", 1
@@ -197,35 +198,34 @@ def one_running_update(model: nn.Module, micro_batches: int) -> Iterator[Callabl
     """Let the `micro_batches` forwards inside make one update of the running statistics.
 
     The update takes the mean of the micro-batches' means and variances, as one forward with
-    virtual GPUs does. Yields a function to be called with 0, 1, ... before each forward. Batch
-    renormalization refers all of them to the statistics before; as it trains with its running
-    statistics, every process gets their mean over processes at once.
+    virtual GPUs does. Yields a function to be called with 0, 1, ... before each forward. Layers
+    that train on their running statistics (`sn.hooks`) take those from before the step in all of
+    them, and every process gets their mean over processes at once.
     """
     layers = list(batch_statistics_layers(model).values()) if micro_batches > 1 else []
     buffers = [(m.running_mean, m.running_var, m.num_batches_tracked) for m in layers]
     before = [[buffer.clone() for buffer in triple] for triple in buffers]
     momenta = [layer.momentum for layer in layers]
-    for layer, (mean, var, _) in zip(layers, before):
-        if isinstance(layer, BatchRenormBase):
-            layer.reference = (mean, var, layer.images_seen.clone())
 
     def begin(index: int) -> None:
         for layer in layers:  # 1, 1/2, 1/3, ...: after the last forward, the mean of all
             layer.momentum = 1.0 / (index + 1)
 
     try:
-        yield begin
+        with ExitStack() as stack:
+            for layer in layers:
+                if hasattr(layer, "micro_batches"):
+                    stack.enter_context(layer.micro_batches())
+            yield begin
     finally:
         with torch.no_grad():
             for layer, momentum, new, old in zip(layers, momenta, buffers, before):
                 layer.momentum = momentum
-                if isinstance(layer, BatchRenormBase):
-                    layer.reference = None
                 share = 1.0 / (old[2].double() + 1.0) if momentum is None else momentum
                 for running, start in zip(new[:2], old[:2]):
                     running.copy_(start + share * (running - start))
                 new[2].copy_(old[2] + (new[2] > old[2]))  # unchanged if the layer did not run
-    average_running_statistics(model, BatchRenormBase)
+    average_running_statistics(model, used_in_training=True)
 
 
 def untrained_statistics(model: nn.Module) -> list[str]:

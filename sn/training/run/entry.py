@@ -24,6 +24,7 @@ from . import distributed
 from .config import describe, field_of, short, typed, unknown_key
 from .display import say
 from .lock import BUSY_EXIT_CODE, Busy
+from .options import help_text, schema_of
 from .stopping import Preempted
 
 # exit codes: 2 wrong input, 3 diverged, 73 another run has the folder, 75 (EX_TEMPFAIL) preempted:
@@ -53,16 +54,19 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
         distributed.stop()
 
 
-def start(main: Callable[[], None], schema: type) -> None:
-    """Call an entrypoint's Hydra main; what Hydra refuses ends in one line and exit code 2."""
+def start(main: Callable[[], None], root: str) -> None:
+    """Call the Hydra main of a root config; what Hydra refuses ends in one line, exit code 2."""
     os.environ |= {"HYDRA_FULL_ERROR": "1", "SN_ONE_LINE": "1"}
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        say(help_text(root))
+        return
     numbers_as_options()
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         if TRACEBACKS:
             raise
-        end(explain(error, schema), 2)
+        end(explain(error, schema_of(root)), 2)
 
 
 def end(text: str, code: int) -> None:
@@ -130,8 +134,13 @@ def no_such_option(wanted: str) -> str:
 
 def message(error: BaseException) -> str:
     """What to tell the user."""
-    if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is not set; add {error.full_key}=... to the command"
+    if isinstance(error, OmegaConfBaseException):
+        text = " ".join(str(error).split())
+        missing = re.search(r"Missing mandatory value: (\S+)", text)
+        key = missing.group(1) if missing else getattr(error, "full_key", None)
+        if missing or isinstance(error, MissingMandatoryValue):
+            return f"{key} is not set; add {key}=... to the command"
+        return text
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command goes on from the last checkpoint"
     if isinstance(error, torch.OutOfMemoryError):

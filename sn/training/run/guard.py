@@ -53,7 +53,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
     if not grads:
         return torch.zeros(())
     norms = torch._foreach_norm([g.float() if g.dtype.itemsize < 4 else g for g in grads])
-    return torch.stack([n.double() for n in norms]).norm()
+    return torch.stack(norms).double().norm()
 
 
 def check_finite(

@@ -7,6 +7,7 @@ import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO
 
 from .display import say
 
@@ -26,7 +27,7 @@ class FolderLock:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / ".lock"
-        self._file = None
+        self._file: IO[str] | None = None
 
     def acquire(self, patience: float = 3.0) -> None:
         """Take the lock within `patience` seconds (a killed owner may take that long to end).
@@ -34,16 +35,16 @@ class FolderLock:
         Raises Busy, naming the owner, if another process has it.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+", encoding="utf-8")
+        file = self._file = open(self.path, "a+", encoding="utf-8")
         deadline = time.monotonic() + patience
         while True:
             try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except (BlockingIOError, PermissionError):
                 if time.monotonic() > deadline:
                     owner = self._owner()
-                    self._file.close()
+                    file.close()
                     raise Busy(
                         f"{self.path.parent} is in use by {owner}; wait until it ends, or choose "
                         "another output_dir="
@@ -56,11 +57,11 @@ class FolderLock:
                     error=True,
                 )
                 return
-        self._file.truncate(0)
+        file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-        self._file.write(json.dumps(owner))
-        self._file.flush()
+        file.write(json.dumps(owner))
+        file.flush()
 
     def release(self) -> None:
         if self._file is not None:

@@ -9,6 +9,7 @@ import subprocess
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -40,7 +41,7 @@ class Recorder:
         self.unit = unit
         self.scale = 1000 if unit == "epoch" else 1
         self.config = config
-        self.writer = None
+        self.writer: Any = None  # a SummaryWriter after `open`, in the main process
         self.check_config()
 
     def check_config(self) -> None:
@@ -100,11 +101,13 @@ class Recorder:
     def open(self, count: int) -> None:
         """Begin to write, with `count` epochs or steps done (-1: nothing, not even the start).
 
-        What a broken run had written beyond that is dropped.
+        What a broken run had written beyond that is dropped, and so is the summary of a run that
+        is now made longer.
         """
         if not self.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "summary.json").unlink(missing_ok=True)
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         for name in ("metrics.jsonl", "importance.jsonl"):
             path = self.folder / name
@@ -277,6 +280,15 @@ def read_jsonl(path: Path) -> list[dict]:
         except (ValueError, RecursionError):
             continue
     return [line for line in lines if isinstance(line, dict)]
+
+
+def differences(there: Any, now: Any) -> str:
+    """What differs between a value and another, of two dictionaries their entries that do."""
+    if not (isinstance(there, dict) and isinstance(now, dict)):
+        return f"{there} there, {now} now"
+    there, now = _flat(there), _flat(now)
+    changed = [key for key in {**there, **now} if there.get(key) != now.get(key)]
+    return "; ".join(f"{key} {there.get(key)} there, {now.get(key)} now" for key in changed)
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

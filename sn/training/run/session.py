@@ -17,7 +17,8 @@ from .display import clock, progress_bar, say
 from .guard import FiniteGuard, gradient_norm
 from .lock import Busy, FolderLock
 from .precision import Precision
-from .record import Recorder, environment
+from .record import Recorder, differences, environment
+from .schedule import mix_seed
 from .stopping import Preempted, StopSignal, Watchdog
 
 
@@ -74,14 +75,15 @@ class Session:
     """
 
     def __init__(self, config: RunConfig, unit: str = "epoch", one_process: str | None = None):
-        self.config, self.unit, self._one_process = config, unit, one_process
+        self.config: Any = config  # of the entrypoint's own schema
+        self.unit, self._one_process = unit, one_process
         self.summary: dict | None = None
-        self.progress = Progress()
+        self.progress: Any = Progress()
         self.guard = FiniteGuard(config.max_skipped_steps)
         self.stop = StopSignal()
         self.stopping = False  # some process has been told to stop
         self.where = "the start"
-        self._facts: dict | None = None
+        self._facts: dict | Callable[[], dict] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Session":
@@ -125,7 +127,7 @@ class Session:
         self,
         parts: dict[str, Any],
         identity: dict[str, Any],
-        facts: dict[str, Any],
+        facts: dict[str, Any] | Callable[[], dict[str, Any]],
         headline: tuple[str, ...],
         epochs: int = 1,
         steps: int = 1,
@@ -142,7 +144,7 @@ class Session:
             parts: what a checkpoint holds: anything with state_dict and load_state_dict.
             identity: what the run learns from, beyond its config; another at a resumption is a
                 ValueError.
-            facts: the run's part of summary.json.
+            facts: the run's part of summary.json; a function gives it at the end.
             headline: results that are None in the summary of a run that diverged.
             epochs, steps: in all, and per epoch.
             saved: further contents of the checkpoint.
@@ -180,8 +182,8 @@ class Session:
         for key, value in self._identity.items():
             if state[key] != value:
                 raise ValueError(
-                    f"{self.config.output_dir} was trained with other {key}: {state[key]} there, "
-                    f"{value} now; choose another output_dir="
+                    f"{self.config.output_dir} was trained with other {key}: "
+                    f"{differences(state[key], value)}; choose another output_dir="
                 )
         self.progress = restore(file, state, self._parts, progress)
 
@@ -230,10 +232,12 @@ class Session:
                 self.watchdog.beat(self.where)
                 yield self.where, batch
 
-    def step_done(self, images: int = 0, evaluates: bool = False, show: str = "") -> None:
+    def step_done(
+        self, images: int = 0, evaluates: bool = False, show: float | None = None
+    ) -> None:
         """Count a step of `images` images; save if it is time; raise Preempted if told to stop.
 
-        `evaluates`: an evaluation follows. `show` stands beside the progress bar.
+        `evaluates`: an evaluation follows. `show`: the loss or reward beside the progress bar.
         """
         progress = self.progress
         count = getattr(progress, self._counter) + 1
@@ -242,8 +246,10 @@ class Session:
         progress.skipped_steps = self.guard.skipped
         if self.processes.world_size == 1:
             self.stopping = self.stop.requested
-        self.bar.set_postfix_str(f"{show}, {self.time_left()} left", refresh=False)
-        self.bar.update()
+        if not self.bar.disable:
+            value = "" if show is None else f"{show:.3f}, "
+            self.bar.set_postfix_str(f"{value}{self.time_left()} left", refresh=False)
+            self.bar.update()
         every = self.config.checkpoint_steps
         due = every > 0 and count % every == 0
         if due or evaluates or self.stopping or count == self._total:
@@ -304,7 +310,7 @@ class Session:
         progress.wall_s = self.wall_s
         count = {"epochs": progress.epoch} if self.unit == "epoch" else {"steps": progress.step}
         self.summary = {
-            **(self._facts or {}),
+            **(self._facts() if callable(self._facts) else self._facts or {}),
             **results,
             **count,
             **({f"best_{self._score}": progress.best} if self._score else {}),
@@ -320,6 +326,14 @@ class Session:
         return self.summary
 
     # --- inside a step or an evaluation
+
+    def draw_from(self, *where: int) -> None:
+        """Seed torch's random numbers from where the run is, so that a resumption repeats them."""
+        seed = mix_seed(*where)
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # manual_seed's other devices cost 0.1 ms
+        else:
+            torch.manual_seed(seed)
 
     def together(self, totals: Tensor) -> Tensor:
         """Sum a vector over all processes, in place; they agree here on whether to stop."""

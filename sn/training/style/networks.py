@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from sn import SwitchNorm2d, SwitchNormAct2d, connect_bkn
+from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 from ..run.checkpoint import load_weights
 
@@ -33,7 +33,8 @@ INPUTS = {
     "caffe": (255.0, (123.68, 116.779, 103.939), (1.0, 1.0, 1.0)),
     "torchvision": (1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-# content, style and total variation; features of the two conventions differ in scale.
+PARTS = ("content", "style", "tv")  # of the loss; tv: total variation
+# of these parts; features of the two conventions differ in scale.
 # Source: caffe as the authors' code, torchvision as the PyTorch examples.
 LOSS_WEIGHTS = {"caffe": (1.0, 5.0, 1e-6), "torchvision": (1e5, 1e10, 0.0)}
 TORCHVISION_WEIGHTS = {"IMAGENET1K_V1": "torchvision", "IMAGENET1K_FEATURES": "caffe"}
@@ -129,12 +130,12 @@ def build_style_net(
     fused_activation: switchable layers do the residual sum and the ReLU too, in one pass.
     Raises ValueError if that is asked for with another norm.
     """
-    model = connect_bkn(StyleNet(norm, width, residual_blocks))
+    model = connect(StyleNet(norm, width, residual_blocks))
     if fused_activation:
         for block in model.modules():
             if isinstance(block, ConvNorm):
                 _fuse(block)
-    return connect_bkn(model)
+    return connect(model)
 
 
 def _fuse(block: ConvNorm) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 import sn
 
 from ..run.checkpoint import load_checkpoint
+from ..run.display import say
 from .networks import ConvNorm, StyleNet, build_style_net, to_image
+from .photos import find_images, read_image, resize_long_side, to_pil, to_tensor
 
 MULTIPLE, SMALLEST = 4, 8  # of the network's height and width
 
@@ -134,6 +137,61 @@ def channel_affine(norm: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, 
     low, high = norm(pair)[0, :, 0].unbind(-1)
     scale = torch.where(std > 0, (high - low) / (2 * std), 0.0)
     return scale, (low + high) / 2 - scale * mean
+
+
+def stylize_files(
+    model: StyleNet,
+    images: list[str],
+    output: Path,
+    size: int | None,
+    strip_pixels: float,
+    device: torch.device,
+) -> list[Path]:
+    """Write what `model` makes of image files, or all those of folders, as PNG below `output`.
+
+    size: the long side in pixels that they are resized to first. Returns the files written. An
+    image that cannot be read is named and left out; after all others a ValueError says so.
+    """
+    targets, errors = output_files(images, output), []
+    for path, target in targets.items():
+        start = time.perf_counter()
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            say(f"warning: {error}; left out", error=True)
+            errors.append(path)
+            continue
+        if size is not None:
+            image = resize_long_side(image, size)
+        y = stylize(model, to_tensor(image), strip_pixels, device)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        to_pil(y).save(target)
+        seconds = time.perf_counter() - start
+        say(f"{target}  {image.width}x{image.height}  {seconds:.2f} s")
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(targets)} images could not be read: {errors[0]}")
+    return list(targets.values())
+
+
+def output_files(given: list[str], output: Path) -> dict[Path, Path]:
+    """Image file -> PNG below `output`, at its place below the folder that was given."""
+    targets = {}
+    for root in map(Path, given):
+        for path in find_images(root):
+            if path in targets:
+                continue
+            name = path.relative_to(root) if root.is_dir() else Path(path.name)
+            target = output / name.with_suffix(".png")
+            if target in targets.values():  # a.jpg and a.png
+                target = output / f"{name}.png"
+            if target in targets.values():
+                raise ValueError(f"{path} would overwrite {target}, made from another image")
+            targets[path] = target
+    clash = [target for path, target in targets.items() if target.resolve() in
+             {source.resolve() for source in targets}]  # fmt: skip
+    if clash:
+        raise ValueError(f"stylize.output={output} would overwrite the image {clash[0]}")
+    return targets
 
 
 def export_onnx(model: StyleNet, path: str | Path) -> None:

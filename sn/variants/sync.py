@@ -8,16 +8,16 @@ batch in one process.
 
 import copy
 import math
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import functional
-from .functional import _check_shapes, _instance_moments, _mix_and_apply, _pool
-from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
-from .running import count_batch
+from .. import functional
+from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
+from ..running import count_batch
 
 
 class _GroupMoments(torch.autograd.Function):
@@ -57,64 +57,41 @@ class _GroupMoments(torch.autograd.Function):
         return grad_mean + 2 * delta * grad_var, grad_var.expand_as(mean_in), None, None
 
 
-def sync_switch_norm(
-    x: Tensor,
-    mean_weight: Tensor,
-    var_weight: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    *,
-    process_group,
-    statistics: tuple[str, ...] = ("in", "ln", "bn"),
-    num_groups: int | None = None,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    unbiased: bool = False,
-) -> Tensor:
-    """`switch_norm` in training, with bn over the batches of all processes of `process_group`.
-
-    A process may bring any number of samples, none included; all must call. The plain formula on
-    any device. Second derivatives are an error.
-    """
-    _check_shapes(x, mean_weight, var_weight, weight, bias, statistics)
-    batch, channels = x.shape[:2]
-    h = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean_in, var_in = _instance_moments(h, unbiased)
-    moments = []
-    for statistic in statistics:
-        if statistic == "in":
-            moments.append((torch.zeros_like(mean_in), var_in))
-        elif statistic == "ln":
-            moments.append(_pool(mean_in, var_in, (batch, channels), 1))
-        elif statistic == "gn":
-            shape = (batch, num_groups, channels // num_groups)
-            moments.append(_pool(mean_in, var_in, shape, 2))
-        else:
-            length = math.prod(x.shape[2:])
-            mean, var, count = _GroupMoments.apply(mean_in, var_in, length, process_group)
-            moments.append((mean - mean_in, var))
-            if running_mean is not None:
-                with torch.no_grad():
-                    for running, new in ((running_mean, mean), (running_var, var)):
-                        share = (count > 0).to(running.dtype) * momentum
-                        running.lerp_(new.to(running.dtype), share)
-    return _mix_and_apply(h, mean_in, moments, mean_weight, var_weight, weight, bias, eps).to(
-        x.dtype
-    )
-
-
 class SyncSwitchNormBase(SwitchNormBase):
     """A switchable layer whose bn takes the batches of all processes of `process_group`.
 
     None is the default group; without a group of several processes, and without bn, the layer is
-    its parent. `virtual_gpus` has no effect: virtual GPUs are synchronised as well. All processes
-    must run the layer equally often. Parameters, buffers and state_dict are the parent's.
+    its parent. A process may bring any number of samples, none included, but all must run the
+    layer equally often. Training is the plain formula on any device; second derivatives are an
+    error. `virtual_gpus` has no effect: virtual GPUs are synchronised as well. Parameters, buffers
+    and state_dict are the parent's.
     """
 
-    def __init__(self, *args, process_group=None, **options):
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group=None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        **options,
+    ):
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+            bias=bias,
+            **options,
+        )
         self.process_group = process_group
 
     def _group(self):
@@ -132,23 +109,32 @@ class SyncSwitchNormBase(SwitchNormBase):
             return super()._normalize(x, residual, relu)
         self._check_input(x)
         momentum = count_batch(self) if self.track_running_stats else 0.0
-        y = sync_switch_norm(
+        length = math.prod(x.shape[2:])
+
+        def batch_moments(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor]:
+            mean, var, count = _GroupMoments.apply(mean_in, var_in, length, group)
+            if self.running_mean is not None:
+                with torch.no_grad():
+                    for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                        share = (count > 0).to(running.dtype) * momentum
+                        running.lerp_(new.to(running.dtype), share)
+            return mean - mean_in, var
+
+        y = functional.normalize(
             x,
-            self.mean_weight,
-            self.var_weight,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            process_group=group,
-            statistics=self.statistics,
-            num_groups=self.num_groups,
-            momentum=momentum,
-            eps=self.eps,
-            unbiased=self.unbiased,
+            (self.mean_weight, self.var_weight, self.weight, self.bias),
+            self.statistics,
+            self.num_groups,
+            self._eps,
+            self.unbiased,
+            batch_moments,
         )
         y = y if residual is None else y + residual
         return y.relu() if relu else y
+
+    def micro_batches(self) -> NoReturn:
+        """Refuse: one all-reduce needs the whole batch of every process."""
+        raise ValueError("a synchronised norm, which micro-batches do not emulate")
 
     @property
     def virtual_gpus(self) -> int:

@@ -3,12 +3,16 @@
 Source: Ioffe, Batch Renormalization, arXiv 1702.03275, algorithm 1.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .running import RunningNorm
+from ..running import RunningNorm, in_backward
+from ..tracing import Proxy
 
 
 class BatchRenormBase(RunningNorm):
@@ -26,14 +30,19 @@ class BatchRenormBase(RunningNorm):
     With `virtual_gpus` G each of G groups is normalised and corrected by itself. The running
     statistics take the mean of the groups' means and variances, once per call.
 
+    Activation checkpointing computes a step's forward pass twice: the second refers to the same
+    moving statistics and leaves them alone, if the layer runs once a step.
+
     Source: the paper's schedule, 5k, 25k and 40k steps of 50 x 32 images; momentum 0.01. Differs:
     the moving sigma is the root of a moving variance, not a moving average of roots, so that the
     buffers mean the same as those of batch norm (ours biased, torch's unbiased).
     """
 
-    # Moving mean and variance and images seen to refer to in place of the buffers; "batch": refer
-    # to nothing, as plain batch norm.
+    trains_on_running = True
+    # The moving mean, variance and images seen that batches are corrected towards; None: the
+    # buffers, "batch": no correction, as plain batch norm.
     reference: tuple[Tensor, Tensor, Tensor] | str | None = None
+    _before: tuple[Tensor, Tensor, Tensor] | None = None  # the buffers before the last update
 
     def __init__(
         self,
@@ -45,6 +54,7 @@ class BatchRenormBase(RunningNorm):
         device=None,
         dtype=None,
         *,
+        bias: bool = True,
         r_max: float = 3.0,
         d_max: float = 5.0,
         r_images: tuple[float, float] = (8e6, 64e6),
@@ -60,7 +70,7 @@ class BatchRenormBase(RunningNorm):
                 raise ValueError(
                     f"{name}={span}; expected (first, last) images, 0 <= first <= last"
                 )
-        super().__init__(num_features, eps, momentum, affine, device, dtype, virtual_gpus)
+        super().__init__(num_features, eps, momentum, affine, device, dtype, virtual_gpus, bias)
         self.r_max, self.d_max = float(r_max), float(d_max)
         self.r_images, self.d_images = tuple(r_images), tuple(d_images)
         self.register_buffer("images_seen", torch.tensor(0, dtype=torch.long, device=device))
@@ -82,22 +92,30 @@ class BatchRenormBase(RunningNorm):
         return 1 + (self.r_max - 1) * reached(*self.r_images), self.d_max * reached(*self.d_images)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return self.as_node(x)
         self._check_input(x)
         if not self.training or x.numel() == 0:
-            running = (self.running_mean, self.running_var)
-            return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
+            return self._evaluate(x)
         groups = self.virtual_gpus
         # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
         merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2) if groups > 1 else x
+        again = self._before is not None and in_backward()
+        if not again:
+            moving = (self.running_mean, self.running_var, self.images_seen)
+            self._before = tuple(buffer.clone() for buffer in moving)
         r, d, mean, var = self._correction(merged)
         if self.weight is not None:
             d = d * self.weight  # (G, C)
             r = r * self.weight
         if self.bias is not None:
             d = d + self.bias
+        if r.dtype not in (x.dtype, torch.float32):  # torch's batch norm takes no other mixture
+            r, d = r.to(x.dtype), d.to(x.dtype)
         y = F.batch_norm(merged, None, None, r.flatten(), d.flatten(), True, 0.0, self.eps)
-        self._count_images(x.shape[0])
-        self._update(mean.mean(0), var.mean(0))
+        if not again:
+            self._count_images(x.shape[0])
+            self._update(mean.mean(0), var.mean(0))
         if groups == 1:
             return y
         y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
@@ -115,16 +133,37 @@ class BatchRenormBase(RunningNorm):
         kept = self.running_mean.dtype
         if self.reference == "batch":
             return torch.ones_like(mean, dtype=kept), torch.zeros_like(mean, dtype=kept), mean, var
-        moving = (self.running_mean, self.running_var, self.images_seen)
-        moving_mean, moving_var, images = moving if self.reference is None else self.reference
+        moving = self._before if self.reference is None else self.reference
+        moving_mean, moving_var, images = moving
         r_max, d_max = (limit.to(dtype) for limit in self.limits(images))
         rstd = (moving_var.to(dtype) + self.eps).rsqrt()
         r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_max, r_max)
         d = ((mean - moving_mean) * rstd).clamp(-d_max, d_max)
         return r.to(kept), d.to(kept), mean, var
 
+    @contextmanager
+    def micro_batches(self) -> Iterator[None]:
+        """Correct all batches inside towards the moving statistics at the start."""
+        moving = (self.running_mean, self.running_var, self.images_seen)
+        self.reference = tuple(buffer.clone() for buffer in moving)
+        try:
+            yield
+        finally:
+            self.reference = None
+
+    @contextmanager
+    def batch_alone(self) -> Iterator[None]:
+        """Be plain batch norm and count no images."""
+        self.reference = "batch"
+        try:
+            yield
+        finally:
+            self.reference = None
+
     @torch.no_grad()
     def _count_images(self, images: int) -> None:
+        if self.reference == "batch":
+            return
         processes = dist.is_available() and dist.is_initialized()
         self.images_seen.add_(images * (dist.get_world_size() if processes else 1))
 
@@ -134,6 +173,8 @@ class BatchRenormBase(RunningNorm):
         options += f", r_images={self.r_images}, d_images={self.d_images}"
         if not self.affine:
             options += ", affine=False"
+        elif self.bias is None:
+            options += ", bias=False"
         return options + (f", virtual_gpus={self.virtual_gpus}" if self.virtual_gpus != 1 else "")
 
 

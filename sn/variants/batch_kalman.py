@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .running import RunningNorm
+from ..running import RunningNorm
+from ..tracing import Proxy
 
 Moments = tuple[Tensor, Tensor]  # mean and variance, each (virtual GPUs, C)
 
@@ -54,6 +55,7 @@ class BatchKalmanNormBase(RunningNorm):
         device=None,
         dtype=None,
         *,
+        bias: bool = True,
         gain: float = 0.05,
         virtual_gpus: int = 1,
     ):
@@ -61,7 +63,7 @@ class BatchKalmanNormBase(RunningNorm):
             raise ValueError("bkn needs its running statistics; use norm 'bn'")
         if not isinstance(gain, (int, float)) or not 0 <= gain <= 1:
             raise ValueError(f"gain={gain}; expected the share of the prediction, 0 to 1")
-        super().__init__(num_features, eps, momentum, affine, device, dtype, virtual_gpus)
+        super().__init__(num_features, eps, momentum, affine, device, dtype, virtual_gpus, bias)
         self.gain = gain
         self.flow: _Flow | None = None  # of the network it is connected in
         self.place: tuple[int | None, int] | None = None  # the steps before it and of itself there
@@ -72,10 +74,11 @@ class BatchKalmanNormBase(RunningNorm):
 
         Raises RuntimeError in training if `connect_bkn` has not seen the network.
         """
+        if isinstance(x, Proxy):
+            return self.as_node(x)
         self._check_input(x)
         if not self.training or x.numel() == 0:
-            running = (self.running_mean, self.running_var)
-            return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
+            return self._evaluate(x)
         if self.flow is None or not self.flow.values or self.place is None:
             raise RuntimeError(
                 "a bkn layer trains within the network that sn.connect_bkn(model) has seen; run it "
@@ -104,6 +107,8 @@ class BatchKalmanNormBase(RunningNorm):
         options = f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, gain={self.gain}"
         if not self.affine:
             options += ", affine=False"
+        elif self.bias is None:
+            options += ", bias=False"
         return options + (f", virtual_gpus={self.virtual_gpus}" if self.virtual_gpus != 1 else "")
 
 
@@ -400,3 +405,6 @@ def connect_bkn(model: nn.Module, *inputs) -> nn.Module:
     model.register_forward_pre_hook(flow.begin, with_kwargs=True)
     model.register_forward_hook(flow.end)
     return model
+
+
+BatchKalmanNormBase.connect = staticmethod(connect_bkn)

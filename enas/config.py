@@ -1,0 +1,162 @@
+"""The configs of enas.search, enas.retrain and enas.nasbench201."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from sn.recurrent import LSTM_NORMS, LSTM_PLACES
+from sn.training.classification.config import ImageData
+from sn.training.run.config import SIZE, RunConfig, number, option, register, whole
+
+from .benchmark import DATASETS
+from .controller import Controller
+
+LAYERS, NODES, WIDTH = 1000, 100, 8192  # the most of a child, of a cell, of the LSTM's vectors
+
+
+@dataclass
+class ControllerKeys:
+    """The LSTM and its training."""
+
+    norm: str = option(choices=LSTM_NORMS)
+    num_groups: int | None = whole(1, WIDTH)
+    places: list[str] = option(choices=LSTM_PLACES)
+    per_gate: bool = option()
+    hidden_size: int = whole(1, WIDTH)
+    init: float = number(None, above=0)
+    tanh_constant: float | None = number(None, above=0)
+    operation_temperature: float = number(None, above=0)
+    lr: float = number()
+    gate_lr_factor: float = number(before=1.0)
+    beta1: float = number(below=1)
+    eps: float = number(None, above=0)
+    entropy_weight: float = number()
+    baseline_decay: float = number(below=1)
+
+    def network(self, controller: type = Controller) -> dict[str, Any]:
+        """The arguments of `controller` among them."""
+        own = inspect.signature(controller).parameters
+        return {key: value for key, value in vars(self).items() if key in own}
+
+
+@dataclass
+class SearchController(ControllerKeys):
+    operation_bias: float = number()
+    updates: int = whole(1)
+    batch_size: int = whole(1, SIZE)
+    grad_clip: float | None = number(None, above=0)
+
+
+@dataclass
+class ChildOptimizer:
+    """SGD with Nesterov's momentum, the lr a cosine with restarts."""
+
+    batch_size: int = whole(1, SIZE)
+    momentum: float = number()
+    weight_decay: float = number()
+    max_lr: float = number()
+    min_lr: float = number()
+    first_period: int = whole(1)
+    period_factor: int = whole(1)
+    grad_clip: float | None = number(None, above=0)
+
+
+@dataclass
+class FixedChild:
+    """Arguments of `enas.child.Child`, but for what the architecture says."""
+
+    layers: int = whole(1, LAYERS)
+    filters: int = whole(1, SIZE)
+    stem_stride: int = whole(1, SIZE)
+    dropout: float = number(below=1)
+    drop_path: float = number(below=1)
+    aux_weight: float = number()
+
+
+@dataclass
+class SharedChild(FixedChild):
+    nodes: int = whole(1, NODES)
+
+
+@dataclass
+class Names:
+    """The run's name for each sampler."""
+
+    controller: str = option(name=True)
+    random: str = option(name=True)
+
+
+@dataclass
+class CellSearchNames(Names):
+    evolution: str = option(name=True)
+
+
+@dataclass
+class SearchEvaluation:
+    batch_size: int = whole(1)
+    images: int | None = whole(1)
+    candidates: int = whole(1, SIZE)
+
+
+@dataclass
+class SearchConfig(RunConfig):
+    precision: str = option(choices=("fp32", "bf16", "fp64"))
+    data: ImageData = option(ImageData)
+    sampler: str = option(choices=("controller", "random"))
+    epochs: int = whole(1)
+    controller: SearchController = option(SearchController)
+    child: SharedChild = option(SharedChild)
+    optimizer: ChildOptimizer = option(ChildOptimizer)
+    evaluation: SearchEvaluation = option(SearchEvaluation)
+    names: Names = option(Names)
+
+
+@dataclass
+class RetrainEvaluation:
+    batch_size: int = whole(1)
+
+
+@dataclass
+class RetrainConfig(RunConfig):
+    precision: str = option(choices=("fp32", "bf16", "fp64"))
+    arch: str = option()
+    arch_seed: int = whole(0, 2**32)
+    arch_nodes: int = whole(1, NODES)
+    compile: bool = option(machine=True)
+    data: ImageData = option(ImageData)
+    epochs: int = whole(1)
+    child: FixedChild = option(FixedChild)
+    optimizer: ChildOptimizer = option(ChildOptimizer)
+    evaluation: RetrainEvaluation = option(RetrainEvaluation)
+
+
+@dataclass
+class Evolution:
+    population: int = whole(1, SIZE)
+    sample: int = whole(1, SIZE)
+
+
+@dataclass
+class CellSearchConfig(RunConfig):
+    precision: str = option(choices=("fp32", "fp64"))
+    device: str = option(choices=("cpu",), machine=True)
+    table: str = option(machine=True)  # its hash stands in the summary
+    dataset: str = option(choices=tuple(DATASETS))
+    sampler: str = option(choices=("controller", "random", "evolution"))
+    cells: int = whole(1, 10**6)
+    points: list[int] = whole(1)
+    controller: ControllerKeys = option(ControllerKeys)
+    evolution: Evolution = option(Evolution)
+    names: CellSearchNames = option(CellSearchNames)
+
+    def check(self) -> None:
+        rising = all(a < b for a, b in zip(self.points, self.points[1:]))
+        if not rising or self.points[-1:] != [self.cells]:
+            raise ValueError(
+                f"points={self.points}; expected rising numbers, the last one cells={self.cells}"
+            )
+
+
+register("enas", SearchConfig)
+register("enas_retrain", RetrainConfig)
+register("nasbench201", CellSearchConfig)

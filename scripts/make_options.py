@@ -1,0 +1,53 @@
+"""Write docs/options.md: every config key of every entrypoint, from the typed configs.
+
+python scripts/make_options.py            # --check: exit 1 if the page is not up to date
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+from sn.training.run.options import markdown
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+ROOTS = {  # root config -> (module of its schema, title)
+    "imagenet": ("sn.training.classification.config", "train_imagenet.py"),
+    "detection": ("sn.training.detection.config", "train_detection.py"),
+    "style_transfer": ("sn.training.style.config", "style_transfer.py"),
+    "enas": ("enas.config", "python -m enas.search"),
+    "nasbench201": ("enas.config", "python -m enas.nasbench201"),
+    "enas_retrain": ("enas.config", "python -m enas.retrain"),
+}
+HEAD = """# Options
+
+Made by `scripts/make_options.py` from the typed configs and the comments in `configs/`.
+A command takes `group=option` and `key=value`; keys with * belong to the machine and may change
+between a run and its resumption. Of `norm` and a detector's `parts` the files in `configs/norm`
+have the keys: the arguments of `sn.make_norm`.
+"""
+
+
+def page() -> str:
+    sections = []
+    for root, (module, title) in ROOTS.items():
+        importlib.import_module(module)
+        sections.append(markdown(root, title))
+    return "\n".join([HEAD, *sections])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    check = parser.parse_args(arguments).check
+    text = page()
+    if not check:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(text, encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+        print("docs/options.md is not up to date: run scripts/make_options.py", file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""With a trained detector: the modes evaluate and predict of train_detection.py."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from ..classification.data import BadImages, read_image
+from ..run import distributed
+from ..run.checkpoint import load_weights
+from ..run.display import say
+from ..run.precision import Precision
+from ..run.record import environment, write_text
+from .config import DetectionConfig
+from .data import CocoImages, DetectionData, load_coco
+from .detectors import build_detector
+from .digits import write_digits_coco
+from .evaluation import (
+    coco_results,
+    describe_ap,
+    detect,
+    evaluate_detections,
+    evaluation_batches,
+    gather,
+)
+from .pictures import draw_detections, grid, save_picture
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def load_data(config: DetectionConfig) -> DetectionData:
+    """The config's data, drawn first if they are digits that are not there."""
+    data = config.data
+    if data.generate is not None:
+        write_digits_coco(Path(data.root), **vars(data.generate))
+    bad = BadImages(f"{config.output_dir}/bad_images.txt", data.max_bad_images)
+    return load_coco(**data.files(), masks=config.masks, bad=bad)
+
+
+def detector_options(config: DetectionConfig) -> dict:
+    """What a checkpoint's weights stand for beyond their shapes: norms and anchors."""
+    parts = {
+        part: {key: value for key, value in options.items() if key != "momentum"}
+        for part, options in config.own_parts.items()
+    }
+    return {"anchor_sizes": config.model.anchor_sizes} | parts
+
+
+def trained_model(config: DetectionConfig, precision: Precision) -> tuple[nn.Module, dict]:
+    """(model in evaluation mode, checkpoint) of checkpoint.path or the run's own checkpoint."""
+    path = config.checkpoint.path or f"{config.output_dir}/checkpoint.pt"
+    state = load_weights(path)
+    for key in ("model", "classes", "category_ids"):
+        if key not in state:
+            raise ValueError(f"{path} is no checkpoint of train_detection.py: it has no {key!r}")
+    options = detector_options(config)
+    for key, value in state.get("detector", options).items():
+        if options.get(key, value) != value:  # of another architecture: the shapes tell
+            raise ValueError(
+                f"{path} is not of this model and these parts ({config.run_name}): {key} is "
+                f"{value} there, {options[key]} asked for"
+            )
+    model = build_detector(num_classes=len(state["classes"]), **config.detector())
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is not of this model and these parts ({config.run_name}): "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from None
+    return precision.model(model).eval(), state
+
+
+def evaluate_checkpoint(config: DetectionConfig) -> dict:
+    """mode=evaluate: AP of a checkpoint on the validation images, with results and pictures."""
+    processes = distributed.start(config.device, config.timeout_minutes + 5)
+    precision = Precision(config.precision, processes.device, config.channels_last)
+    model, state = trained_model(config, precision)
+    data = load_data(config)
+    if data.names != state["classes"]:
+        raise ValueError(
+            f"the checkpoint's classes {state['classes'][:5]}... are not those of "
+            f"{data.val.file.path}: {data.names[:5]}..."
+        )
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = evaluation_batches(
+        len(data.val), config.evaluation.batch_size, processes.rank, processes.world_size
+    )
+    with precision.autocast():
+        results = detect(model, data.val, batches, precision.to_device)
+    metrics, results = evaluate_detections(data.val, results, config.masks)
+    if processes.is_main:
+        write_predictions(folder, results)
+        draw_validation(config, model, data.val, precision)
+        content = metrics | {"data": data.describe(), **environment(processes.device)}
+        write_text(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
+        say(f"{describe_ap(metrics)}; evaluation.json and predictions.json in {folder}")
+    return metrics
+
+
+def predict(config: DetectionConfig) -> list[dict]:
+    """mode=predict: pictures with detections, and predictions.json, for an image or a folder.
+
+    An image that cannot be read is named, left out, and ends in an error after all others.
+    """
+    if config.predict.images is None:
+        raise ValueError("mode=predict needs predict.images=..., an image or a folder of images")
+    source = Path(config.predict.images)
+    if source.is_dir():
+        files = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+    else:
+        files = [source]
+    if not files:
+        raise ValueError(f"predict.images={source}: no image ({', '.join(SUFFIXES)}) in it")
+    processes = distributed.start(config.device, config.timeout_minutes + 5)
+    precision = Precision(config.precision, processes.device, config.channels_last)
+    model, state = trained_model(config, precision)
+    out = Path(config.predict.out or f"{config.output_dir}/predictions")
+    out.mkdir(parents=True, exist_ok=True)
+    results, errors = [], []
+    for index in range(processes.rank, len(files), processes.world_size):
+        try:
+            picture = read_picture(files[index], config.data.max_size)
+        except ValueError as error:
+            say(f"warning: {error}; left out", error=True)
+            errors.append(str(error))
+            continue
+        found = find(model, picture, precision)
+        drawn = draw_detections(picture, found, state["classes"], config.evaluation.threshold)
+        save_picture(drawn, out / f"{files[index].name}.png")
+        rows = coco_results(found, index, state["category_ids"])
+        labels = found["labels"].tolist()
+        results += [
+            row | {"file_name": files[index].name, "category": state["classes"][label - 1]}
+            for row, label in zip(rows, labels)
+        ]
+    results = gather(results)
+    if processes.is_main:
+        write_predictions(out, results)
+        say(f"{len(files)} images, {len(results)} detections; pictures in {out}")
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(files)} images were left out: {errors[0]}")
+    return results
+
+
+def read_picture(path: Path, max_size: int) -> Tensor:
+    """The uint8 picture (3, H, W), if there is any of it left at a long side of `max_size`."""
+    picture = F.pil_to_tensor(read_image(path))
+    height, width = picture.shape[1:]
+    if min(height, width) * max_size < max(height, width):
+        raise ValueError(
+            f"{path} has {width} x {height} pixels: nothing is left of its short side at "
+            f"data.max_size={max_size}"
+        )
+    return picture
+
+
+@torch.no_grad()
+def find(model: nn.Module, picture: Tensor, precision: Precision) -> dict[str, Tensor]:
+    """Detections on one uint8 picture (3, H, W), on the CPU; the model's mode is restored."""
+    training = model.training
+    model.eval()
+    with precision.autocast():
+        (found,) = model([precision.to_device(picture.float() / 255)])
+    model.train(training)
+    return {key: value.cpu() for key, value in found.items()}
+
+
+def draw_validation(
+    config: DetectionConfig, model: nn.Module, images: CocoImages, precision: Precision
+) -> Tensor | None:
+    """predictions.png: the first validation images with their detections; returned as well."""
+    drawn = []
+    for index in range(min(config.evaluation.pictures, len(images))):
+        picture = images.picture(index)
+        if picture is not None:
+            found = find(model, picture, precision)
+            threshold = config.evaluation.threshold
+            drawn.append(draw_detections(picture, found, images.file.names, threshold))
+    if not drawn:
+        return None
+    sheet = grid(drawn)
+    save_picture(sheet, Path(config.output_dir) / "predictions.png")
+    return sheet
+
+
+def write_predictions(folder: Path, results: list[dict]) -> None:
+    """predictions.json: COCO's results format."""
+    write_text(folder / "predictions.json", json.dumps(results))

@@ -1,0 +1,151 @@
+"""What an entrypoint's config offers: help and docs, from its schema and configs/."""
+
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from .config import describe
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+@dataclass(frozen=True)
+class Row:
+    key: str
+    default: str
+    expected: str
+    machine: bool
+    comment: str
+
+
+def schema_of(root: str) -> type:
+    """The dataclass of a root config, registered when its module is imported."""
+    return OmegaConf.get_type(ConfigStore.instance().load(f"{root}_schema.yaml").node)
+
+
+def groups(root: str) -> dict[str, list[str]]:
+    """The options of every group of a root config that fit its schema, its own choice first."""
+    found = {}
+    for entry in yaml.safe_load((CONFIGS / f"{root}.yaml").read_text())["defaults"]:
+        if not isinstance(entry, dict) or next(iter(entry)).startswith("override"):
+            continue
+        ((group, choice),) = entry.items()
+        folder = CONFIGS / group / (root if group == "experiment" else "")
+        if group == "experiment" and not folder.is_dir():
+            continue
+        prefix = f"{root}/" if group == "experiment" else ""
+        names = [f"{prefix}{path.stem}" for path in sorted(folder.glob("*.yaml"))]
+        names = [name for name in names if group == "experiment" or _fits(root, group, name)]
+        found[group] = [choice, *(n for n in names if n != choice)] if choice else names
+    return found
+
+
+def _fits(root: str, group: str, name: str) -> bool:
+    hint = typing.get_type_hints(schema_of(root)).get(group)
+    content = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()) or {}
+    parents = [entry for entry in content.pop("defaults", []) if isinstance(entry, str)]
+    if any(not _fits(root, group, parent) for parent in parents if parent != "_self_"):
+        return False
+    if not dataclasses.is_dataclass(hint):
+        return True
+    return content.keys() <= {field.name for field in dataclasses.fields(hint)}
+
+
+def rows(root: str) -> list[Row]:
+    """Every key of a root config: default, what it may hold, its comment in configs/."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(root)
+    comments = dict(_comments(CONFIGS / f"{root}.yaml"))
+    for group, names in groups(root).items():
+        if group == "experiment":
+            continue
+        for name in names:
+            for key, text in _comments(CONFIGS / group / f"{name}.yaml"):
+                comments.setdefault(f"{group}.{key}", text)
+    return list(_rows(schema_of(root), cfg, comments))
+
+
+def _rows(schema: type, cfg: Any, comments: dict[str, str], prefix: str = "") -> Iterator[Row]:
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        key, hint = f"{prefix}{field.name}", hints[field.name]
+        node = cfg._get_node(field.name) if isinstance(cfg, DictConfig) else None
+        if dataclasses.is_dataclass(hint):
+            yield from _rows(hint, node, comments, f"{key}.")
+        else:
+            value = "" if node is None else _shown(node)
+            expected = describe(hint, field.metadata)
+            machine = bool(field.metadata.get("machine"))
+            yield Row(key, value, expected, machine, comments.get(key, ""))
+
+
+def _shown(node: Any) -> str:
+    """A default as one writes it: interpolations as they are, null, lists on a line."""
+    raw = node._value()
+    if isinstance(raw, str) and "${" in raw:
+        return raw
+    value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else raw
+    if value == "???":
+        return "to be given"
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
+
+
+def _comments(path: Path) -> Iterator[tuple[str, str]]:
+    """(dotted key, comment at its line's end) of a YAML file."""
+    parents: list[tuple[int, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = re.match(r"(\s*)([\w]+):(?:\s.*?)?(?:\s#\s+(.*))?$", line)
+        if match is None:
+            continue
+        indent = len(match.group(1))
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        parents.append((indent, match.group(2)))
+        if match.group(3):
+            yield ".".join(name for _, name in parents), match.group(3)
+
+
+def help_text(root: str) -> str:
+    """What `--help` prints."""
+    lines = [f"usage: {Path(sys.argv[0]).name} [group=option] [key=value] ...", ""]
+    lines += _heading(root)
+    lines += ["", "groups (the first is the default):"]
+    lines += [f"  {group}: {', '.join(map(str, names))}" for group, names in groups(root).items()]
+    lines += ["", "keys = default (what they may hold; * may change when a run is resumed):"]
+    for row in rows(root):
+        star = "*" if row.machine else ""
+        comment = f"  # {row.comment}" if row.comment else ""
+        lines.append(f"  {row.key}{star} = {row.default} ({row.expected}){comment}")
+    return "\n".join(lines)
+
+
+def _heading(root: str) -> list[str]:
+    lines = []
+    for line in (CONFIGS / f"{root}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    return lines
+
+
+def markdown(root: str, title: str) -> str:
+    """The section of docs/options.md on a root config."""
+    lines = [f"## {title}", "", "| group | options, the default first |", "| --- | --- |"]
+    for group, names in groups(root).items():
+        lines.append(f"| `{group}=` | {', '.join(f'`{name}`' for name in names)} |")
+    lines += ["", "| key | default | may hold | |", "| --- | --- | --- | --- |"]
+    for row in rows(root):
+        star = " *" if row.machine else ""
+        cells = [f"`{row.key}`{star}", f"`{row.default}`", row.expected, row.comment]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,198 @@
+"""Sparse Switchable Normalization: importance weights that end one-hot.
+
+Source: Shao et al., SSN, arXiv 1903.03793: SparsestMax in place of softmax, on a circle whose
+radius grows from 0 to 1 over the training.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase, named_layers
+
+ONE_HOT = 1 - 1e-6  # an importance weight from here on is 1 but for rounding
+
+
+def sparsemax(z: Tensor) -> Tensor:
+    """The point of the simplex nearest to `z` (K,). Source: Martins and Astudillo, 2016."""
+    ordered = z.sort(descending=True).values
+    sums = ordered.cumsum(0)
+    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
+    support = (1 + counts * ordered > sums).sum()
+    threshold = (sums.gather(0, (support - 1).view(1)) - 1) / support
+    return (z - threshold).clamp(min=0)
+
+
+def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
+    """Importance weights (K,), at least `radius` from the centre of the simplex's face they lie on.
+
+    Radius 0 is sparsemax; from sqrt((K - 1) / K) on the result is one-hot. Equal weights have no
+    direction to move in and stay equal. No branch depends on a value.
+
+    Source: section 3.2. Differs: the official code divides by zero at equal weights, or takes the
+    direction of a rounding error.
+    """
+    point, before = z, None
+    tie = (16 * torch.finfo(z.dtype).eps) ** 2  # nearer to the middle is rounding
+    square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()
+    for _ in range(len(z)):  # each round ends on the circle or on a smaller face
+        point = sparsemax(point)
+        face = (point.detach() > 0).to(z.dtype)
+        centre = face / face.sum()
+        if before is not None:
+            square = (square - (centre - before).square().sum()).clamp(min=0)
+        before = centre
+        away = point - centre
+        distance = away.square().sum()
+        short = (distance < square) & (distance > tie)
+        # both branches are differentiated: neither may divide by zero nor have sqrt(0)
+        ratio = torch.where(short, square / torch.where(short, distance, 1.0), 1.0)
+        point = torch.where(short, centre + away * ratio.sqrt(), point)
+    return sparsemax(point)
+
+
+class SparseSwitchNormBase(SwitchNormBase):
+    """A switchable layer with SparsestMax for softmax: one-hot weights at the end of training.
+
+    Call `sn.begin_step(model, progress)` before every training step: it sets the radius. Means and
+    variances choose apart. Importance weights found one-hot in a training step stay so, whatever
+    their control parameters, until `unfreeze_gates`. The buffers `radius`, `mean_choice` and
+    `var_choice` (K,), 1 for the statistic that was chosen and all 0 before, are part of the
+    checkpoint. Averages of models (EMA, SWA) average them: a choice counts where it has more than
+    half of the average. Train the control parameters with a tenth of the lr, no decay and gradients
+    of norm 1 at most (the paper's).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        **options,
+    ):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            **factory,
+            bias=bias,
+            **options,
+        )
+        self.register_buffer("radius", torch.zeros((), **factory))
+        for name in ("mean_choice", "var_choice"):
+            self.register_buffer(name, torch.zeros(len(self.statistics), **factory))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in ("radius", "mean_choice", "var_choice"):
+            if name in self._buffers:  # not yet while the parent is constructed
+                getattr(self, name).zero_()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name in ("mean_choice", "var_choice"):  # once the index of the choice, -1 for none
+            old = state_dict.get(prefix + name)
+            if old is not None and old.dim() == 0:
+                indices = torch.arange(len(self.statistics), device=old.device)
+                state_dict[prefix + name] = (indices == old).to(getattr(self, name).dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def begin_step(self, progress: float) -> None:
+        self.radius.fill_(progress)
+
+    def importance(self) -> tuple[Tensor, Tensor]:
+        return tuple(
+            self._weights(logits, choice)
+            for logits, choice in (
+                (self.mean_weight, self.mean_choice),
+                (self.var_weight, self.var_choice),
+            )
+        )
+
+    def _weights(self, control: Tensor, choice: Tensor) -> Tensor:
+        control = control.to(torch.promote_types(control.dtype, torch.float32))
+        weights = sparsestmax(control, self.radius)
+        indices = torch.arange(len(control), device=control.device)
+        settled = choice.max() > 0.5
+        chosen = torch.where(settled, choice.argmax(), weights.detach().argmax())
+        one_hot = settled | (weights.detach().max() >= ONE_HOT)
+        return torch.where(one_hot, (indices == chosen).to(weights.dtype), weights)
+
+    def _logits(self) -> tuple[Tensor, Tensor]:
+        """Logarithms of the importance weights: their softmax, which the layer takes."""
+        pair = self.importance()
+        if self.training:
+            with torch.no_grad():
+                for choice, weights in zip((self.mean_choice, self.var_choice), pair):
+                    one_hot = weights.max() >= ONE_HOT
+                    choice.copy_(torch.where(one_hot, (weights >= ONE_HOT).to(choice), choice))
+        return tuple(torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), -torch.inf) for w in pair)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", gates=sparsestmax"
+
+
+class SparseSwitchNorm1d(SparseSwitchNormBase, SwitchNorm1d):
+    """SwitchNorm1d with SparsestMax; see SparseSwitchNormBase."""
+
+
+class SparseSwitchNorm2d(SparseSwitchNormBase, SwitchNorm2d):
+    """SwitchNorm2d with SparsestMax; see SparseSwitchNormBase."""
+
+
+class SparseSwitchNorm3d(SparseSwitchNormBase, SwitchNorm3d):
+    """SwitchNorm3d with SparsestMax; see SparseSwitchNormBase."""
+
+
+def set_radius(model: nn.Module, radius: float) -> None:
+    """Set SparsestMax's radius in every sparse layer, 0 to 1; `begin_step` does it in training."""
+    if not 0 <= radius <= 1:
+        raise ValueError(f"radius={radius}; expected a share of the training, 0 to 1")
+    for layer in model.modules():
+        if isinstance(layer, SparseSwitchNormBase):
+            layer.begin_step(radius)
+
+
+def unfreeze_gates(model: nn.Module, share: float | None = None) -> list[str]:
+    """Let settled sparse layers learn again, from radius 0; return their names.
+
+    The importance weights restart with `share` for the choice and the rest in equal parts; None:
+    all equal.
+    """
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"share={share}; expected a number between 0 and 1, or None")
+    thawed = []
+    for name, layer in named_layers(model):
+        if not isinstance(layer, SparseSwitchNormBase):
+            continue
+        layer.radius.zero_()
+        pairs = ((layer.mean_weight, layer.mean_choice), (layer.var_weight, layer.var_choice))
+        settled = [(control, choice) for control, choice in pairs if choice.max() > 0.5]
+        for control, choice in settled:
+            own = 1 / len(control) if share is None else share
+            with torch.no_grad():  # sparsemax of a point of the simplex is that point
+                control.fill_((1 - own) / max(len(control) - 1, 1))[choice.argmax()] = own
+        for _, choice in pairs:
+            choice.zero_()
+        if settled:
+            thawed.append(name)
+    return thawed
+
+
+def choices(model: nn.Module) -> dict[str, dict[str, str | None]]:
+    """The statistics every sparse layer has settled for: {name: {"mean": "bn", "var": None}}."""
+    found = {}
+    for name, layer in named_layers(model):
+        if isinstance(layer, SparseSwitchNormBase):
+            found[name] = {
+                key: layer.statistics[int(choice.argmax())] if choice.max() > 0.5 else None
+                for key, choice in (("mean", layer.mean_choice), ("var", layer.var_choice))
+            }
+    return found

@@ -1,0 +1,288 @@
+"""scripts/report.py: the page and the table, of made-up records in a temporary folder."""
+
+import dataclasses
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import claim_records
+import pytest
+from common import claims
+from common.records import load_paper, load_runs
+from report import Report, main
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = claims.load_ledger()
+DESIGN = LEDGER.designs["cifar10_16px"]
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+VOID = {"meta", "br", "circle", "line", "polygon", "polyline", "rect"}
+
+
+class Tree(HTMLParser):
+    """A page as nested (tag, attributes, children); fails on tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.root = ("page", {}, [])
+        self.open = [self.root]
+        self.feed(text)
+        assert len(self.open) == 1, self.open[-1][0]
+
+    def handle_starttag(self, tag, attributes):
+        node = (tag, dict(attributes), [])
+        self.open[-1][2].append(node)
+        if (
+            tag not in VOID
+            or tag in ("circle", "polygon")
+            and not self.get_starttag_text().endswith("/>")
+        ):
+            self.open.append(node)
+
+    def handle_startendtag(self, tag, attributes):
+        self.open[-1][2].append((tag, dict(attributes), []))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.open[-1][2].append(data)
+
+
+def find(node, tag=None, css=None):
+    """Every node below of this tag and class."""
+    for child in node[2]:
+        if isinstance(child, str):
+            continue
+        classes = (child[1].get("class") or "").split()
+        if tag in (None, child[0]) and css in (None, *classes):
+            yield child
+        yield from find(child, tag, css)
+
+
+def words(node):
+    parts = (child if isinstance(child, str) else words(child) for child in node[2])
+    return " ".join(" ".join(parts).split())
+
+
+def number(text):
+    return float(text.replace("−", "-").replace("+", ""))
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """A folder of records of a whole made-up campaign, with page and table."""
+    root = tmp_path_factory.mktemp("campaign")
+    claim_records.write_campaign(root, LEDGER)
+    main(["--runs", str(root)])
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(campaign):
+    return Tree((campaign / "report.html").read_text()).root
+
+
+@pytest.fixture(scope="module")
+def verdicts(campaign):
+    return {v.claim.id: v for v in claims.judge(LEDGER, load_runs(campaign))}
+
+
+def test_the_top_lists_every_claim_under_its_verdict(tree, verdicts):
+    [columns] = find(tree, css="columns")
+    listed = {}
+    for section in find(columns, "section"):
+        name = section[1]["class"].replace("-", " ")
+        names = [words(a) for a in find(section, "a")]
+        assert words(next(find(section, css="count"))) == str(len(names))
+        listed |= dict.fromkeys(names, name)
+    [waiting] = find(tree, css="waiting")
+    listed |= dict.fromkeys((words(a) for a in find(waiting, "a")), "undecided")
+    assert listed == {name: v.verdict for name, v in verdicts.items()}
+    assert {"held", "not held", "undecided"} == set(listed.values())
+
+
+def test_every_link_leads_somewhere_and_the_page_needs_nothing_else(campaign, tree):
+    ids = {node[1]["id"] for node in find(tree) if "id" in node[1]}
+    targets = [a[1]["href"] for a in find(tree, "a")]
+    records = [t for t in targets if not t.startswith("#")]
+    assert {t[1:] for t in targets if t.startswith("#")} <= ids
+    assert len(records) > 500 and all((campaign / t).is_file() for t in set(records))
+    text = (campaign / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(|\bsrc=", text)
+
+
+def test_a_linked_figure_is_that_of_the_record(campaign, tree):
+    [claim] = (node for node in find(tree, "section", "claim") if node[1]["id"] == "C6")
+    shown = list(find(next(find(claim, "table")), "a"))
+    assert len(shown) == 3 * 5
+    for a in shown:
+        summary = json.loads((campaign / a[1]["href"]).read_text())
+        assert float(words(a)) == pytest.approx(summary["top1"], abs=0.005)
+
+
+def test_effects_intervals_and_the_papers_figures_stand_in_columns_of_their_own(campaign, tree):
+    """C6, anew from the summaries: SN less IN, and SN less LN, at (8,32)."""
+    top1 = {}
+    for path in campaign.glob("imagenet/*/*_8x32/seed*/summary.json"):
+        summary = json.loads(path.read_text())
+        top1[path.parts[-3].removesuffix("_8x32"), summary["seed"]] = summary["top1"]
+    [claim] = (node for node in find(tree, "section", "claim") if node[1]["id"] == "C6")
+    rows = [row for row in find(claim, "div", "test") if "titles" not in row[1]["class"]]
+    for row, other, paper in zip(rows, ("in", "ln"), (5.3, 2.2), strict=True):
+        values = [top1["sn", seed] - top1[other, seed] for seed in range(1, 6)]
+        effect, ours, plot, published = (cell for cell in row[2])
+        assert number(words(next(find(ours, "strong")))) == pytest.approx(sum(values) / 5, rel=0.01)
+        interval = re.search(r"\[(.*?), (.*?)\]", words(ours)).groups()
+        expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert [number(x) for x in interval] == pytest.approx(list(expected), rel=0.01)
+        assert published[1]["class"] == "paper"
+        assert number(words(next(find(published, "strong")))) == paper
+        assert not list(find(published, "a")) and f"{paper}" not in words(effect) + words(ours)
+        seeds = [words(t) for t in find(plot, "title") if words(t).startswith("seed")]
+        assert [number(seed.split(": ")[1]) for seed in seeds] == pytest.approx(values, rel=0.01)
+
+
+def test_figures_of_ours_and_of_the_paper_share_no_drawing(tree):
+    figures = list(find(tree, "figure"))
+    published = [f for f in figures if "published" in f[1].get("class", "")]
+    assert len(published) == 1 + 1 + 4 and len(figures) == 2 + 3 + 12
+    for node in figures:
+        caption = words(next(find(node, "figcaption")))
+        assert caption.startswith("Paper" if node in published else "Ours (proxy)")
+        assert bool(list(find(node, "a"))) == (node not in published)
+    tips = [words(t) for t in find(published[0], "title")]
+    assert len(tips) == 26 and "BN, (8,2): 65.3" in tips  # BN at (8,1) does not converge
+    tips = [words(t) for t in find(figures[0], "title")]
+    assert len(tips) == 9 * 3 + 8 and all("[" in tip for tip in tips)
+
+
+def test_rank_correlation_with_fig_2(campaign, tree):
+    """IN's and LN's at ten times the lr, eight settings, anew from importance.jsonl."""
+    paper, ours = load_paper()["fig_2"]["weights"], {}
+    for path in campaign.glob("imagenet/*/sn_x10_*/seed*/importance.jsonl"):
+        layers = json.loads(path.read_text().splitlines()[-1])["layers"].values()
+        setting = path.parts[-3].removeprefix("sn_x10_")
+        weights = [layer[m]["bn"] for layer in layers for m in ("mean", "var")]
+        ours.setdefault(path.parts[-2], {})[setting] = sum(weights) / len(weights)
+    assert len(ours) == 5 and all(len(row) == 8 for row in ours.values())
+    expected = [
+        stats.spearmanr(list(row.values()), [paper[s]["bn"] for s in row]).statistic
+        for row in ours.values()
+    ]
+    [table] = (t for t in find(tree, "table") if "rank correlation" in words(t))
+    [row] = (r for r in find(table, "tr") if "10 × lr" in words(r))
+    assert number(words(next(find(row, "td"))).split()[0]) == pytest.approx(
+        sum(expected) / 5, abs=6e-4
+    )
+
+
+def test_the_table_for_markdown_has_every_claim_and_every_effect(campaign, verdicts):
+    short, long = (campaign / "claims.md").read_text().split("## Every effect")
+    rows = [line.split(" | ") for line in short.splitlines() if line.startswith("| C")]
+    assert [row[0].strip("| ") for row in rows] == [claim.id for claim in LEDGER.claims]
+    for row, verdict in zip(rows, verdicts.values()):
+        assert f"**{verdict.verdict}**" in row[2]
+    rows = [line.split(" | ") for line in long.splitlines() if line.startswith("| C")]
+    assert len(rows) == sum(len(claim.tests) for claim in LEDGER.claims)
+    assert {len(row) for row in rows} == {7}
+
+
+def test_without_records_nothing_is_claimed(tmp_path, capsys):
+    main(["--runs", str(tmp_path)])
+    assert f"{len(LEDGER.claims)} without runs" in capsys.readouterr().out
+    text = (tmp_path / "report.html").read_text()
+    tree = Tree(text).root
+    assert not any("[" in words(ours) for ours in find(tree, css="cell"))
+    assert [words(n) for n in find(tree, css="count")] == ["0", "0", "0"]
+    assert "no runs yet" in text and "NaN" not in text
+
+
+def test_part_of_a_campaign_with_a_diverged_run(tmp_path):
+    for arm, setting, status in [("sn", "8x32", "finished"), ("in", "8x32", "diverged")]:
+        write = {"status": status} if status == "diverged" else {}
+        claim_records.write(tmp_path, DESIGN, DESIGN.arms[arm], setting, 1, **write)
+    main(["--runs", str(tmp_path)])
+    tree = Tree((tmp_path / "report.html").read_text()).root
+    [claim] = (node for node in find(tree, "section", "claim") if node[1]["id"] == "C6")
+    assert "lr searches" in words(claim) and "undecided" in words(claim)
+
+
+def test_statements_are_escaped(tmp_path):
+    claim = dataclasses.replace(LEDGER.claims[0], claim="<b>a & b</b>")
+    ledger = dataclasses.replace(LEDGER, claims=(claim,))
+    text = Report(ledger, [], load_paper(), tmp_path).html()
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in text and "<b>a" not in text
+
+
+def test_no_folder_is_one_message(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--runs", str(tmp_path / "none")])
+    assert error.value.code == 2 and "no folder" in capsys.readouterr().err
+
+
+def test_the_page_in_results_is_of_this_ledger():
+    text = (ROOT / "results/report.html").read_text()
+    missing = [c.id for c in LEDGER.claims if f'id="{c.id}"' not in text]
+    assert not missing, "run scripts/report.py"
+
+
+# --- in a browser
+
+PROBE = """
+<script>
+const found = {};
+addEventListener("error", event => found.error = event.message);
+addEventListener("load", () => {
+  for (const frame of document.querySelectorAll("iframe")) {
+    const inner = frame.contentDocument, root = inner.documentElement, width = frame.clientWidth;
+    const box = node => node.getBoundingClientRect();
+    const wide = [...inner.querySelectorAll("body *")].filter(
+      node => !node.closest(".scroll, svg") && box(node).right > width + 1);
+    const texts = [...inner.querySelectorAll(".test:not(.titles) .number")];
+    found[width] = {
+      overflow: root.scrollWidth - width, wide: wide.map(node => node.outerHTML.slice(0, 80)),
+      screen: box(inner.querySelector(".columns")).bottom,
+      background: frame.contentWindow.getComputedStyle(inner.body).backgroundColor,
+      columns: new Set(
+        [...inner.querySelectorAll(".columns > section")].map(node => box(node).left)).size,
+      plots: [...inner.querySelectorAll("svg")].filter(n => box(n).width > 200).length,
+      covered: texts.filter(node => box(node).width > box(node.parentNode).width + 1).length };
+  }
+  document.body.innerHTML = "<pre id=found></pre>";
+  document.getElementById("found").textContent = JSON.stringify(found);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser_nothing_overflows_narrow_or_wide(campaign, tmp_path, dark):
+    page = (campaign / "report.html").read_text().replace("<details>", "<details open>")
+    frames = "".join(
+        f'<iframe srcdoc="{html.escape(page)}" style="width:{w}px;height:900px;border:0"></iframe>'
+        for w in (400, 1400)
+    )
+    (tmp_path / "probe.html").write_text(f"<!doctype html><body>{frames}{PROBE}")
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=10000"]
+    command += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    command += ["--window-size=1900,1000", (tmp_path / "probe.html").as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = json.loads(html.unescape(re.search(r'id="found">(.*?)</pre>', result.stdout, re.S)[1]))
+    assert "error" not in found
+    narrow, wide = found["400"], found["1400"]
+    for size in (narrow, wide):
+        assert size["overflow"] <= 0 and not size["wide"] and not size["covered"]
+        assert size["plots"] > 60
+        red = int(re.search(r"\d+", size["background"])[0])
+        assert red < 64 if dark else red > 192
+    assert (narrow["columns"], wide["columns"]) == (1, 3)
+    assert wide["screen"] <= 900
