@@ -1,4 +1,4 @@
-"""The configs of enas.search and enas.retrain: configs/enas.yaml and configs/enas_retrain.yaml."""
+"""The configs of enas.search, enas.retrain and enas.nasbench201."""
 
 import inspect
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from sn.recurrent import LSTM_NORMS, LSTM_PLACES
 from sn.training.classification.config import ImageData
 from sn.training.run.config import SIZE, RunConfig, number, option, register, whole
 
+from .benchmark import DATASETS
 from .controller import Controller
 
 LAYERS, NODES, WIDTH = 1000, 100, 8192  # the most of a child, of a cell, of the LSTM's vectors
@@ -25,21 +26,25 @@ class ControllerKeys:
     init: float = number(None, above=0)
     tanh_constant: float | None = number(None, above=0)
     operation_temperature: float = number(None, above=0)
-    operation_bias: float = number()
-    updates: int = whole(1)
-    batch_size: int = whole(1, SIZE)
     lr: float = number()
     gate_lr_factor: float = number(before=1.0)
     beta1: float = number(below=1)
     eps: float = number(None, above=0)
     entropy_weight: float = number()
     baseline_decay: float = number(below=1)
-    grad_clip: float | None = number(None, above=0)
 
-    def network(self) -> dict[str, Any]:
-        """What `Controller` takes of them."""
-        own = inspect.signature(Controller).parameters
+    def network(self, controller: type = Controller) -> dict[str, Any]:
+        """The arguments of `controller` among them."""
+        own = inspect.signature(controller).parameters
         return {key: value for key, value in vars(self).items() if key in own}
+
+
+@dataclass
+class SearchController(ControllerKeys):
+    operation_bias: float = number()
+    updates: int = whole(1)
+    batch_size: int = whole(1, SIZE)
+    grad_clip: float | None = number(None, above=0)
 
 
 @dataclass
@@ -82,6 +87,11 @@ class Names:
 
 
 @dataclass
+class CellSearchNames(Names):
+    evolution: str = option(name=True)
+
+
+@dataclass
 class SearchEvaluation:
     batch_size: int = whole(1)
     images: int | None = whole(1)
@@ -94,7 +104,7 @@ class SearchConfig(RunConfig):
     data: ImageData = option(ImageData)
     sampler: str = option(choices=("controller", "random"))
     epochs: int = whole(1)
-    controller: ControllerKeys = option(ControllerKeys)
+    controller: SearchController = option(SearchController)
     child: SharedChild = option(SharedChild)
     optimizer: ChildOptimizer = option(ChildOptimizer)
     evaluation: SearchEvaluation = option(SearchEvaluation)
@@ -120,5 +130,33 @@ class RetrainConfig(RunConfig):
     evaluation: RetrainEvaluation = option(RetrainEvaluation)
 
 
+@dataclass
+class Evolution:
+    population: int = whole(1, SIZE)
+    sample: int = whole(1, SIZE)
+
+
+@dataclass
+class CellSearchConfig(RunConfig):
+    precision: str = option(choices=("fp32", "fp64"))
+    device: str = option(choices=("cpu",), machine=True)
+    table: str = option(machine=True)  # its hash stands in the summary
+    dataset: str = option(choices=tuple(DATASETS))
+    sampler: str = option(choices=("controller", "random", "evolution"))
+    cells: int = whole(1, 10**6)
+    points: list[int] = whole(1)
+    controller: ControllerKeys = option(ControllerKeys)
+    evolution: Evolution = option(Evolution)
+    names: CellSearchNames = option(CellSearchNames)
+
+    def check(self) -> None:
+        rising = all(a < b for a, b in zip(self.points, self.points[1:]))
+        if not rising or self.points[-1:] != [self.cells]:
+            raise ValueError(
+                f"points={self.points}; expected rising numbers, the last one cells={self.cells}"
+            )
+
+
 register("enas", SearchConfig)
 register("enas_retrain", RetrainConfig)
+register("nasbench201", CellSearchConfig)

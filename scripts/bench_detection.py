@@ -16,11 +16,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from common.bench import add_arguments, circumstances, interleaved, ratio
 
 import sn
 from sn.training.detection.detectors import ARCHITECTURES, PARTS, build_detector
@@ -38,17 +37,13 @@ SMALL = {  # the proxies' model
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time detectors with SN, GN, BN and frozen BN.")
+    add_arguments(parser, rounds=10)
     parser.add_argument("--norms", nargs="+", default=NORMS, help=f"default: {' '.join(NORMS)}")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="faster_rcnn_fpn")
     parser.add_argument("--backbone", default="resnet18", metavar="RESNET")
     parser.add_argument("--size", nargs=2, type=int, default=(96, 128), metavar=("H", "W"))
     parser.add_argument("--images", type=int, default=2, help="per step (default: 2)")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this process alone"
-    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # what peak_memory starts
     args = parser.parse_args(argv)
@@ -62,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.measure is not None:
         print(measure(args))
         return
-    seconds = interleaved(args)
+    steps = {norm: step_of(args, norm) for norm in args.norms}
+    seconds = interleaved(steps, args.rounds, args.clock, args.device)
     arguments = sys.argv[1:] if argv is None else argv
     memory = {norm: peak_memory(args, norm, arguments) for norm in args.norms}
     result = summarise(args, seconds, memory)
@@ -111,26 +107,8 @@ def step_of(args: argparse.Namespace, norm: str):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
 
     return step
-
-
-def interleaved(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each norm's steps, one of every norm a round."""
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    steps = {norm: step_of(args, norm) for norm in args.norms}
-    for step in steps.values():  # what is done once
-        step()
-        step()
-    seconds = {norm: [] for norm in args.norms}
-    for _ in tqdm(range(args.rounds), leave=False, disable=not sys.stderr.isatty()):
-        for norm, step in steps.items():
-            began = clock()
-            step()
-            seconds[norm].append(clock() - began)
-    return seconds
 
 
 def peak_memory(args: argparse.Namespace, norm: str, arguments: list[str]) -> float:
@@ -173,16 +151,16 @@ def summarise(args, seconds: dict[str, list[float]], memory: dict[str, float]) -
     first = args.norms[0]
     rows = {}
     for norm in args.norms:
-        ratios = [a / b for a, b in zip(seconds[norm], seconds[first])]
         rows[norm] = {
             "steps_per_s": round(1 / statistics.median(seconds[norm]), 4),
-            f"time_over_{first}": round(statistics.median(ratios), 3),
+            f"time_over_{first}": round(ratio(seconds[norm], seconds[first]), 3),
             "peak_mib": round(memory[norm], 1),
         }
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "measure")}
     settings |= {"size": list(args.size), "norms": list(args.norms)}
     device = torch.device(args.device)
-    return {"settings": settings, "norms": rows, **environment(device)}
+    facts = circumstances(device) | environment(device)
+    return {"settings": settings, "norms": rows, **facts}
 
 
 def table(result: dict) -> str:

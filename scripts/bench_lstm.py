@@ -14,20 +14,22 @@ Writes <output>.json and a table, <output>.md.
 
 import argparse
 import copy
-import json
-import os
 import statistics as stats
-import sys
-import time
 from pathlib import Path
 
 import torch
-from bench_norm import MALLOC, environment
+from common.bench import (
+    add_arguments,
+    circumstances,
+    interleaved,
+    keep_memory,
+    output,
+    ratio,
+    write_json,
+)
 from torch import Tensor, nn
 
 import sn
-
-ROOT = Path(__file__).resolve().parent.parent
 
 NORMS = ("none", "ln", "gn", "sn_ln_gn")
 MODULES = "sn_ln_gn, modules"
@@ -113,21 +115,9 @@ def step(module: nn.Module, x: Tensor, state: tuple[Tensor, Tensor]):
     return call
 
 
-def timed(function, repeats: int, clock, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    for _ in range(repeats):
-        function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (clock() - start) / repeats
-
-
 def bench(args, kind: str, batch: int) -> list[dict]:
     """Rows of one kind and batch size."""
     torch.manual_seed(0)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     shape = (batch, args.size) if kind == "cell" else (args.length, batch, args.size)
     x = torch.randn(shape, device=args.device)
     state = tuple(torch.randn(batch, args.size, device=args.device) for _ in range(2))
@@ -141,20 +131,14 @@ def bench(args, kind: str, batch: int) -> list[dict]:
         if args.compile:
             module.compile()
         functions[name] = step(module, x, state)
-    for function in functions.values():
-        timed(function, 5, clock, args.device)
     repeats = args.repeats if kind == "cell" else max(1, args.repeats // args.length)
-    times = {name: [] for name in functions}
-    for number in range(args.rounds):
-        order = list(functions) if number % 2 == 0 else list(reversed(functions))
-        for name in order:
-            times[name].append(timed(functions[name], repeats, clock, args.device))
+    times = interleaved(functions, args.rounds, args.clock, args.device, repeats, warm_up=5)
     rows = []
     for name, own in times.items():
         row = {"kind": kind, "batch": batch, "name": name, "us": 1e6 * stats.median(own)}
         for measure in ("torch", LOOP):
             if measure in times:
-                row[f"over {measure}"] = stats.median(a / b for a, b in zip(own, times[measure]))
+                row[f"over {measure}"] = ratio(own, times[measure])
         rows.append(row)
     return rows
 
@@ -186,37 +170,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_arguments(parser, rounds=9)
     parser.add_argument("--compile", action="store_true", help="everything through torch.compile")
     parser.add_argument("--size", type=int, default=64, help="of input and state (default: 64)")
     parser.add_argument("--length", type=int, default=32, help="of a sequence (default: 32)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--kinds", nargs="+", default=["cell", "layer"], metavar="KIND")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=100, help="steps per timing")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=("wall", "cpu"),
-        help="cpu: the process's own time, where others use the machine (and its caches)",
-    )
     parser.add_argument("--output", type=Path, help="default: results/bench/<device>_lstm")
     args = parser.parse_args()
-    if args.device == "cpu" and any(os.environ.get(k) != v for k, v in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_memory(args.device)
     torch.set_num_threads(args.threads)
-    args.dtype = "float32"
-    name = f"{args.device}_lstm{'_compiled' if args.compile else ''}"
-    output = args.output or ROOT / "results/bench" / name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    where = environment(args)
-    where["command"] = " ".join(["python", "scripts/bench_lstm.py", *sys.argv[1:]])
+    path = output(args.output, f"{args.device}_lstm{'_compiled' if args.compile else ''}")
+    where = circumstances(args.device)
+    where |= {"dtype": "float32", "rounds": args.rounds, "clock": args.clock}
     rows = [row for kind in args.kinds for batch in args.batch for row in bench(args, kind, batch)]
     result = {"environment": where, "compile": args.compile, "size": args.size,
               "length": args.length, "rows": rows}  # fmt: skip
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    write_json(path, result)
+    path.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

@@ -16,30 +16,27 @@ Writes <output>.json (with the environment) and <output>.png.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics as stats
-import subprocess
-import sys
-import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common.bench import (
+    add_arguments,
+    circumstances,
+    interleaved,
+    keep_memory,
+    output,
+    ratio,
+    write_json,
+)
 from torch import nn
 
 import sn
 
-ROOT = Path(__file__).resolve().parent.parent
-
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "20000000000",
-    "MALLOC_TOP_PAD_": "200000000",
-}
 # channels, height, width: how often the network has it
 RESNET50 = {
     (64, 112, 112): 1,
@@ -147,43 +144,12 @@ def is_right(make, channels: int, dtype: torch.dtype, device: str, layout) -> fl
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results))
 
 
-def sync(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-clock = time.perf_counter
-
-
-def timed(function, device: str, repeats: int) -> float:
-    sync(device)
-    start = clock()
-    for _ in range(repeats):
-        function()
-    sync(device)
-    return (clock() - start) / repeats
-
-
-def interleaved(functions: dict, device: str, rounds: int, least: float) -> dict[str, list[float]]:
-    """name -> seconds per call, one figure per round."""
-    repeats = {}
-    for name, function in functions.items():
-        timed(function, device, 2)  # warm up, compile
-        repeats[name] = max(1, min(200, round(least / timed(function, device, 1))))
-    times = {name: [] for name in functions}
-    for r in range(rounds):
-        order = list(functions) if r % 2 == 0 else list(reversed(functions))
-        for name in order:
-            times[name].append(timed(functions[name], device, repeats[name]))
-    return times
-
-
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     base = times["bn"]
     return {
         name: {
             "ms": round(1e3 * stats.median(own), 4),
-            "over_bn": round(stats.median(a / b for a, b in zip(own, base)), 4),
+            "over_bn": round(ratio(own, base), 4),
             "best_over_bn": round(min(own) / min(base), 4),
         }
         for name, own in times.items()
@@ -235,6 +201,7 @@ def kept_and_peak(layer, x, dy, device: str) -> tuple[int, int]:
 
 def bench_layers(args, sets: dict, save) -> list[dict]:
     dtype, device = getattr(torch, args.dtype), args.device
+    how = args.rounds, args.clock, device
     layers = contestants(device, args.only)
     rows = []
     for layout_name in args.layouts:
@@ -257,7 +224,7 @@ def bench_layers(args, sets: dict, save) -> list[dict]:
                 built = {n: layer for n, layer in built.items() if n not in wrong}
                 copy = partial(torch.Tensor.clone, x.detach())
                 least = 0.005 if device == "cpu" else 0.01
-                copies = interleaved({"bn": copy}, device, args.rounds, least)["bn"]
+                copies = interleaved({"bn": copy}, *how, least=least)["bn"]
                 one_pass = stats.median(copies) / 2
 
                 def train(layer, x=x, dy=dy):
@@ -278,7 +245,7 @@ def bench_layers(args, sets: dict, save) -> list[dict]:
                     for layer in built.values():
                         layer.train(mode != "eval")
                     calls = {n: partial(call, layer) for n, layer in built.items()}
-                    row[mode] = summary(interleaved(calls, device, args.rounds, least))
+                    row[mode] = summary(interleaved(calls, *how, least=least))
                     for result in row[mode].values():
                         result["floor"] = round(1e3 * one_pass * PASSES[mode] / result["ms"], 3)
                 for name, layer in built.items():
@@ -401,41 +368,13 @@ def bench_networks(args, save) -> list[dict]:
                     loss.backward()
 
                 calls[name] = step
-            result = summary(interleaved(calls, device, args.rounds, 0.0))
+            result = summary(interleaved(calls, args.rounds, args.clock, device))
             row = {"network": network, "layout": layout_name, "input": size}
             row |= {"compiled": args.compile, "step": result}
             rows.append(row)
             save(rows)
             print(network, layout_name, {n: r["over_bn"] for n, r in result.items()}, flush=True)
     return rows
-
-
-def environment(args) -> dict:
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    return {
-        "command": " ".join(["python", "scripts/bench_norm.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(v, 2) for v in os.getloadavg()],
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "malloc": {k: os.environ.get(k) for k in MALLOC},
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "clock": args.clock,
-    }
 
 
 def chart(result: dict, path: Path) -> None:
@@ -490,7 +429,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_arguments(parser, rounds=9)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch", type=int, help="of the ResNet-50 shapes (8 on cpu, 256 on cuda)")
     parser.add_argument("--sets", nargs="+", default=["resnet50", "cifar", "batch2", "detection"])
@@ -498,26 +437,15 @@ def main() -> None:
         "--layouts", nargs="+", default=["contiguous_format", "channels_last"], metavar="LAYOUT"
     )
     parser.add_argument("--only", nargs="+", metavar="LAYER", help="these and bn")
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=("wall", "cpu"),
-        help="cpu: the process's own time, where others use the machine (and its caches)",
-    )
     parser.add_argument("--networks", action="store_true", help="whole steps instead of layers")
     parser.add_argument("--only-networks", nargs="+", metavar="NETWORK", help="of these two")
     parser.add_argument("--compile", action="store_true", help="with --networks: torch.compile")
     parser.add_argument("--quick", action="store_true", help="forward + backward alone")
     parser.add_argument("--output", type=Path, help="default: results/bench/<device>_<what>")
     args = parser.parse_args()
-    if args.device == "cpu" and any(os.environ.get(k) != v for k, v in MALLOC.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    keep_memory(args.device)
     torch.set_num_threads(args.threads)
-    if args.clock == "cpu":
-        global clock
-        clock = time.process_time
     args.batch = args.batch or (8 if args.device == "cpu" else 256)
     sets = {
         "resnet50": (args.batch, RESNET50),
@@ -526,19 +454,19 @@ def main() -> None:
         "detection": (2, DETECTION),
     }
     result = {
-        "environment": environment(args) | {"kind": args.device},
+        "environment": circumstances(args.device)
+        | {"dtype": args.dtype, "rounds": args.rounds, "clock": args.clock, "kind": args.device},
         "layers": [],
         "networks": [],
     }
     what = ("networks_compiled" if args.compile else "networks") if args.networks else "layers"
-    output = args.output or ROOT / f"results/bench/{args.device}_{what}"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output(args.output, f"{args.device}_{what}")
 
     def save(rows: list[dict]) -> None:
         result["networks" if args.networks else "layers"] = rows
         if not args.networks:
             result["summary"] = aggregate(rows)
-        output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)
 
     if args.networks:
         bench_networks(args, save)
@@ -546,7 +474,7 @@ def main() -> None:
         bench_layers(args, {name: sets[name] for name in args.sets}, save)
         for entry in result["summary"]:
             print(*entry.values())
-    chart(result, output.with_suffix(".png"))
+    chart(result, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

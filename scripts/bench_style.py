@@ -12,15 +12,20 @@ Writes <output>.json with the environment and <output>.md.
 """
 
 import argparse
-import json
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common.bench import (
+    add_arguments,
+    circumstances,
+    interleaved,
+    output,
+    ratio,
+    write_json,
+)
 from torch import Tensor, nn
 
 import sn
@@ -34,7 +39,6 @@ from sn.training.style.networks import (
     style_loss,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTENT = "relu2_2"
 STYLE = ["relu1_2", "relu2_2", "relu3_3", "relu4_3"]
 NETWORKS = ("bn", "in", "sn", "peer")
@@ -82,13 +86,11 @@ class PeerNet(nn.Module):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time style transfer against its peer.")
-    parser.add_argument("--device", default="cpu")
+    add_arguments(parser, rounds=7)
     parser.add_argument("--size", type=int, default=128, help="side of training crops")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--megapixels", type=float, default=0.25, help="of the picture stylized")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/bench/style")
+    parser.add_argument("--output", type=Path, help="default: results/bench/style")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     side = 4 * round((args.megapixels * 1e6) ** 0.5 / 4)
@@ -105,9 +107,14 @@ def main(argv: list[str] | None = None) -> None:
             "network alone, forward + backward": network_step(net, crops),
             "stylizing": stylizing(net, picture),
         }
-    seconds = measure(tasks, args.rounds, args.clock, device)
+    seconds = {name: {} for name in tasks}
+    for task in tasks["peer"]:
+        steps = {name: own[task] for name, own in tasks.items()}
+        for name, found in interleaved(steps, args.rounds, args.clock, device, warm_up=1).items():
+            seconds[name][task] = [round(second, 6) for second in found]
     report = {
-        "command": "python scripts/bench_style.py " + " ".join(sys.argv[1:]),
+        **circumstances(device),
+        **environment(device),
         "size": args.size,
         "batch": args.batch,
         "picture": [side, side],
@@ -115,15 +122,14 @@ def main(argv: list[str] | None = None) -> None:
         "clock": args.clock,
         "seconds": seconds,
         "over_peer": {
-            task: {name: ratio(seconds, name, task) for name in NETWORKS}
-            for task in seconds["peer"]
+            task: {name: round(ratio(own[task], base), 3) for name, own in seconds.items()}
+            for task, base in seconds["peer"].items()
         },
-        **environment(device),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path = output(args.output, "style")
+    write_json(path, report)
     text = table(report)
-    args.output.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -176,33 +182,6 @@ def stylizing(net: nn.Module, picture: Tensor) -> Callable[[], None]:
         net(picture)
 
     return step
-
-
-def measure(tasks: dict, rounds: int, clock: str, device: torch.device) -> dict:
-    """Seconds of every round: {network: {task: [...]}}; all networks in turn within a round."""
-    now = time.perf_counter if clock == "wall" else time.process_time
-    seconds = {name: {task: [] for task in steps} for name, steps in tasks.items()}
-    for number in range(rounds + 1):  # the first warms up
-        for task in next(iter(tasks.values())):
-            for name, steps in tasks.items():
-                synchronise(device)
-                start = now()
-                steps[task]()
-                synchronise(device)
-                if number:
-                    seconds[name][task].append(round(now() - start, 6))
-        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
-    return seconds
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def ratio(seconds: dict, name: str, task: str) -> float:
-    pairs = zip(seconds[name][task], seconds["peer"][task])
-    return round(statistics.median(ours / peer for ours, peer in pairs), 3)
 
 
 def table(report: dict) -> str:

@@ -3,7 +3,7 @@
 # the figures. A proxy: 1,437 images of 8x8 say nothing about ImageNet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=outputs/demo
+out=outputs_demo
 cores=$(nproc 2>/dev/null || echo 1)
 echo "Nine short trainings on handwritten digits, $((cores < 4 ? cores : 4)) at a time, a few minutes in all."
 scripts/sweep_settings.sh --norms "bn gn sn" --settings "8x32 8x8 8x2" --output "$out" \

@@ -3,24 +3,34 @@
     python scripts/keep_records.py outputs
 
 Kept are config.yaml, metrics.jsonl, importance.jsonl and summary.json; no checkpoint and no event
-file. A run is refused if its record there differs (--force overwrites it) or if it holds a path of
-the machine it ran on.
+file. A run is refused if it is broken, holds a path of the machine it ran on, or would take the
+place of another one: two runs of one name and other recipes are different runs, whatever --force
+says; --force replaces a record by a repetition of the same recipe alone.
 """
 
 import argparse
 import json
+import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
-from common.records import ROOT, fail, load_runs
+from common.records import (
+    ROOT,
+    Run,
+    describe_differences,
+    differences,
+    fail,
+    read_run,
+    run_folders,
+)
 
 RECORDS = ("config.yaml", "metrics.jsonl", "importance.jsonl", "summary.json")
-REQUIRED = ("config.yaml", "metrics.jsonl", "summary.json")
 # /home/x, ~/x, C:\x, file://x, at the start of a value or after what may come before a path
 LOCAL_PATH = re.compile(
     r"""(?:^|[\s'"=(\[,;:])((?:/[\w.+-]+|~[\w-]*/|[A-Za-z]:[\\/]\w|file://)\S*)"""
@@ -33,61 +43,101 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", type=Path, default=ROOT / "results", metavar="DIR", help="(default: results)"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite records that differ")
+    parser.add_argument("--force", action="store_true", help="replace records of the same recipe")
     args = parser.parse_args(argv)
     try:
-        runs = load_runs(args.source, task=None)
+        folders = run_folders(args.source)
     except FileNotFoundError as error:
         fail(str(error))
-    if not runs:
+    if not folders:
         fail(f"no runs below {args.source}")
     if args.source.resolve() == args.to.resolve():
         fail(f"{args.source} is where the records would go")
 
-    copied, refused, seen = 0, 0, set()
-    for run in runs:
-        if run.summary["status"] not in ("finished", "diverged"):
-            print(f"left out {run.path}: {run.summary['status']}")
-            continue
-        target = args.to / run.name
-        reason = problem(run.path, run.name)
-        if run.name in seen:
-            reason = f"a second run {run.name} below {args.source}"
-        elif not reason and not same(run.path, target) and target.exists() and not args.force:
-            reason = f"{target} holds a record that differs (--force overwrites it)"
-        if reason:
-            print(f"refused {run.path}: {reason}", file=sys.stderr)
-            refused += 1
-            continue
-        seen.add(run.name)
-        if same(run.path, target):
-            print(f"unchanged {target}")
-            continue
-        copy(run.path, target)
-        print(f"copied {target}")
-        copied += 1
-    print(f"{copied} of {len(runs)} runs copied to {args.to}")
-    if refused:
-        fail(f"{refused} of {len(runs)} runs refused")
-
-
-def problem(folder: Path, name: str) -> str | None:
-    """Why a run's records are not fit to be kept, or None."""
-    parts = PurePosixPath(name).parts
-    if not parts or parts[0] == "/" or ".." in parts or "\\" in name:
-        return f"summary.json: run {name!r} is no relative path"
-    missing = [file for file in REQUIRED if not (folder / file).is_file()]
-    if missing:
-        return f"{', '.join(missing)} missing"
-    for file in RECORDS:
-        if not (folder / file).is_file():
-            continue
+    named, copied, refused = defaultdict(list), 0, 0
+    for folder in folders:
         try:
+            run = read_run(folder)
+        except ValueError as error:
+            refused += refuse(folder, str(error))
+            continue
+        if run.summary["status"] in ("finished", "diverged"):
+            named[run.name].append(run)
+        else:
+            print(f"left out {folder}: {run.summary['status']}")
+    for name, runs in named.items():
+        run, target = runs[0], args.to / name
+        reason = local_path(run.path) or several(runs) or occupied(run, target, args.force)
+        if reason:
+            refused += sum(refuse(run.path, reason) for run in runs)
+        elif same(run.path, target):
+            print(f"unchanged {target}")
+        else:
+            try:
+                copy(run.path, target)
+            except OSError as error:
+                refused += refuse(run.path, str(error))
+                continue
+            print(f"copied {target}")
+            copied += 1
+    print(f"{copied} of {len(folders)} runs copied to {args.to}")
+    if refused:
+        fail(f"{refused} of {len(folders)} runs refused")
+
+
+def refuse(folder: Path, reason: str) -> int:
+    print(f"refused {folder}: {reason}", file=sys.stderr)
+    return 1
+
+
+def local_path(folder: Path) -> str | None:
+    """Where a run's records hold a path of the machine it ran on, or None."""
+    if not (folder / "metrics.jsonl").is_file():
+        return "metrics.jsonl missing"
+    for file in RECORDS:
+        if (folder / file).is_file():
             for key, value in strings(read(folder / file)):
                 if found := LOCAL_PATH.search(value):
                     return f"{file}: {key} holds the local path {found[1]}"
-        except (ValueError, yaml.YAMLError) as error:
-            return f"{file} cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def several(runs: list[Run]) -> str | None:
+    """Why runs of one name cannot all be kept: they are not copies of one run."""
+    first = runs[0]
+    for run in runs[1:]:
+        if found := differences([first, run]):
+            return (
+                f"another run has its name, {first.name}, and another recipe "
+                f"({describe_differences(found)}); give one of them a run_name= of its own"
+            )
+    for run in runs[1:]:
+        if not same(first.path, run.path):
+            return (
+                f"a second run of the name {first.name} and the same recipe: two runs of one seed "
+                f"({first.path}, {run.path}); keep one of them"
+            )
+    return None
+
+
+def occupied(run: Run, target: Path, force: bool) -> str | None:
+    """Why the record at `target` is not to be replaced by `run`, or None."""
+    if not target.exists() or same(run.path, target):
+        return None
+    if not (target / "summary.json").exists() and target.is_dir() and not any(target.iterdir()):
+        return None
+    try:
+        old = read_run(target)
+        found = differences([old, run])
+    except ValueError as error:
+        return None if force else f"{error} (--force overwrites it)"
+    if found:
+        return (
+            f"{target} holds another run of that name ({describe_differences(found)}); give one of "
+            "them a run_name= of its own, or keep it elsewhere (--to)"
+        )
+    if not force:
+        return f"{target} holds a record that differs (--force overwrites it)"
     return None
 
 
@@ -126,9 +176,14 @@ def same(source: Path, target: Path) -> bool:
 def copy(source: Path, target: Path) -> None:
     """Copy the records; one that the source lacks is removed, summary.json comes last."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in RECORDS:
+    parts = []
+    for name in RECORDS:  # all of them, before anything there is replaced
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            parts.append(target / f"{name}.part")
+            shutil.copyfile(source / name, parts[-1])
+    for name in RECORDS:
+        if target / f"{name}.part" in parts:
+            os.replace(target / f"{name}.part", target / name)
         else:
             (target / name).unlink(missing_ok=True)
 

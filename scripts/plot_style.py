@@ -11,43 +11,42 @@ Source: Fig 5(a) from results/paper.yaml; Fig 6.
 """
 
 import argparse
-import csv
-import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from textwrap import fill
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from common.records import (
+from common.figures import (
     COLORS,
-    ROOT,
-    RUNS_HELP,
-    STATISTICS,
-    Run,
-    block_importance,
-    fail,
-    load_paper,
-    load_runs,
-    mean_and_sd,
+    INTERVAL,
+    PARTS,
+    STYLES,
+    arguments,
+    by_recipe,
+    clear,
+    color,
+    draw_seeds,
+    fit,
+    legend,
+    mark_start,
+    present,
+    read,
+    save,
+    statistic_lines,
+    tidy,
 )
+from common.pages import begin, kept_notes, link, md_table, origin, plural, write
+from common.records import Run, block_importance, fail, load_paper, mean_and_sd
 
+SCRIPT = Path(__file__).stem
 NORMS = ("bn", "in", "sn")  # Fig 5(a)'s; others follow
-PARTS = {"loss": "total", "content": "content", "style": "style"}
-NOTES = re.compile(r"<!-- notes -->\n(.*?)<!-- /notes -->", re.DOTALL)
+LOSSES = {"loss": "total", "content": "content", "style": "style"}
+# The lr is constant: a longer run begins as a shorter one, and means end where the first run does.
+LENGTH = ("steps", "schedule.steps")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw style transfer runs (Figs 5(a) and 6).")
-    parser.add_argument(
-        "--runs", type=Path, default=ROOT / "results", metavar="ROOT", help=RUNS_HELP
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder to draw in (default: ROOT/figures)"
-    )
+    parser = arguments("Draw style transfer runs (Figs 5(a) and 6).")
     parser.add_argument(
         "--window", type=int, default=25, help="steps that a curve's point averages"
     )
@@ -65,39 +64,47 @@ def main(argv: list[str] | None = None) -> None:
 
     groups = choose(args.runs)
     out = args.out or args.runs / "figures"
-    out.mkdir(parents=True, exist_ok=True)
-    for name, cells in groups.items():
-        path = out / f"style_loss_{name}.png"
-        draw_curves(cells, args.window, load_paper()["fig_5a"], path)
-        print(path)
-        if any(run.importance for runs in cells.values() for run in runs):
-            path = out / f"style_importance_{name}.png"
-            draw_importance(cells, path)
-            print(path)
-    readme = args.runs / "style_transfer" / "README.md"
-    if readme.parent.is_dir():
-        write_readme(groups, args.window, readme)
-        print(readme)
+    page = (args.out or args.runs / "style_transfer") / "README.md"
+    try:
+        notes = kept_notes(page, SCRIPT)
+    except ValueError as error:
+        fail(str(error))
+    for name, (cells, lines) in groups.items():
+        path = out / f"style_loss_{name}.{args.format}"
+        draw_curves(cells, args.window, load_paper()["fig_5a"], path, lines)
+        weighted = [run for run in cells.get("sn", ()) if run.importance]
+        if weighted:
+            draw_importance(weighted, out / f"style_importance_{name}.{args.format}", lines)
+    if page.parent.is_dir():
+        write(page, markdown(groups, args.window, notes, page.parent))
+        print(page)
     if args.checkpoints:
         path = out / "style_grid.jpg"
-        draw_grid(groups, args, path)
+        draw_grid([cells for cells, _ in groups.values()], args, path)
         print(path)
 
 
-def choose(root: Path) -> dict[str, dict[str, list[Run]]]:
-    """Runs by group (photos, style and pixels, batch), then norm, then seed; at least one."""
-    try:
-        runs = load_runs(root, "style_transfer")
-    except FileNotFoundError as error:
-        fail(str(error))
-    runs = [run for run in runs if run.metrics and not run.diverged]
+def choose(root: Path) -> dict[str, tuple[dict[str, list[Run]], list[str]]]:
+    """Runs by group (photos, style, pixels, batch, recipe), then norm, then seed; at least one."""
+    runs = [run for run in read(root, "style_transfer") if not run.diverged]
+    runs = [run for run in runs if all(curve(run, part) for part in LOSSES)]
     if not runs:
         fail(f"no finished style transfer runs below {root}")
-    groups = defaultdict(lambda: defaultdict(list))
+    named = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
-        name = f"{run.name.split('/')[1]}_b{run.summary['batch_size']}"
-        groups[name][run.summary["norm"]].append(run)
-    return {name: {norm: cells[norm] for norm in order(cells)} for name, cells in groups.items()}
+        s = run.summary
+        photos = f"{s['data']['name']}_{s['style']['name']}_{s['image_size']}px"
+        named[f"{photos}_b{s['batch_size']}"].append(run)
+    groups = {}
+    for name, (found, lines) in by_recipe(named, norm_of, LENGTH).items():
+        norms = order({norm_of(run) for run in found})
+        cells = {norm: [run for run in found if norm_of(run) == norm] for norm in norms}
+        groups[name] = cells, lines
+    return groups
+
+
+def norm_of(run: Run) -> str:
+    return run.summary["norm"]
 
 
 def order(norms) -> list[str]:
@@ -106,7 +113,7 @@ def order(norms) -> list[str]:
 
 def curve(run: Run, part: str) -> list[float]:
     """The recorded losses of every step."""
-    values = [line[f"train/{part}"] for line in run.metrics]
+    values = [line.get(f"train/{part}") for line in run.metrics]
     return [value for value in values if value is not None]
 
 
@@ -116,30 +123,23 @@ def windows(values: list[float], size: int) -> list[tuple[int, float]]:
     return [(end, sum(values[end - size : end]) / size) for end in ends]
 
 
-def draw_curves(cells: dict[str, list[Run]], window: int, paper: dict, path: Path) -> None:
-    """Total, content and style loss of every seed and their mean; the paper's curves beside."""
+def draw_curves(cells, window: int, paper: dict, path: Path, lines: list[str]) -> None:
+    """Total, content and style loss of every run and their mean; the paper's curves beside."""
     figure, panels = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
     rows = []
-    for panel, (part, title) in zip(panels, PARTS.items()):
+    for panel, (part, title) in zip(panels, LOSSES.items()):
         for norm, runs in cells.items():
-            found = defaultdict(list)
-            for run in runs:
-                points = windows(curve(run, part), window)
-                if not points:
-                    continue
-                panel.plot(*zip(*points), color=COLORS[norm], alpha=0.35, linewidth=0.9)
-                for step, value in points:
-                    found[step].append(value)
-                    rows.append(["ours", norm, run.seed, title, step, f"{value:.6g}"])
-            mean = [(s, mean_and_sd(v)[0]) for s, v in found.items() if len(v) == len(runs)]
-            if not mean:
-                continue
-            label = f"{norm.upper()} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            panel.plot(*zip(*mean), color=COLORS[norm], linewidth=2.2, label=label)
+            found = {(run.seed, run.path): windows(curve(run, part), window) for run in runs}
+            for (seed, _), points in found.items():
+                rows += [["ours", norm, seed, title, s, f"{value:.6g}"] for s, value in points]
+            found = {key: points for key, points in found.items() if points}
+            draw_seeds(panel, found, color(norm), width=2.2)
+            seeds = plural(len({run.seed for run in runs}), "seed")
+            panel.plot([], [], color=color(norm), linewidth=2.2, label=f"{norm.upper()} ({seeds})")
         panel.set_yscale("log")
+        fit([panel])
         panel.set_title(f"Ours: {title} loss", fontsize=11)
-        if rows:
-            panel.legend(frameon=False, fontsize=9)
+        panel.legend(frameon=False, fontsize=9)
     for norm, values in paper["loss"].items():
         panels[3].plot(paper["steps"], values, "o-", color=COLORS[norm], label=norm.upper())
         rows += [["paper, Fig 5(a)", norm, "", "total", s, 1e5 * v]
@@ -151,54 +151,45 @@ def draw_curves(cells: dict[str, list[Run]], window: int, paper: dict, path: Pat
     panels[3].set_xticks(range(0, paper["steps"][-1] + 1, 10_000))
     for panel in panels:
         panel.set_xlabel("step")
-        panel.grid(alpha=0.3, which="both")
-        panel.spines[["top", "right"]].set_visible(False)
-    save(figure, path, f"{describe(cells)} Each point: the mean of {window} steps of training; "
-         "thin: every seed, thick: their mean as far as all seeds go.")  # fmt: skip
-    header = ["source", "norm", "seed", "loss", "step", "value"]
-    write_csv(path, header, rows)
-
-
-def draw_importance(cells: dict[str, list[Run]], path: Path) -> None:
-    """Mean (solid) and variance (dashed) weights of each block over the steps, all seeds."""
-    runs = [run for norm, found in cells.items() if norm == "sn" for run in found if run.importance]
-    if not runs:
-        return
-    blocks = list(block_importance(runs[0].importance[0]))
-    figure, panels = plt.subplots(
-        1,
-        len(blocks),
-        figsize=(2.6 * max(2, len(blocks)), 3.6),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
+        clear(panel)
+    first = (
+        f"{describe(cells)} Each point: the mean of {window} steps of training; thin: every run, "
+        f"thick: their mean as far as all go; {INTERVAL}."
     )
-    panels, rows = panels[0], []
-    for panel, block in zip(panels, blocks):
+    header = ["source", "norm", "seed", "loss", "step", "value"]
+    save(figure, path, [first, *lines], header, rows, width=150)
+
+
+def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
+    """Mean (solid) and variance (dashed) weights of SN's blocks over the steps."""
+    blocks = list(block_importance(runs[0].importance[0]))
+    size = (2.6 * max(2, len(blocks)), 3.6)
+    figure, panels = plt.subplots(
+        1, len(blocks), figsize=size, sharey=True, layout="constrained", squeeze=False
+    )
+    rows, statistics = [], []
+    for panel, block in zip(panels[0], blocks):
+        points = defaultdict(lambda: defaultdict(list))
         for run in runs:
-            for part, line in (("mean", "-"), ("var", "--")):
-                steps = [record["step"] for record in run.importance]
-                weights = [block_importance(r, part)[block] for r in run.importance]
-                for s in weights[0]:
-                    values = [weight[s] for weight in weights]
-                    panel.plot(steps, values, line, color=COLORS[s], linewidth=1.3)
-                    rows += [[run.seed, block, part, s, step, round(value, 6)]
-                             for step, value in zip(steps, values)]  # fmt: skip
+            for part in PARTS:
+                found = [(r["step"], block_importance(r, part).get(block, {}))
+                         for r in run.importance]  # fmt: skip
+                statistics = present(weights for _, weights in found)
+                for s in statistics:
+                    points[part, s][run.seed, run.path] = [(step, w[s]) for step, w in found]
+                    rows += [[run.seed, block, part, s, step, tidy(w[s])] for step, w in found]
+        for (part, s), found in points.items():
+            draw_seeds(panel, found, COLORS[s], STYLES[part], 1.5)
+        mark_start(panel, [len(points) // len(PARTS)])
         panel.set_title(block, fontsize=11)
         panel.set_xlabel("step")
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("importance weight")
-    present = [s for s in STATISTICS if s in weights[0]]
-    handles = [plt.Line2D([], [], color=COLORS[s], linewidth=2, label=s.upper()) for s in present]
-    handles += [
-        plt.Line2D([], [], color="0.3", linestyle=line, label=f"{name} weights")
-        for name, line in (("mean", "-"), ("variance", "--"))
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
-    note = "The start is 1/3 each. Each block: the average over its SN layers; a line per seed."
-    save(figure, path, f"{describe({'sn': runs})} {note}")
-    write_csv(path, ["seed", "block", "weights", "statistic", "step", "value"], rows)
+        clear(panel)
+    fit(panels[0])
+    panels[0][0].set_ylabel("importance weight")
+    legend(figure, statistic_lines(statistics))
+    first = f"{describe({'sn': runs})} Each block: the average over its SN layers; {INTERVAL}."
+    header = ["seed", "block", "weights", "statistic", "step", "value"]
+    save(figure, path, [first, *lines], header, rows)
 
 
 def describe(cells: dict[str, list[Run]]) -> str:
@@ -214,13 +205,13 @@ def describe(cells: dict[str, list[Run]]) -> str:
     )
 
 
-def draw_grid(groups: dict, args: argparse.Namespace, path: Path) -> None:
+def draw_grid(groups: list[dict[str, list[Run]]], args: argparse.Namespace, path: Path) -> None:
     """Fig 6: a row per photograph and style, the style inset, a column per norm."""
     from sn.training.style.photos import read_image, resize_long_side, to_pil, to_tensor
     from sn.training.style.stylize import load_style_net, stylize
 
     rows, columns = [], []
-    for cells in groups.values():
+    for cells in groups:
         runs = {
             norm: max(found, key=lambda run: run.summary["steps"]) for norm, found in cells.items()
         }
@@ -265,33 +256,22 @@ def checkpoint(root: Path, run: Run) -> Path:
     return root / run.name / "checkpoint.pt"
 
 
-def write_readme(groups: dict, window: int, path: Path) -> None:
-    """The table of all runs; what stands between the notes markers is kept."""
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    notes = match[1] if (match := NOTES.search(old)) else ""
-    lines = [
-        "<!-- generated by scripts/plot_style.py; write between the notes markers only -->",
-        "",
-        "# Style transfer (section 4.3, Figs 5(a) and 6)",
-        "",
-        f"<!-- notes -->\n{notes}<!-- /notes -->",
-    ]
-    for name, cells in groups.items():
-        lines += ["", f"## {name}", "", describe(cells), ""]
-        lines += [
+def markdown(groups: dict, window: int, notes: str, folder: Path) -> list[str]:
+    """The parts of the page; `folder` is where it will lie, for its links."""
+    parts = begin(SCRIPT, "# Style transfer (section 4.3, Figs 5(a) and 6)", notes)
+    for name, (cells, lines) in groups.items():
+        parts += [f"## {name}", describe(cells), *lines]
+        parts += [
             f"Training loss, mean of {window} steps up to the one named; evaluation: centre crops, "
-            "the network as in stylizing.",
-            "",
+            "the network as in stylizing."
         ]
         marks = common_steps(cells, window)
-        lines.append("| norm | seed | " + " | ".join(f"step {s}" for s in marks)
-                     + " | steps | last, content | last, style | evaluation | minutes | commit | "
-                     "date | note |")  # fmt: skip
-        lines.append("| --- | --- |" + " --- |" * (len(marks) + 8))
+        header = ["norm", "seed", *(f"step {s}" for s in marks), "steps", "last, content"]
+        table = [[*header, "last, style", "evaluation", "minutes", "commit", "date", "note"]]
         for norm, runs in cells.items():
-            lines += [table_row(norm, run, marks, window) for run in runs]
-        lines += ["", *ratios(cells, marks, window)]
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+            table += [table_row(norm, run, marks, window, folder) for run in runs]
+        parts += [md_table(table), *ratios(cells, marks, window)]
+    return parts
 
 
 def common_steps(cells: dict[str, list[Run]], window: int) -> list[int]:
@@ -307,36 +287,34 @@ def at_step(run: Run, step: int, window: int, part: str = "loss") -> float | Non
     return sum(values[step - window : step]) / window if len(values) >= step else None
 
 
-def table_row(norm: str, run: Run, marks: list[int], window: int) -> str:
+def table_row(norm: str, run: Run, marks: list[int], window: int, folder: Path) -> list:
     summary, last = run.summary, len(curve(run, "loss"))
     cells = [at_step(run, step, window) for step in marks]
     cells = ["" if value is None else f"{value:.3g}" for value in cells]
-    parts = [f"{at_step(run, last, min(window, last), part):.3g}" for part in ("content", "style")]
-    evaluation = "" if summary["loss"] is None else f"{summary['loss']:.3g}"
-    link = f"[{norm}]({run.name.removeprefix('style_transfer/')})"
-    rest = [f"{summary['wall_s'] / 60:.1f}", str(summary["commit"])[:10], summary["date"][:10]]
-    row = [link, str(run.seed), *cells, str(summary["steps"]), *parts, evaluation, *rest,
-           summary.get("note") or ""]  # fmt: skip
-    return "| " + " | ".join(row) + " |"
+    parts = [at_step(run, last, min(window, last), part) for part in ("content", "style")]
+    parts = ["" if value is None else f"{value:.3g}" for value in [*parts, summary.get("loss")]]
+    minutes, _, _, commit, date = origin(run)
+    row = [link(run, folder, norm), run.seed, *cells, summary["steps"], *parts]
+    return [*row, minutes, commit, date, summary.get("note")]
 
 
 def ratios(cells: dict[str, list[Run]], marks: list[int], window: int) -> list[str]:
     """How often SN < IN, IN < BN and SN < IN < BN held, seed by seed."""
     if not set(NORMS) <= cells.keys() or not marks:
         return []
-    lines = [
-        "| step | seeds | SN / IN, each seed | IN / BN, each seed | SN < IN | IN < BN | "
-        "SN < IN < BN |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["step", "seeds", "SN / IN, each seed", "IN / BN, each seed", "SN < IN", "IN < BN"]
+    table = [[*header, "SN < IN < BN"]]
     for step in marks:
-        found = defaultdict(dict)
+        found = defaultdict(lambda: defaultdict(list))
         for norm in NORMS:
             for run in cells[norm]:
-                value = at_step(run, step, window)
-                if value is not None:
-                    found[run.seed][norm] = value
-        whole = [v for v in found.values() if len(v) == len(NORMS)]
+                if (value := at_step(run, step, window)) is not None:
+                    found[run.seed][norm].append(value)
+        whole = [
+            {norm: mean_and_sd(values)[0] for norm, values in norms.items()}
+            for norms in found.values()
+            if len(norms) == len(NORMS)
+        ]
         if not whole:
             continue
         sn_in = [v["sn"] / v["in"] for v in whole]
@@ -345,20 +323,8 @@ def ratios(cells: dict[str, list[Run]], marks: list[int], window: int) -> list[s
         listed = [", ".join(f"{value:.2f}" for value in values) for values in (sn_in, in_bn)]
         held = [sum(v < 1 for v in sn_in), sum(v < 1 for v in in_bn), both]
         counts = [f"{count} of {len(whole)}" for count in held]
-        lines.append("| " + " | ".join([str(step), str(len(whole)), *listed, *counts]) + " |")
-    return lines
-
-
-def save(figure, path: Path, caption: str) -> None:
-    figure.supxlabel(fill(caption, 150), fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([header, *rows])
+        table.append([step, len(whole), *listed, *counts])
+    return [md_table(table)]
 
 
 if __name__ == "__main__":

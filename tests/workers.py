@@ -1,5 +1,7 @@
 """Typed configs of every entrypoint, and fresh processes, alone or in a gloo group."""
 
+import contextlib
+import copy
 import importlib
 import multiprocessing
 import os
@@ -10,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sn.training.run import entry
@@ -26,6 +28,7 @@ SCHEMAS = {  # root config -> module of its schema
     "style_transfer": "sn.training.style.config",
     "enas": "enas.config",
     "enas_retrain": "enas.config",
+    "nasbench201": "enas.config",
 }
 
 
@@ -41,8 +44,32 @@ def config(*overrides: str, root: str = "imagenet"):
     try:
         return typed(composed(root, *overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        schema = OmegaConf.get_type(ConfigStore.instance().load(f"{root}_schema.yaml").node)
-        raise ValueError(entry.explain(error, schema)) from error
+        raise ValueError(explained(root, error)) from error
+
+
+def explained(root: str, error: Exception) -> str:
+    """What the user reads when Hydra or OmegaConf refuses something."""
+    return entry.explain(error, schema(root))
+
+
+def schema(root: str) -> type:
+    importlib.import_module(SCHEMAS[root])
+    return OmegaConf.get_type(ConfigStore.instance().load(f"{root}_schema.yaml").node)
+
+
+def with_value(root: str, cfg, key: str, value, add: bool = False):
+    """The typed config when `key=value` (`add`: +key=value) is on the command line, as Hydra does.
+
+    Raises as `config`, but without composing `cfg` again: milliseconds. `cfg` stays as it was.
+    """
+    changed = copy.deepcopy(cfg)
+    OmegaConf.set_struct(changed, True)
+    try:
+        with open_dict(changed) if add else contextlib.nullcontext():
+            OmegaConf.update(changed, key, value, merge=True, force_add=add)
+        return typed(changed)
+    except OmegaConfBaseException as error:
+        raise ValueError(explained(root, error)) from error
 
 
 def train_in_group(world_size: int, *overrides: str, timeout: float = 240) -> None:

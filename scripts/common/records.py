@@ -1,19 +1,22 @@
 """Read run records: what a run folder keeps in git, as the scripts' tables and figures need it.
 
-A leaf that imports neither torch nor `sn`, so that the scripts can read records without them.
+A leaf that imports neither torch nor `sn`, so that the scripts can read records without them. What
+is read is held to one schema (`SUMMARY`, `OF_TASK`, `FINISHED`, `LAYER`): a record that breaks it
+is left out with a warning, so that one broken file never ends a table or a figure of all runs.
 """
 
 import json
 import logging
 import math
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
+from scipy.special import stdtrit
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +26,56 @@ RUNS_HELP = "folder that holds the run records (default: results/ of the clone)"
 STATISTICS = ("in", "ln", "gn", "bn")
 # Fig 2's order, so that a figure of ours reads like the paper's.
 FIGURE_SETTINGS = ("8x32", "8x16", "8x8", "8x4", "8x2", "8x1", "1x8", "1x16", "1x32")
-# One colour per norm and statistic in every figure (Okabe and Ito, safe for colour-blind readers).
-COLORS = {"bn": "#0072B2", "gn": "#E69F00", "sn": "#000000", "in": "#009E73", "ln": "#D55E00"}
-COLORS |= {"sn_in_ln": "#CC79A7", "sn_with_bn": "#56B4E9", "none": "#999999"}
-
 # Keys of config.yaml that do not change what a run computes, or that a table's cell fixes.
 NOT_RECIPE = {"seed", "output_dir", "run_name", "hydra", "root", "workers", "num_workers"}
 NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "backend"}
 NOT_RECIPE |= {"experiment", "scale", "emulation", "world_size", "parts_name"}
 
-# What a task's tables need of a summary, beside model, scale, setting and data.
-NEEDED = {"imagenet": {"norm": str}, "detection": {"parts": dict, "init": dict}}
+# What a summary holds, key by key: a type (float: any finite number, [x]: a list of x, a
+# dictionary: the same within). A key that ends in ? may be null or missing.
+NAME, COUNT = "name", "count"  # part of a file name; 1 or more
+SUMMARY = {
+    **{"task": str, "run": str, "status": str, "seed": int, "error?": str, "note?": str},
+    **{"epochs?": int, "steps?": int, "images_seen?": int, "wall_s?": float, "lr?": float},
+    **{"precision?": str, "device?": str, "commit?": str, "date?": str},
+    "versions?": {"torch?": str},
+}
+DATA = {"name": NAME, "train_images?": int, "val_images?": int, "sha256?": str}
+CELL = {
+    **{"model": NAME, "scale": NAME, "data": DATA},
+    "setting": {"gpus": COUNT, "images_per_gpu": COUNT},
+}
+AP = {f"{kind}_{ap}?": float for kind in ("box", "mask")
+      for ap in ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")}  # fmt: skip
+OF_TASK = {
+    "imagenet": CELL
+    | {"norm": NAME, "statistics?": [str], "top1?": float, "top1_batch_average?": float},
+    "detection": CELL | {"parts": dict, "init": {"name": str}} | AP,
+    "style_transfer": {
+        **{"norm": NAME, "scale": str, "image_size": COUNT, "batch_size": COUNT, "steps": int},
+        **{"data": DATA | {"train_images": int}, "style": {"name": NAME}, "loss?": float},
+        "vgg": {"weights": str},
+    },
+    "enas": {
+        **{"sampler": str, "norm?": str, "data": DATA, "model": NAME, "scale": NAME},
+        **{"shared_top1?": float, "best_shared_top1?": float, "epochs": int},
+    },
+    "enas_retrain": {
+        **{"name": str, "data": DATA, "model": NAME, "scale": NAME, "parameters": int},
+        **{"epochs": int, "retrained_val_top1?": float, "retrained_test_top1?": float},
+        "test_images?": int,
+    },
+}
+SPENT = ("child_steps", "controller_updates", "images_seen", "images_scored")
+FINISHED = {  # what the records of finished runs hold beside that
+    "enas": dict.fromkeys(("shared_top1", "best_shared_top1", "entropy", "reward"), float)
+    | dict.fromkeys(SPENT, int),
+    "enas_retrain": {"retrained_val_top1": float},
+}
+LAYER = {"block": str, "mean": dict, "var": dict}  # of a line of importance.jsonl
+KINDS = {str: "text", int: "a whole number", float: "a finite number", dict: "a mapping"}
+KINDS |= {NAME: "a name without slashes", COUNT: "a whole number of 1 or more"}
+MOST_VALUES = 100_000  # of a config; what refers to itself has no end
 
 
 def fail(message: str) -> NoReturn:
@@ -117,80 +159,224 @@ def load_runs(root: Path | str, task: str | None = "imagenet") -> list[Run]:
     A broken record is left out with a warning that names the file. Raises FileNotFoundError for a
     root that is no folder.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}")
     runs = []
-    for path in sorted(root.rglob("summary.json")):
+    for folder in run_folders(root):
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            _check_summary(summary)
-        except (OSError, ValueError) as error:
-            log.warning("warning: %s left out: %s", path, error)
+            run = read_run(folder, task)
+        except ValueError as error:
+            log.warning("warning: run left out: %s", error)
             continue
-        if task is not None and summary["task"] != task:
-            continue
-        folder = path.parent
-        importance = _read_lines(folder / "importance.jsonl", ("layers",))
-        metrics = _read_lines(folder / "metrics.jsonl")
-        runs.append(Run(folder, summary, _read_config(folder), importance, metrics))
+        if run is not None:
+            runs.append(run)
     return runs
 
 
+def run_folders(root: Path | str) -> list[Path]:
+    """The folders below `root` that hold a `summary.json`, sorted.
+
+    Raises FileNotFoundError for a root that is no folder.
+    """
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"no folder {root}")
+    return [path.parent for path in sorted(Path(root).rglob("summary.json"))]
+
+
+def read_run(folder: Path, task: str | None = None) -> Run | None:
+    """The records of one run folder; None if it is of another task.
+
+    Raises ValueError, with the file's path first, for anything that breaks the schema.
+    """
+    path = folder / "summary.json"
+    try:
+        summary = _parse(_text(path), json.loads)
+        _check_summary(summary)
+        if task is not None and summary["task"] != task:
+            return None
+        path = folder / "config.yaml"
+        config = _parse(_text(path), yaml.safe_load)
+        _check_config(config)
+        path = folder / "importance.jsonl"
+        importance = _read_lines(path)
+        finite = summary["status"] != "diverged"
+        _check_importance(importance, finite)
+        path = folder / "metrics.jsonl"
+        metrics = _read_lines(path)
+        for line in metrics if finite else ():
+            _check_finite(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Run(folder, summary, config, importance, metrics)
+
+
+def _text(path: Path) -> str:
+    """The text of a file. Raises ValueError for what is none, a folder or a pipe too."""
+    if not path.exists():
+        raise ValueError("missing")
+    if not path.is_file():
+        raise ValueError("no regular file")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(_one_line(error)) from None
+
+
+def _parse(text: str, parser) -> Any:
+    try:
+        return parser(text)
+    except Exception as error:  # PyYAML raises whatever a broken value runs into
+        raise ValueError(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _check_summary(summary: Any) -> None:
-    """Raise ValueError if a summary lacks what every table needs."""
+    """Raise ValueError if a summary is not as `SUMMARY`, `OF_TASK` and `FINISHED` say."""
     if not isinstance(summary, dict):
         raise ValueError("not a JSON object")
-    needed = {"task": str, "run": str, "status": str, "seed": int}
-    if summary.get("task") in NEEDED:
-        needed |= {"model": str, "scale": str, "setting": dict, "data": dict}
-        needed |= NEEDED[summary["task"]]
-    for key, kind in needed.items():
-        if not isinstance(summary.get(key), kind):
-            raise ValueError(f"no {key!r}, or not of type {kind.__name__}")
-    if summary["task"] in NEEDED:
-        if not isinstance(summary["data"].get("name"), str):
-            raise ValueError("no 'data.name'")
-        for key in ("gpus", "images_per_gpu"):
-            if not isinstance(summary["setting"].get(key), int):
-                raise ValueError(f"no 'setting.{key}', or not a whole number")
+    _check_keys(summary, SUMMARY)
+    parts = summary["run"].split("/")
+    if len(parts) < 2 or not all(map(_is_name, parts)):
+        raise ValueError(f"run: expected a relative path, got {summary['run']!r}")
+    task = summary["task"]
+    _check_keys(summary, OF_TASK.get(task, {}))
+    if summary["status"] != "diverged":
+        _check_finite(summary)
+    if summary["status"] == "finished":
+        _check_keys(summary, FINISHED.get(task, {}))
+    if task == "detection":
+        _check_keys(summary["parts"], dict.fromkeys(summary["parts"], NAME), "parts.")
+        if not summary["parts"]:
+            raise ValueError("parts: empty")
+    if task == "enas" and summary["sampler"] == "controller" and not summary.get("norm"):
+        raise ValueError("norm: missing, though there is a controller")
 
 
-def _read_lines(path: Path, keys: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file by epoch or step; of a resumed run the later line counts."""
-    if not path.is_file():
+def _check_keys(values: dict, schema: dict, where: str = "") -> None:
+    for key, kind in schema.items():
+        optional = key.endswith("?")
+        key = key.removesuffix("?")
+        value = values.get(key)
+        if value is None and optional:
+            continue
+        if key not in values:
+            raise ValueError(f"no {where + key!r}")
+        _check_value(value, kind, where + key)
+
+
+def _check_value(value: Any, kind: Any, where: str) -> None:
+    """Raise ValueError if a value is not of a kind of the schema."""
+    if isinstance(kind, dict) and isinstance(value, dict):
+        return _check_keys(value, kind, f"{where}.")
+    if isinstance(kind, list) and isinstance(value, list):
+        for item in value:
+            _check_value(item, kind[0], where)
+        return None
+    if isinstance(kind, dict | list):
+        kind = type(kind)
+    if kind == NAME:
+        right = isinstance(value, str) and _is_name(value)
+    elif kind in (int, COUNT):
+        right = type(value) is int and abs(value) < 2**63 and (kind is int or value > 0)
+    elif kind is float:
+        right = type(value) in (int, float)  # that it is finite, `_check_finite` says
+    else:
+        right = isinstance(value, kind)
+    if not right:
+        expected = KINDS.get(kind, "a list")
+        raise ValueError(f"{where}: expected {expected}, got {str(value)[:60]!r}")
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text may be one part of a path."""
+    return text.isprintable() and text.strip(". ") != "" and not set(text) & set("/\\")
+
+
+def _check_finite(value: Any, where: str = "") -> None:
+    """Raise ValueError for a number inside that is none, or that no float can hold."""
+    if isinstance(value, float | int) and not abs(value) < 1e300:
+        raise ValueError(f"{where}: expected a finite number, got {str(value)[:60]}")
+    inside = value.items() if isinstance(value, dict) else ()
+    inside = enumerate(value) if isinstance(value, list) else inside
+    for key, item in inside:
+        _check_finite(item, f"{where}.{key}" if where else str(key))
+
+
+def _check_config(config: Any) -> None:
+    """Raise ValueError if a config is no tree of mappings."""
+    if not isinstance(config, dict):
+        raise ValueError("not a mapping")
+    rest, count = [config], 0
+    while rest:
+        value = rest.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values, or one that refers to itself")
+        if isinstance(value, dict):
+            if bad := [key for key in value if not isinstance(key, str)]:
+                raise ValueError(f"expected text as a key, got {bad[0]!r}")
+            rest += value.values()
+        elif isinstance(value, list | tuple | set):
+            rest += value
+
+
+def _check_importance(lines: list[dict[str, Any]], finite: bool) -> None:
+    """Raise ValueError unless every line has the same layers, with weights from 0 to 1.
+
+    finite: the weights are numbers; those of a run that diverged need not be.
+    """
+    first = None
+    for number, line in enumerate(lines, 1):
+        where = f"record {number}: "
+        layers = line.get("layers")
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError(f"{where}no layers")
+        shape = []
+        for name, layer in layers.items():
+            _check_value(layer, LAYER, f"{where}{name}")
+            for part in ("mean", "var"):
+                if not layer[part]:
+                    raise ValueError(f"{where}{name}.{part}: empty")
+                for statistic, weight in layer[part].items():
+                    _check_value(weight, float, f"{where}{name}.{part}.{statistic}")
+                    inside = -1e-6 <= weight <= 1 + 1e-6 or not finite
+                    if statistic not in STATISTICS or not inside:
+                        raise ValueError(
+                            f"{where}{name}.{part}: expected weights from 0 to 1 of "
+                            f"{', '.join(STATISTICS)}, got {statistic}: {weight}"
+                        )
+            if layer["mean"].keys() != layer["var"].keys():
+                raise ValueError(f"{where}{name}: mean and var have other statistics")
+            shape.append((name, layer["block"], sorted(layer["mean"])))
+        first = first or shape
+        if shape != first:
+            raise ValueError(f"{where}other layers, blocks or statistics than before")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file by epoch or step; of a resumed run the later line counts.
+
+    Raises ValueError for a line that is no object with epoch or step.
+    """
+    if not path.exists():
         return []
     lines = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or any(key not in record for key in keys):
-                raise ValueError(f"needs {', '.join(keys) or 'an object'}")
+            record = _parse(line, json.loads)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
             unit = next((key for key in ("epoch", "step") if key in record), None)
-            if unit is None or not isinstance(record[unit], int):
-                raise ValueError("needs epoch or step, a whole number")
+            if unit is None:
+                raise ValueError("neither epoch nor step")
+            _check_value(record[unit], int, unit)
             lines[record[unit]] = record
         except ValueError as error:
-            log.warning("warning: %s line %d left out: %s", path, number, error)
+            raise ValueError(f"line {number}: {error}") from None
     return [lines[count] for count in sorted(lines)]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        log.warning("warning: %s is missing; the run's recipe cannot be compared", path)
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a mapping")
-        return config
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        log.warning("warning: %s not read: %s", path, reason)
-        return {}
 
 
 def by_group(runs: Iterable[Run]) -> dict[tuple[str, str, str], list[Run]]:
@@ -238,13 +424,21 @@ def sort_norms(norms: Iterable[str]) -> list[str]:
     return sorted(set(norms), key=lambda norm: (first.index(norm) if norm in first else 3, norm))
 
 
-def differences(runs: Sequence[Run], one_cell: bool = True) -> dict[str, list[str]]:
+def differences(
+    runs: Sequence[Run], one_cell: bool = True, free: Collection[str] = ()
+) -> dict[str, list[str]]:
     """What the recipes of runs that are to be averaged (or compared) differ in, with the values.
 
     one_cell: the runs share norm and setting and should differ in the seed alone; otherwise norm,
     setting and what follows from them (the lr, the images a rounded-up epoch sees) may differ too.
+    free: more keys that may differ.
     """
-    recipes = [_recipe(run, one_cell) for run in runs]
+    if len(runs) < 2:
+        return {}
+    recipes = [
+        {key: value for key, value in _recipe(run, one_cell).items() if key not in free}
+        for run in runs
+    ]
     found = {}
     for key in sorted({key for recipe in recipes for key in recipe}):
         values = sorted({str(recipe[key]) for recipe in recipes if key in recipe})
@@ -257,7 +451,7 @@ def differences(runs: Sequence[Run], one_cell: bool = True) -> dict[str, list[st
 
 def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
     """What a run computes, as flat keys: the summary's facts and the config."""
-    summary, data = run.summary, run.summary["data"]
+    summary, data = run.summary, run.summary.get("data") or {}
     recipe = {key: summary.get(key) for key in ("epochs", "steps", "precision", "model", "scale")}
     recipe |= {f"data.{key}": data.get(key) for key in ("train_images", "val_images", "sha256")}
     if one_cell:
@@ -272,10 +466,32 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
             if isinstance(value, dict):
                 flatten(value, f"{prefix}{key}.")
             else:
-                recipe[f"{prefix}{key}"] = value
+                recipe.setdefault(f"{prefix}{key}", value)  # what ran counts over what was asked
 
     flatten(run.config)
     return recipe
+
+
+def recipes(runs: Iterable[Run], cell, free: Collection[str] = ()) -> list[list[Run]]:
+    """Runs by recipe, the recipe of most runs first: only runs of one list may share a figure.
+
+    Two runs of one list differ in norm and setting at most; where `cell(run)` is the same, too, in
+    the seed alone. free: keys that may differ nevertheless.
+    """
+    lists: list[list[Run]] = []
+    for run in runs:
+        for found in lists:
+            cells = {cell(other): other for other in found}  # alike within: one of each is enough
+            own = cells.get(cell(run))
+            others = [other for other in cells.values() if other is not own]
+            if any(differences([run, other], one_cell=False, free=free) for other in others):
+                continue
+            if own is None or not differences([run, own], free=free):
+                found.append(run)
+                break
+        else:
+            lists.append([run])
+    return sorted(lists, key=len, reverse=True)
 
 
 def describe_differences(found: dict[str, list[str]]) -> str:
@@ -293,6 +509,37 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     if len(values) == 1:
         return mean, None
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+class Spread(NamedTuple):
+    """A mean over seeds; `sd` (sample deviation) and `half` of the 95 % t interval need two."""
+
+    mean: float
+    sd: float | None
+    half: float | None
+    seeds: int
+    runs: int
+
+
+def over_seeds(values: Iterable[tuple[int, float]]) -> Spread:
+    """The mean over seeds of (seed, value), one of each run.
+
+    Two runs of one seed are no two seeds: their average counts as that seed's value.
+    """
+    by_seed = defaultdict(list)
+    for seed, value in values:
+        by_seed[seed].append(value)
+    mean, sd = mean_and_sd([mean_and_sd(found)[0] for found in by_seed.values()])
+    seeds, half = len(by_seed), None
+    if sd is not None:
+        half = float(stdtrit(seeds - 1, 0.975)) * sd / math.sqrt(seeds)
+    return Spread(mean, sd, half, seeds, sum(map(len, by_seed.values())))
+
+
+def repeated_seeds(runs: Iterable[Run]) -> dict[int, int]:
+    """The seeds of which there is more than one run, and how many."""
+    seeds = Counter(run.seed for run in runs)
+    return {seed: count for seed, count in sorted(seeds.items()) if count > 1}
 
 
 def block_importance(record: dict[str, Any], weights: str = "both") -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -227,14 +228,24 @@ def test_weights_by_part(script, tmp_path):
     assert variances == {"in": 0.5, "ln": 0.3, "bn": 0.2}
 
 
-def test_bench_writes_what_it_measures(script, tmp_path, capsys):
+def test_bench_writes_what_it_measures(script, tmp_path, capsys, monkeypatch):
     """One round on the smallest detector; steps per second, ratios, memory, the circumstances."""
+    size = ("--size", "32", "64", "--images", "1")
+    script("bench_detection", *size, "--norms", "sn", "--measure", "sn")  # as its own process does
+    mebibytes = capsys.readouterr().out
+    assert float(mebibytes) > 1
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, mebibytes, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
     out = tmp_path / "bench.json"
-    script(
-        "bench_detection",
-        *("--norms", "frozen_bn", "sn", "--size", "32", "64", "--images", "1", "--rounds", "1"),
-        *("--clock", "cpu", "--out", out),
-    )
+    args = ("--norms", "frozen_bn", "sn", "--rounds", "1", "--clock", "cpu", "--out", out)
+    script("bench_detection", *size, *args)
+    measured = [command[-1] for command in commands if "--measure" in command]
+    assert measured == ["frozen_bn", "sn"]
     result = json.loads(out.read_text())
     assert list(result["norms"]) == ["frozen_bn", "sn"]
     assert result["norms"]["frozen_bn"]["time_over_frozen_bn"] == 1

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from workers import config
 
-from sn.training.run.record import experiment_part
+from sn.training.run.config import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = sorted(path.parent for path in (ROOT / "results/enas").rglob("summary.json"))
@@ -114,13 +113,35 @@ def test_notes_are_kept_and_a_foreign_file_is_not_overwritten(searches, plot, ca
     page.write_text("mine")
     with pytest.raises(SystemExit):
         plot(["--runs", str(searches)])
-    assert page.read_text() == "mine" and "not written by this script" in capsys.readouterr().err
+    assert (
+        page.read_text() == "mine" and "was not written by plot_enas.py" in capsys.readouterr().err
+    )
 
 
 def test_unequal_budgets_are_said(searches, plot):
     write_search(searches, "gn", 0, 20.0, images_seen=96)
     plot(["--runs", str(searches)])
     assert "The budgets differ" in (searches / "enas/README.md").read_text()
+
+
+def test_unlike_searches_are_drawn_apart(searches, plot, capsys):
+    """A search of other epochs has figures and a table of its own, and no part in the averages."""
+    write_search(searches / "long", "ln", 2, 80.0, epochs=9)
+    plot(["--runs", str(searches)])
+    assert "epochs: 2 / 9" in capsys.readouterr().err
+    text = (searches / "enas/README.md").read_text()
+    assert "| LN | 0, 1 | 20.50 ± 0.71 |" in text and "| LN | 2 | 80.00 |" in text
+    assert (searches / "enas/figures/search_cifar10_2x8_3nodes_recipe2.png").is_file()
+
+
+def test_two_runs_of_a_seed_are_not_two_seeds(searches, plot, capsys):
+    write_search(searches / "again", "ln", 0, 24.0)
+    plot(["--runs", str(searches)])
+    text = (searches / "enas/README.md").read_text()
+    # seed 0: (20 + 24) / 2 = 22, seed 1: 21
+    assert "| 21.50 ± 0.71 (3 runs of 2 seeds) |" in text
+    assert "- SN minus LN: +0.25 ± 1.06 points" in text
+    assert "2 runs of seed 0" in capsys.readouterr().err
 
 
 def test_no_searches(tmp_path, plot, capsys):
@@ -133,9 +154,7 @@ def test_no_searches(tmp_path, plot, capsys):
 
 
 def composed(root: str, *overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose(root, list(overrides))
-    return experiment_part(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    return recorded(config(*overrides, root=root))
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda f: f"{f.parent.name}/{f.name}")

@@ -1,4 +1,4 @@
-"""results/paper.yaml, sn/training/results.py and the scripts that read run records."""
+"""results/paper.yaml, scripts/common/records.py and the scripts that read run records."""
 
 import csv
 import importlib.util
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from common import records as results
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
 STATISTICS = {"sn": ["in", "ln", "bn"], "sn_in_ln": ["in", "ln"]}
@@ -185,7 +186,7 @@ def test_paper_blocks_are_described(paper):
         assert len(set(map(len, curves.values()))) == 1
 
 
-# sn/training/results.py
+# scripts/common/records.py
 
 
 def test_load_runs_and_its_order(tmp_path):
@@ -201,35 +202,23 @@ def test_load_runs_and_its_order(tmp_path):
         results.load_runs(tmp_path / "absent")
 
 
-def test_broken_records_are_named_and_left_out(tmp_path, caplog):
-    write_run(tmp_path, "bn", "8x2")
-    torn = write_run(tmp_path, "gn", "8x2") / "summary.json"
-    torn.write_text('{"task": "imagenet", "run"')
-    partial = write_run(tmp_path, "gn", "8x4") / "summary.json"
-    partial.write_text('{"task": "imagenet", "run": "x", "status": "finished", "seed": 0}')
-    sn = write_run(tmp_path, "sn", "8x2")
-    with (sn / "importance.jsonl").open("a") as file:
-        file.write(json.dumps(importance(["in", "ln", "bn"], epoch=1)) + '\n{"epoch": 9, "lay')
-    (sn / "config.yaml").write_text("a: [")
-    runs = results.load_runs(tmp_path)
-    assert [run.norm for run in runs] == ["bn", "sn"]
-    assert [line["epoch"] for line in runs[1].importance] == [
-        0,
-        1,
-        2,
-    ]  # a repeated epoch counts once
-    for path in (torn, partial, sn / "importance.jsonl", sn / "config.yaml"):
-        assert str(path) in caplog.text
-
-
 def test_other_tasks_are_no_imagenet_runs(tmp_path):
     write_run(tmp_path, "bn", "8x2")
-    other = tmp_path / "enas" / "seed0"
-    other.mkdir(parents=True)
-    summary = {"task": "enas", "run": "enas/seed0", "status": "finished", "seed": 0}
-    (other / "summary.json").write_text(json.dumps(summary))
+    write_run(tmp_path, "bn", "8x4", task="other")
     assert len(results.load_runs(tmp_path)) == 1
     assert len(results.load_runs(tmp_path, task=None)) == 2
+
+
+def test_of_a_resumed_run_the_later_line_counts(tmp_path):
+    folder = write_run(tmp_path, "sn", "8x2")
+    even, moved = (
+        importance(["in", "ln", "bn"], w, 1) for w in (None, {"in": 1, "ln": 0, "bn": 0})
+    )
+    with (folder / "importance.jsonl").open("a") as file:
+        file.write(f"{json.dumps(even)}\n\n{json.dumps(moved)}\n")
+    (run,) = results.load_runs(tmp_path)
+    assert [line["epoch"] for line in run.importance] == [0, 1, 2]
+    assert run.importance[1] == moved
 
 
 def test_sn_at_one_image_per_gpu_is_in_and_ln(tmp_path):
@@ -244,8 +233,8 @@ def test_sn_at_one_image_per_gpu_is_in_and_ln(tmp_path):
 
 def test_setting_is_what_ran_and_diverged_runs_have_no_metric(tmp_path):
     setting = {"gpus": 4, "images_per_gpu": 4, "name": "8x32"}  # an override kept the old name
-    write_run(tmp_path, "bn", "8x32", setting=setting, top1=float("nan"))
-    write_run(tmp_path, "gn", "8x32", status="diverged")
+    write_run(tmp_path, "bn", "8x32", setting=setting, top1=None)
+    write_run(tmp_path, "gn", "8x32", status="diverged", top1=float("nan"))
     bn, gn = results.load_runs(tmp_path)
     assert bn.setting == "4x4"
     assert bn.metric("top1") is None and bn.metric("top1_batch_average") == 71.0
@@ -381,14 +370,14 @@ def test_plots_and_their_values(script, tmp_path):
     sweep(tmp_path / "runs")
     for name in ("first", "second"):
         script("plot_accuracy", "--runs", tmp_path / "runs", "--out", tmp_path / name)
-        script("plot_importance", "--runs", tmp_path / "runs", "--out", tmp_path / name)
+    script("plot_importance", "--runs", tmp_path / "runs", "--out", tmp_path / "first")
     made = sorted(path.name for path in (tmp_path / "first").iterdir())
     stems = [
         f"importance_{kind}_cifar10_resnet20" for kind in ("by_block", "by_setting", "over_epochs")
     ]
     stems = ["accuracy_by_setting_cifar10_resnet20", *stems]
     assert made == sorted(f"{stem}{end}" for stem in stems for end in (".csv", ".png"))
-    for name in made:
+    for name in (f"{stems[0]}.csv", f"{stems[0]}.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
     rows = read_csv(tmp_path / "first" / f"{stems[0]}.csv")
@@ -422,6 +411,90 @@ def test_choices_of_the_plots(script, tmp_path, capsys):
     assert float(bn["value"]) == pytest.approx((0.7 + 1 / 3) / 2, abs=1e-6)
     assert (figures / "accuracy_by_setting_digits_resnet20_batch_average.png").is_file()
     assert str(figures) in capsys.readouterr().out
+
+
+def test_unlike_runs_are_drawn_apart(script, tmp_path, capsys):
+    """A 10-epoch and a 2-epoch run, both seed 0: two figures, and never their average."""
+    for seed in (0, 1):
+        write_run(tmp_path, "sn", "8x2", seed, top1=60.0)
+    write_run(tmp_path / "long", "sn", "8x2", 0, top1=80.0, epochs=10)
+    write_run(tmp_path, "bn", "8x2", 0, top1=50.0)
+    for name in ("plot_accuracy", "plot_importance"):
+        script(name, "--runs", tmp_path, "--data", "cifar10_resnet20")
+        error = capsys.readouterr().err
+        assert "drawn apart" in error and "epochs: 10 / 2" in error and "long" in error
+    figures = tmp_path / "figures"
+    drawn = {}
+    for end in ("", "_recipe2"):
+        rows = read_csv(figures / f"accuracy_by_setting_cifar10_resnet20{end}.csv")
+        drawn[end] = sorted(row["top1"] for row in rows if row["source"] == "ours")
+        rows = read_csv(figures / f"importance_by_setting_cifar10_resnet20{end}.csv")
+        assert {row["seed"] for row in rows if row["source"] == "ours"} == (
+            {"0"} if end else {"0", "1"}
+        )
+    assert drawn == {"": ["50.0", "60.0", "60.0"], "_recipe2": ["80.0"]}
+
+
+def test_recipes_are_alike_within(tmp_path):
+    write_run(tmp_path, "bn", "8x2", 0)
+    write_run(tmp_path, "bn", "8x2", 1)
+    write_run(tmp_path, "gn", "8x2", 0, config={"norm": {"name": "gn", "num_groups": 32}})
+    write_run(tmp_path, "gn", "8x2", 1, config={"norm": {"name": "gn", "num_groups": 16}})
+    write_run(tmp_path, "gn", "8x4", 0, lr=0.2)
+    write_run(tmp_path, "sn", "8x2", 0, precision="bf16")
+    found = results.recipes(results.load_runs(tmp_path), lambda run: (run.norm, run.setting))
+    names = [[run.name.split("/", 2)[2] for run in runs] for runs in found]
+    assert names == [
+        ["bn_8x2/seed0", "bn_8x2/seed1", "gn_8x2/seed0", "gn_8x4/seed0"],
+        ["gn_8x2/seed1"],
+        ["sn_8x2/seed0"],
+    ]
+
+
+def test_mean_and_interval_over_seeds():
+    """Two runs of one seed count as one; the interval is Student's (scipy's own)."""
+    values = [(0, 1.0), (0, 3.0), (1, 4.0), (2, 9.0)]
+    spread = results.over_seeds(values)
+    low, high = stats.t.interval(0.95, 2, loc=5.0, scale=stats.sem([2.0, 4.0, 9.0]))
+    assert (spread.mean, spread.seeds, spread.runs) == (5.0, 3, 4)
+    assert spread.sd == pytest.approx(13**0.5)
+    assert [spread.mean - spread.half, spread.mean + spread.half] == pytest.approx([low, high])
+    assert results.over_seeds([(7, 1.0), (7, 2.0)]) == (1.5, None, None, 1, 2)
+
+
+def test_two_runs_of_a_seed_are_not_two_seeds(script, tmp_path, capsys):
+    write_run(tmp_path, "sn", "8x2", 0, top1=60.0)
+    write_run(tmp_path / "again", "sn", "8x2", 0, top1=62.0)
+    script("make_tables", "--runs", tmp_path, "--print")
+    out = capsys.readouterr().out
+    assert "61.0 (2 runs of 1 seed)" in out and "1 seed\n" in out and "n=2" not in out
+    write_run(tmp_path, "sn", "8x2", 1, top1=65.0)
+    script("make_tables", "--runs", tmp_path, "--print")
+    assert "63.0 ± 2.8 (n=2) (3 runs of 2 seeds)" in capsys.readouterr().out
+    script("plot_accuracy", "--runs", tmp_path)
+    assert "2 runs of seed 0 of imagenet/cifar10_resnet20/sn_8x2 count as one" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_figure_is_written_nowhere_else_and_as_svg(script, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    write_run(runs, "sn", "8x2")
+    before = sorted(runs.rglob("*"))
+    for name in ("plot_accuracy", "plot_importance"):
+        script(name, "--runs", runs, "--out", out, "--format", "svg")
+    assert sorted(runs.rglob("*")) == before
+    assert {path.suffix for path in out.iterdir()} == {".svg", ".csv"}
+    assert "importance weight" in (out / "importance_by_block_cifar10_resnet20.svg").read_text()
+
+
+def test_demo_and_smoke_runs_lie_where_no_plot_reads():
+    """`--runs outputs` reads all below; what shows that things run writes elsewhere."""
+    for path in (ROOT / "configs/experiment").rglob("*.yaml"):
+        if path.stem in ("demo", "smoke"):
+            root = yaml.safe_load(path.read_text())["output_root"]
+            assert Path("outputs") not in [Path(root), *Path(root).parents], path
+    assert "outputs/" not in (ROOT / "scripts/demo.sh").read_text()
 
 
 @pytest.mark.parametrize(
@@ -530,20 +603,45 @@ def test_paths_that_are_not_local_are_kept(script, tmp_path):
     script("keep_records", tmp_path / "outputs", "--to", tmp_path / "kept")
 
 
-@pytest.mark.parametrize("run", ["../outside", "/outside", ""])
+@pytest.mark.parametrize("run", ["../outside", "/outside", "", "a//b", "a\\\\b/c"])
 def test_a_run_path_cannot_leave_the_results(script, tmp_path, capsys, run):
     write_run(tmp_path / "outputs", "bn", "8x2", run=run)
     with pytest.raises(SystemExit):
         script("keep_records", tmp_path / "outputs", "--to", tmp_path / "kept")
-    assert "no relative path" in capsys.readouterr().err
+    assert "expected a relative path" in capsys.readouterr().err
+    assert not (tmp_path / "outside").exists() and not (tmp_path / "kept").exists()
 
 
 def test_two_runs_of_one_name_are_refused(script, tmp_path, capsys):
-    write_run(tmp_path / "outputs", "bn", "8x2")
-    write_run(tmp_path / "outputs" / "demo", "bn", "8x2", top1=1.0)
+    """Unlike or alike, neither is kept; copies of one run are one run."""
+    outputs = tmp_path / "outputs"
+    write_run(outputs, "bn", "8x2")
+    write_run(outputs / "other", "bn", "8x2", epochs=10)
+    write_run(outputs, "gn", "8x2")
+    write_run(outputs / "other", "gn", "8x2", top1=1.0)
+    write_run(outputs, "sn", "8x2")
+    write_run(outputs / "other", "sn", "8x2")
     with pytest.raises(SystemExit):
-        script("keep_records", tmp_path / "outputs", "--to", tmp_path / "kept", "--force")
-    assert "a second run" in capsys.readouterr().err
+        script("keep_records", outputs, "--to", tmp_path / "kept", "--force")
+    error = capsys.readouterr().err
+    assert error.count("another recipe (epochs: 10 / 2)") == 2
+    assert error.count("two runs of one seed") == 2
+    assert [run.norm for run in results.load_runs(tmp_path / "kept")] == ["sn"]
+
+
+def test_an_unlike_record_is_never_replaced(script, tmp_path, capsys):
+    write_run(tmp_path / "short", "bn", "8x2", epochs=2, top1=50.0)
+    write_run(tmp_path / "long", "bn", "8x2", epochs=10, top1=60.0)
+    write_run(tmp_path / "again", "bn", "8x2", epochs=2, top1=51.0)
+    kept = tmp_path / "kept"
+    script("keep_records", tmp_path / "short", "--to", kept)
+    with pytest.raises(SystemExit):
+        script("keep_records", tmp_path / "long", "--to", kept, "--force")
+    assert "another run of that name (epochs: 10 / 2)" in capsys.readouterr().err
+    assert results.load_runs(kept)[0].metric("top1") == 50.0
+    script("keep_records", tmp_path / "again", "--to", kept, "--force")
+    assert results.load_runs(kept)[0].metric("top1") == 51.0
+    assert not list(kept.rglob("*.part"))
 
 
 # as a user calls them
@@ -556,7 +654,7 @@ def test_scripts_run_from_any_folder_without_torch(tmp_path, name):
     blocker = tmp_path / "block" / "torch"
     blocker.mkdir(parents=True)
     (blocker / "__init__.py").write_text("raise ImportError('scripts must not need torch')\n")
-    sweep(tmp_path / "runs")
+    write_run(tmp_path / "runs", "sn", "8x2")
     args = {"make_tables": ["--runs", "runs", "--print"], "keep_records": ["runs", "--to", "kept"]}
     result = subprocess.run(
         [sys.executable, ROOT / "scripts" / f"{name}.py", *args.get(name, ["--runs", "runs"])],

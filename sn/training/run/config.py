@@ -188,8 +188,8 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def _holds(metadata: typing.Mapping, value: Any) -> bool:
-    if isinstance(value, list):
-        return all(_holds(metadata, item) for item in value)
+    if isinstance(value, list):  # OmegaConf lets groups and lists into a list of numbers
+        return all(not isinstance(v, dict | list) and _holds(metadata, v) for v in value)
     if value is None:
         return True  # OmegaConf has refused it where the type does
     if metadata.get("choices") is not None and value not in metadata["choices"]:

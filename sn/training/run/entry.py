@@ -13,6 +13,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -93,8 +95,7 @@ def explain(error: BaseException, schema: type) -> str:
             "needs quotes inside quotes: 'note=\"a=b\"'"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: no such option; choose one of {', '.join(error.options)}"
+        return no_such_option(str(error.missing_cfg_file))
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(cause)
     file = re.match(r"In '([^']+)'", str(error))
@@ -102,6 +103,8 @@ def explain(error: BaseException, schema: type) -> str:
     key = re.search(r"full_key: (\S+)", text)
     if key is None:
         return " ".join(str(error).split())
+    if isinstance(cause, InterpolationKeyError | InterpolationResolutionError):
+        return f"{where}{key.group(1)}: {text.splitlines()[0]}"
     hint, metadata, known = field_of(schema, key.group(1))
     kinds = (ConfigKeyError, ConfigAttributeError)
     if isinstance(cause, kinds) or "ConfigKeyError" in text or "ConfigAttributeError" in text:
@@ -115,6 +118,18 @@ def explain(error: BaseException, schema: type) -> str:
         value = (found.group(1) or found.group(2)) if found else "null"
     expected = describe(hint, metadata) if hint is not None else "another type of value"
     return f"{where}{key.group(1)}={short(value)}; expected {expected}"
+
+
+def no_such_option(wanted: str) -> str:
+    """What to say of `group/choice` that has no file; a choice may stand in folders of its own."""
+    group, _, choice = wanted.partition("/")
+    folder = (CONFIGS / wanted).parent
+    names = [
+        f"{path.relative_to(CONFIGS / group).with_suffix('')}{'/...' if path.is_dir() else ''}"
+        for path in sorted(folder.glob("*"))
+        if path.is_dir() or path.suffix == ".yaml"
+    ]
+    return f"{group}={choice}: no such option; choose one of {', '.join(names)}"
 
 
 def message(error: BaseException) -> str:

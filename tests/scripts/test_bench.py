@@ -1,0 +1,57 @@
+"""scripts/common/bench.py: who is timed when, how ratios are taken, what is said of the machine."""
+
+import pytest
+from common import bench
+
+
+def test_rounds_are_interleaved_and_every_other_one_reversed():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = bench.interleaved(functions, 3, "cpu", "cpu", repeats=2, warm_up=1)
+    rounds = ["aabbcc", "ccbbaa", "aabbcc"]
+    assert "".join(calls) == "abc" + "".join(rounds)
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_short_functions_are_repeated(monkeypatch):
+    """At a tick per call of the clock, 0.5 s of a function take 5 calls of 0.1 s; 200 at most."""
+    now = iter(range(10**6))
+    monkeypatch.setitem(bench.CLOCKS, "wall", lambda: next(now) / 10)
+    calls = []
+    bench.interleaved({"a": lambda: calls.append(1)}, 1, "wall", "cpu", least=0.5, warm_up=0)
+    assert len(calls) == 1 + 5
+    calls.clear()
+    bench.interleaved({"a": lambda: calls.append(1)}, 1, "wall", "cpu", least=1e6, warm_up=0)
+    assert len(calls) == 1 + 200
+
+
+def test_ratio_is_the_median_within_rounds():
+    assert bench.ratio([1.0, 30.0, 4.0], [1.0, 10.0, 2.0]) == 2.0  # of 1, 3, 2
+
+
+def test_what_is_said_of_the_machine(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/anywhere/scripts/bench_norm.py", "--quick"])
+    found = bench.circumstances("cpu")
+    assert found["command"] == "python scripts/bench_norm.py --quick"
+    assert set(found["malloc"]) == set(bench.MALLOC) and found["cores"] >= 1
+    assert found["device"] and found["torch"] and len(found["load"]) == 3
+
+
+def test_memory_setting_starts_the_script_anew_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(bench.os, "execve", lambda *args: started.append(args[2]))
+    for key in bench.MALLOC:
+        monkeypatch.delenv(key, raising=False)
+    bench.keep_memory("cuda")
+    assert not started
+    bench.keep_memory("cpu")
+    assert started[0].items() >= bench.MALLOC.items()
+    for key, value in bench.MALLOC.items():
+        monkeypatch.setenv(key, value)
+    bench.keep_memory("cpu")
+    assert len(started) == 1
+
+
+@pytest.mark.parametrize("name", ["wall", "cpu"])
+def test_clocks_go_forward(name):
+    assert bench.CLOCKS[name]() <= bench.CLOCKS[name]()
