@@ -127,17 +127,14 @@ def test_another_experiment_is_refused(values, shown, is_main, tmp_path):
 
 
 def test_keys_of_later_versions(tmp_path):
-    """What runs did before has no place in a record, old or new; anything else has."""
-    write(tmp_path).close()
-    Recorder(tmp_path, changed(data__image_size=32, model__width=None, gates="joint"))
-    for values in ({"data__image_size": 16}, {"model__width": 8}):
-        with pytest.raises(ValueError, match="there, (16|8) asked for"):
-            Recorder(tmp_path, changed(**values))
-    old = {**experiment_part(CONFIG), "data": {"name": "imagenet", "image_size": 32}}
-    (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump(old)
-    )  # said before the key was a later one
-    Recorder(tmp_path, changed(data__image_size=32))
+    """What runs did before a key existed has no place in a record; anything else has."""
+    plain = recorded(config("data=cifar10"))
+    assert "image_size" not in plain["data"] and "gates" not in plain
+    assert not {"width", "fused_activation"} & plain["model"].keys()
+    write(tmp_path, plain).close()
+    for option in ("data.image_size=16", "model.width=8", "gates=bilevel"):
+        with pytest.raises(ValueError, match="None there, (16|8|bilevel) asked for"):
+            Recorder(tmp_path, recorded(config("data=cifar10", option)))
 
 
 def test_all_differences_are_shown(tmp_path):
