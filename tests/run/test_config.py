@@ -60,7 +60,7 @@ def fields(kind, prefix=""):
             (hint,) = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
         if dataclasses.is_dataclass(hint):
             yield from fields(hint, f"{key}.")
-        else:
+        elif hint is not typing.Any:
             yield key, hint, field.metadata, null
 
 
