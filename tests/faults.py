@@ -28,16 +28,17 @@ from sn.training.run.stopping import Watchdog
 ROOT = Path(__file__).resolve().parents[1]
 DATA = tempfile.mkdtemp()  # what the runs draw for themselves
 atexit.register(shutil.rmtree, DATA, ignore_errors=True)
-# entrypoint -> module and overrides of a run of 20 to 30 steps with a checkpoint after each
+# entrypoint -> module and overrides of a run of 12 to 30 steps with a checkpoint after each
 RUNS = {
     "imagenet": (
         "train_imagenet",
         *("norm=sn", "setting.gpus=2", "setting.images_per_gpu=4", "schedule.epochs=4"),
         *("data.train_images=48", "evaluation.batch_average.batches=2", "checkpoint_steps=1"),
+        *("model.name=resnet8", "model.width=8"),
     ),
     "detection": (
         "train_detection",
-        *("parts=sn", "setting.gpus=2", "setting.images_per_gpu=1", "schedule.images=40"),
+        *("parts=sn", "setting.gpus=2", "setting.images_per_gpu=1", "schedule.images=24"),
         *("schedule.warmup_images=4", "data.sizes=[32,48]", "data.test_size=48"),
         *("data.max_size=64", "model.fpn_channels=16", "model.box_features=16"),
         *("model.rois_per_image=8", "model.proposals_train=20", "model.proposals_test=10"),
@@ -78,16 +79,21 @@ LONG = {
 }
 
 
-def start(module: str, *overrides: str) -> BaseProcess:
-    """The entrypoint's command line in a fresh process, without the seconds that imports take."""
-    process = processes.Process(target=_main, args=(module, overrides))
+def start(module: str, *overrides: str, errors: Path | None = None) -> BaseProcess:
+    """The entrypoint's command line in a fresh process, without the seconds that imports take.
+
+    `errors` gets what it writes to stderr.
+    """
+    process = processes.Process(target=_main, args=(module, overrides, errors))
     process.start()
     return process
 
 
-def _main(module: str, overrides: tuple[str, ...]) -> None:
+def _main(module: str, overrides: tuple[str, ...], errors: Path | None = None) -> None:
     torch.set_num_threads(1)
     sys.argv = [module, "device=cpu", *overrides]
+    if errors is not None:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         runpy.run_module(module, run_name="__main__", alter_sys=True)

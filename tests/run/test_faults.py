@@ -3,6 +3,7 @@
 import functools
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -22,6 +23,7 @@ from faults import (
     newest,
     outcome,
     ranks,
+    readable,
     report,
     run,
     start,
@@ -67,6 +69,25 @@ def kill_runs(name, tmp_path, expected, kills, seed):
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_killed_and_run_again(name, tmp_path, undisturbed):
+    """SIGKILL in mid-run, at no chosen place; every file is whole, the end equal bit for bit."""
+    module, *overrides = RUNS[name]
+    for attempt in range(5):
+        folder = tmp_path / str(attempt)
+        process = start(module, *overrides, f"output_dir={folder}")
+        wait_for(lambda: newest(folder))  # noqa: B023
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            break  # else it has ended before
+    assert not (folder / "summary.json").exists()
+    readable(folder)
+    run(module, *overrides, f"output_dir={folder}")
+    assert_same(outcome(folder), undisturbed(name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_killed_at_random_moments(name, tmp_path, undisturbed):
     kill_runs(name, tmp_path, undisturbed(name), kills=3, seed=0)
 
@@ -83,14 +104,12 @@ def test_preempted(name, tmp_path, undisturbed):
     module, *overrides = RUNS[name]
     overrides.append("checkpoint_steps=0")  # nothing is saved but what the signal asks for
     folder = tmp_path / "stopped"
-    line = command(module, *overrides, f"output_dir={folder}")
-    process = subprocess.Popen(
-        line, cwd=tmp_path, env=user_environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = start(module, *overrides, f"output_dir={folder}", errors=tmp_path / "errors")
     wait_for(lambda: (folder / "config.yaml").exists())
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode == 75, errors
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(180)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 75, errors
     assert "stopped by a signal" in errors and "Traceback" not in errors
     assert newest(folder) and not (folder / "summary.json").exists()
     run(module, *overrides, f"output_dir={folder}")
@@ -201,7 +220,8 @@ def test_a_rank_that_hangs_ends_the_run(name, tmp_path):
     run(module, *overrides, f"output_dir={folder}")  # its checkpoint is whole
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_finished_run_is_left_alone(name, tmp_path):
     module, *overrides = RUNS[name]
     run(module, *overrides, f"output_dir={tmp_path / 'run'}")

@@ -292,6 +292,21 @@ def test_crashes_again_and_again(train, tmp_path, quick):
 
 
 @kinds
+def test_the_newest_checkpoint_is_broken(train, tmp_path, quick, monkeypatch, capsys):
+    """The one before is taken, with a warning; the broken one cannot become the best."""
+    train(config(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        send_at(patch, HERE, "train_step", 5, signal.SIGTERM)
+        with pytest.raises(Preempted):
+            train(config(tmp_path / "broken", checkpoint_steps=4))
+    newest = tmp_path / "broken" / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(config(tmp_path / "broken"))
+    assert "cannot read checkpoint" in capsys.readouterr().err
+    assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "whole"))
+
+
+@kinds
 def test_best_checkpoint_is_that_of_the_highest_score(train, tmp_path, quick):
     """SCORES is highest in the middle; a run by steps without a validation keeps none."""
     summary = train(config(tmp_path, keep_checkpoints=2))
