@@ -135,4 +135,4 @@ def facts(config: CellSearchConfig, table: Table) -> dict:
 
 
 if __name__ == "__main__":
-    entry.start(main, CellSearchConfig)
+    entry.start(main, "nasbench201")

@@ -17,6 +17,7 @@ ROOTS = {  # root config -> (module of its schema, title)
     "style_transfer": ("sn.training.style.config", "style_transfer.py"),
     "enas": ("enas.config", "python -m enas.search"),
     "enas_retrain": ("enas.config", "python -m enas.retrain"),
+    "nasbench201": ("enas.config", "python -m enas.nasbench201"),
 }
 HEAD = """# Options
 
