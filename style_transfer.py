@@ -274,6 +274,7 @@ def stylize_images(config: StyleConfig) -> list[Path]:
         Path(options.output),
         options.size,
         options.strip_pixels,
+        options.max_megapixels,
         device,
     )
 

@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 
 import torch
-from common.bench import add_arguments, circumstances, interleaved, ratio
+from common import bench
+from common.bench import ratio
 
 import sn
 from sn.training.detection.detectors import ARCHITECTURES, PARTS, build_detector
@@ -37,7 +38,7 @@ SMALL = {  # the proxies' model
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time detectors with SN, GN, BN and frozen BN.")
-    add_arguments(parser, rounds=10)
+    bench.add_arguments(parser, rounds=10)
     parser.add_argument("--norms", nargs="+", default=NORMS, help=f"default: {' '.join(NORMS)}")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="faster_rcnn_fpn")
     parser.add_argument("--backbone", default="resnet18", metavar="RESNET")
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         print(measure(args))
         return
     steps = {norm: step_of(args, norm) for norm in args.norms}
-    seconds = interleaved(steps, args.rounds, args.clock, args.device)
+    seconds = bench.interleaved(steps, args.rounds, args.clock, args.device)
     arguments = sys.argv[1:] if argv is None else argv
     memory = {norm: peak_memory(args, norm, arguments) for norm in args.norms}
     result = summarise(args, seconds, memory)
@@ -159,7 +160,7 @@ def summarise(args, seconds: dict[str, list[float]], memory: dict[str, float]) -
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "measure")}
     settings |= {"size": list(args.size), "norms": list(args.norms)}
     device = torch.device(args.device)
-    facts = circumstances(device) | environment(device)
+    facts = bench.circumstances(device) | environment(device)
     return {"settings": settings, "norms": rows, **facts}
 
 

@@ -18,15 +18,7 @@ import statistics as stats
 from pathlib import Path
 
 import torch
-from common.bench import (
-    add_arguments,
-    circumstances,
-    interleaved,
-    keep_memory,
-    output,
-    ratio,
-    write_json,
-)
+from common import bench
 from torch import Tensor, nn
 
 import sn
@@ -115,7 +107,7 @@ def step(module: nn.Module, x: Tensor, state: tuple[Tensor, Tensor]):
     return call
 
 
-def bench(args, kind: str, batch: int) -> list[dict]:
+def time_all(args, kind: str, batch: int) -> list[dict]:
     """Rows of one kind and batch size."""
     torch.manual_seed(0)
     shape = (batch, args.size) if kind == "cell" else (args.length, batch, args.size)
@@ -132,13 +124,13 @@ def bench(args, kind: str, batch: int) -> list[dict]:
             module.compile()
         functions[name] = step(module, x, state)
     repeats = args.repeats if kind == "cell" else max(1, args.repeats // args.length)
-    times = interleaved(functions, args.rounds, args.clock, args.device, repeats, warm_up=5)
+    times = bench.interleaved(functions, args.rounds, args.clock, args.device, repeats, warm_up=5)
     rows = []
     for name, own in times.items():
         row = {"kind": kind, "batch": batch, "name": name, "us": 1e6 * stats.median(own)}
         for measure in ("torch", LOOP):
             if measure in times:
-                row[f"over {measure}"] = ratio(own, times[measure])
+                row[f"over {measure}"] = bench.ratio(own, times[measure])
         rows.append(row)
     return rows
 
@@ -170,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, rounds=9)
+    bench.add_arguments(parser, rounds=9)
     parser.add_argument("--compile", action="store_true", help="everything through torch.compile")
     parser.add_argument("--size", type=int, default=64, help="of input and state (default: 64)")
     parser.add_argument("--length", type=int, default=32, help="of a sequence (default: 32)")
@@ -180,15 +172,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: results/bench/<device>_lstm")
     args = parser.parse_args()
-    keep_memory(args.device)
+    bench.keep_memory(args.device)
     torch.set_num_threads(args.threads)
-    path = output(args.output, f"{args.device}_lstm{'_compiled' if args.compile else ''}")
-    where = circumstances(args.device)
+    path = bench.output(args.output, f"{args.device}_lstm{'_compiled' if args.compile else ''}")
+    where = bench.circumstances(args.device)
     where |= {"dtype": "float32", "rounds": args.rounds, "clock": args.clock}
-    rows = [row for kind in args.kinds for batch in args.batch for row in bench(args, kind, batch)]
+    rows = [
+        row for kind in args.kinds for batch in args.batch for row in time_all(args, kind, batch)
+    ]
     result = {"environment": where, "compile": args.compile, "size": args.size,
               "length": args.length, "rows": rows}  # fmt: skip
-    write_json(path, result)
+    bench.write_json(path, result)
     path.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
 

@@ -24,15 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common.bench import (
-    add_arguments,
-    circumstances,
-    interleaved,
-    keep_memory,
-    output,
-    ratio,
-    write_json,
-)
+from common import bench
 from torch import nn
 
 import sn
@@ -149,7 +141,7 @@ def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {
         name: {
             "ms": round(1e3 * stats.median(own), 4),
-            "over_bn": round(ratio(own, base), 4),
+            "over_bn": round(bench.ratio(own, base), 4),
             "best_over_bn": round(min(own) / min(base), 4),
         }
         for name, own in times.items()
@@ -224,7 +216,7 @@ def bench_layers(args, sets: dict, save) -> list[dict]:
                 built = {n: layer for n, layer in built.items() if n not in wrong}
                 copy = partial(torch.Tensor.clone, x.detach())
                 least = 0.005 if device == "cpu" else 0.01
-                copies = interleaved({"bn": copy}, *how, least=least)["bn"]
+                copies = bench.interleaved({"bn": copy}, *how, least=least)["bn"]
                 one_pass = stats.median(copies) / 2
 
                 def train(layer, x=x, dy=dy):
@@ -245,7 +237,7 @@ def bench_layers(args, sets: dict, save) -> list[dict]:
                     for layer in built.values():
                         layer.train(mode != "eval")
                     calls = {n: partial(call, layer) for n, layer in built.items()}
-                    row[mode] = summary(interleaved(calls, *how, least=least))
+                    row[mode] = summary(bench.interleaved(calls, *how, least=least))
                     for result in row[mode].values():
                         result["floor"] = round(1e3 * one_pass * PASSES[mode] / result["ms"], 3)
                 for name, layer in built.items():
@@ -368,7 +360,7 @@ def bench_networks(args, save) -> list[dict]:
                     loss.backward()
 
                 calls[name] = step
-            result = summary(interleaved(calls, args.rounds, args.clock, device))
+            result = summary(bench.interleaved(calls, args.rounds, args.clock, device))
             row = {"network": network, "layout": layout_name, "input": size}
             row |= {"compiled": args.compile, "step": result}
             rows.append(row)
@@ -429,7 +421,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_arguments(parser, rounds=9)
+    bench.add_arguments(parser, rounds=9)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch", type=int, help="of the ResNet-50 shapes (8 on cpu, 256 on cuda)")
     parser.add_argument("--sets", nargs="+", default=["resnet50", "cifar", "batch2", "detection"])
@@ -444,7 +436,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="forward + backward alone")
     parser.add_argument("--output", type=Path, help="default: results/bench/<device>_<what>")
     args = parser.parse_args()
-    keep_memory(args.device)
+    bench.keep_memory(args.device)
     torch.set_num_threads(args.threads)
     args.batch = args.batch or (8 if args.device == "cpu" else 256)
     sets = {
@@ -454,19 +446,19 @@ def main() -> None:
         "detection": (2, DETECTION),
     }
     result = {
-        "environment": circumstances(args.device)
+        "environment": bench.circumstances(args.device)
         | {"dtype": args.dtype, "rounds": args.rounds, "clock": args.clock, "kind": args.device},
         "layers": [],
         "networks": [],
     }
     what = ("networks_compiled" if args.compile else "networks") if args.networks else "layers"
-    path = output(args.output, f"{args.device}_{what}")
+    path = bench.output(args.output, f"{args.device}_{what}")
 
     def save(rows: list[dict]) -> None:
         result["networks" if args.networks else "layers"] = rows
         if not args.networks:
             result["summary"] = aggregate(rows)
-        write_json(path, result)
+        bench.write_json(path, result)
 
     if args.networks:
         bench_networks(args, save)

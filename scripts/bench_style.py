@@ -18,14 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common.bench import (
-    add_arguments,
-    circumstances,
-    interleaved,
-    output,
-    ratio,
-    write_json,
-)
+from common import bench
 from torch import Tensor, nn
 
 import sn
@@ -86,7 +79,7 @@ class PeerNet(nn.Module):
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time style transfer against its peer.")
-    add_arguments(parser, rounds=7)
+    bench.add_arguments(parser, rounds=7)
     parser.add_argument("--size", type=int, default=128, help="side of training crops")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--megapixels", type=float, default=0.25, help="of the picture stylized")
@@ -110,10 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     seconds = {name: {} for name in tasks}
     for task in tasks["peer"]:
         steps = {name: own[task] for name, own in tasks.items()}
-        for name, found in interleaved(steps, args.rounds, args.clock, device, warm_up=1).items():
+        for name, found in bench.interleaved(
+            steps, args.rounds, args.clock, device, warm_up=1
+        ).items():
             seconds[name][task] = [round(second, 6) for second in found]
     report = {
-        **circumstances(device),
+        **bench.circumstances(device),
         **environment(device),
         "size": args.size,
         "batch": args.batch,
@@ -122,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         "clock": args.clock,
         "seconds": seconds,
         "over_peer": {
-            task: {name: round(ratio(own[task], base), 3) for name, own in seconds.items()}
+            task: {name: round(bench.ratio(own[task], base), 3) for name, own in seconds.items()}
             for task, base in seconds["peer"].items()
         },
     }
-    path = output(args.output, "style")
-    write_json(path, report)
+    path = bench.output(args.output, "style")
+    bench.write_json(path, report)
     text = table(report)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

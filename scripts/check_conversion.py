@@ -9,9 +9,9 @@ of results/conversion.jsonl: models that have one are not repeated (--retry repe
 
 For each model, with random weights (batch norm's too), one batch's running statistics and two small
 images: the largest error of its evaluation outputs after `convert(model, keep_outputs=True)`
-relative to the largest output, with gates that are bn alone (gate_start=25; equal if below 1e-3, in
-float32 or, where that fails at every size, in float64) and at the default start; then, after
-`convert(model)`, whether a step of SGD is finite: its loss, gradients and weights.
+relative to the largest output, with control parameters that leave BN alone (gate_start=25; equal if
+below 1e-3, in float32 or, where that fails at every size, in float64) and at the default start;
+then, after `convert(model)`, whether a step of SGD is finite: its loss, gradients and weights.
 """
 
 import argparse

@@ -11,17 +11,7 @@ Source: Tables 4.1-4.4 and Sec. 4.1, from results/paper.yaml.
 import argparse
 from pathlib import Path
 
-from common.pages import (
-    ORIGIN,
-    begin,
-    kept_notes,
-    link,
-    md_table,
-    origin,
-    plural,
-    spread_text,
-    write,
-)
+from common import pages
 from common.records import (
     ROOT,
     RUNS_HELP,
@@ -86,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     out = None if args.out == "-" else Path(args.out or args.runs / "README.md")
     try:
-        notes = kept_notes(out, SCRIPT) if out else ""
+        notes = pages.kept_notes(out, SCRIPT) if out else ""
     except ValueError as error:
         fail(str(error))
     folder = out.parent if out else args.runs
@@ -96,15 +86,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not out.parent.is_dir():
         fail(f"no folder {out.parent}")
-    write(out, parts)
-    print(f"{out}: {plural(len(runs) + len(detectors), 'run')}")
+    pages.write(out, parts)
+    print(f"{out}: {pages.plural(len(runs) + len(detectors), 'run')}")
 
 
 def markdown(
     runs: list[Run], paper: dict, notes: str, folder: Path, detectors: list[Run] = ()
 ) -> list[str]:
     """The parts of the results page; `folder` is where it will lie, for its links."""
-    parts = begin(SCRIPT, "# Results", notes)
+    parts = pages.begin(SCRIPT, "# Results", notes)
     groups = by_group(runs)
     published = next((found for group, found in groups.items() if is_published(group, paper)), [])
     table_4_1 = ["## " + paper["table_4_1"]["caption"], OURS]
@@ -118,9 +108,9 @@ def markdown(
         parts += [PROXY] if scale == "proxy" else ["Not an experiment of the paper."]
         for metric, label in METRICS.items():
             table, marks = accuracy_table(found, metric, paper)
-            parts += [f"### Top-1 (%), {label}", md_table(table), *marks]
+            parts += [f"### Top-1 (%), {label}", pages.md_table(table), *marks]
         parts += compared(found)
-        parts += ["### Runs", md_table(run_table(found, folder))]
+        parts += ["### Runs", pages.md_table(run_table(found, folder))]
     parts += [] if published else table_4_1
     return parts + detection_markdown(detectors, paper, folder)
 
@@ -133,7 +123,7 @@ def console(runs: list[Run], paper: dict) -> str:
         epochs = sorted({run.summary.get("epochs") or 0 for run in found})
         seeds = len({run.seed for run in found})
         length = "/".join(map(str, epochs))
-        parts += [f"{data}, {model}: {scale} runs, {length} epochs, {plural(seeds, 'seed')}"]
+        parts += [f"{data}, {model}: {scale} runs, {length} epochs, {pages.plural(seeds, 'seed')}"]
         for metric, label in METRICS.items():
             table, marks = accuracy_table(found, metric, paper)
             table[0][0] = f"top-1 (%), {label}"
@@ -165,16 +155,16 @@ def full_tables(runs: list[Run], paper: dict, folder: Path) -> list[str]:
             found = cells.get((norm, setting), [])
             ours = [cell(found, metric) for metric in METRICS]
             marks += [mark for _, found_marks in ours for mark in found_marks]
-            links = ", ".join(link(run, folder, f"seed{run.seed}") for run in found)
+            links = ", ".join(pages.link(run, folder, f"seed{run.seed}") for run in found)
             figure = figures.get((norm, setting), "")
             table.append([norm, setting_label(setting), figure, *(text for text, _ in ours), links])
     if ("sn", "8x1") in figures:
         marks += [IN_LN]
-    parts = [md_table(table), *dict.fromkeys(marks)]
+    parts = [pages.md_table(table), *dict.fromkeys(marks)]
     notes = [*paper["table_4_1"]["notes"], *paper["text_imagenet"]["notes"]]
     parts += ["About the paper's figures:\n\n" + "\n".join(f"- {note}" for note in notes)]
     if runs:
-        parts += [*compared(runs), "### Runs", md_table(run_table(runs, folder))]
+        parts += [*compared(runs), "### Runs", pages.md_table(run_table(runs, folder))]
     return parts
 
 
@@ -230,7 +220,7 @@ def values_text(runs: list[Run], metric: str, unlike: dict, mark: str) -> str:
     if unlike:
         text = ", ".join(f"{value:.1f}" for _, value in values) + mark
     else:
-        text = spread_text(over_seeds(values))
+        text = pages.spread_text(over_seeds(values))
     return text + (f", {diverged} of {len(runs)} diverged" if diverged else "")
 
 
@@ -246,7 +236,7 @@ def compared(runs: list[Run]) -> list[str]:
 def run_table(runs: list[Run], folder: Path) -> list[list[str]]:
     """Every run with what it took: one line per seed."""
     header = ["run", "seed", "top-1", "top-1, batch average", "epochs", "images seen"]
-    header += ["train images", *ORIGIN, "note"]
+    header += ["train images", *pages.ORIGIN, "note"]
     order = load_paper()["table_4_1"]["settings"]
     norms, settings = (
         sort_norms(r.norm for r in runs),
@@ -261,13 +251,13 @@ def run_table(runs: list[Run], folder: Path) -> list[list[str]]:
         top1 = [run.metric(metric) for metric in METRICS]
         table.append(
             [
-                link(run, folder, f"{summary['norm']}_{run.setting}"),
+                pages.link(run, folder, f"{summary['norm']}_{run.setting}"),
                 run.seed,
                 *("diverged" if run.diverged else "" if v is None else f"{v:.2f}" for v in top1),
                 summary.get("epochs"),
                 summary.get("images_seen"),
                 summary["data"].get("train_images"),
-                *origin(run),
+                *pages.origin(run),
                 summary.get("note"),
             ]
         )
@@ -284,8 +274,8 @@ def detection_markdown(runs: list[Run], paper: dict, folder: Path) -> list[str]:
         data, model, scale = group
         parts += [f"## {data}, {model} ({'proxy runs' if scale == 'proxy' else scale})"]
         parts += [PROXY.replace("accuracy", "AP")] if scale == "proxy" else []
-        parts += [md_table(ap_table(found)), *compared(found)]
-        parts += ["### Runs", md_table(detection_run_table(found, folder))]
+        parts += [pages.md_table(ap_table(found)), *compared(found)]
+        parts += ["### Runs", pages.md_table(detection_run_table(found, folder))]
     for name in ("table_4_2", "table_4_3", "table_4_4"):
         parts += published_detection(name, runs, paper, folder)
     return parts
@@ -350,12 +340,12 @@ def published_detection(name: str, runs: list[Run], paper: dict, folder: Path) -
                     row["head"] + (" (suspect)" if row.get("suspect") else ""),
                     " / ".join(f"{value:.1f}" for value in row["values"]),
                     ours if found else "",
-                    ", ".join(link(run, folder, f"seed{run.seed}") for run in found),
+                    ", ".join(pages.link(run, folder, f"seed{run.seed}") for run in found),
                 ]
             )
     notes = [*table.get("notes", []), *table.get("suspect", [])]
     listed = "About the paper's figures:\n\n" + "\n".join(f"- {note}" for note in notes)
-    return [f"## {table['caption']}", md_table(lines), *([listed] if notes else [])]
+    return [f"## {table['caption']}", pages.md_table(lines), *([listed] if notes else [])]
 
 
 def is_row(run: Run, row: dict, scratch: bool) -> bool:
@@ -368,19 +358,19 @@ def is_row(run: Run, row: dict, scratch: bool) -> bool:
 def detection_run_table(runs: list[Run], folder: Path) -> list[list[str]]:
     """Every run with what it took: one line per seed."""
     header = ["run", "seed", "box AP", "mask AP", "steps", "images seen", "train images"]
-    table = [[*header, *ORIGIN, "note"]]
+    table = [[*header, *pages.ORIGIN, "note"]]
     for run in (run for found in cells_of_detection(runs).values() for run in found):
         summary = run.summary
         ap = [run.metric("box_ap"), run.metric("mask_ap")]
         table.append(
             [
-                link(run, folder, run.name.split("/")[-2]),
+                pages.link(run, folder, run.name.split("/")[-2]),
                 run.seed,
                 *("diverged" if run.diverged else "" if v is None else f"{v:.2f}" for v in ap),
                 summary.get("steps"),
                 summary.get("images_seen"),
                 summary["data"].get("train_images"),
-                *origin(run),
+                *pages.origin(run),
                 summary.get("note"),
             ]
         )

@@ -9,7 +9,7 @@ Source: Fig 4, from results/paper.yaml.
 """
 
 import matplotlib.pyplot as plt
-from common.figures import INTERVAL, arguments, by_recipe, clear, color, reach_of, read, save
+from common import figures
 from common.records import (
     FIGURE_SETTINGS,
     Run,
@@ -29,11 +29,13 @@ MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments("Draw top-1 against the setting, a line per norm, the paper's Fig 4 beside.")
+    parser = figures.arguments(
+        "Draw top-1 against the setting, a line per norm, the paper's Fig 4 beside."
+    )
     parser.add_argument("--metric", choices=METRICS, default="top1", help="(default: top1)")
     parser.add_argument("--data", metavar="DATA_MODEL", help="only this group, as cifar10_resnet20")
     args = parser.parse_args(argv)
-    groups = {group_name(group): runs for group, runs in by_group(read(args.runs)).items()}
+    groups = {group_name(group): runs for group, runs in by_group(figures.read(args.runs)).items()}
     if not groups:
         fail(f"no runs below {args.runs}")
     if args.data and args.data not in groups:
@@ -42,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or args.runs / "figures"
     paper = load_paper()["fig_4"]
     groups = {name: runs for name, runs in groups.items() if args.data in (None, name)}
-    for name, (runs, lines) in by_recipe(groups, lambda run: (run.norm, run.setting)).items():
+    for name, (runs, lines) in figures.by_recipe(
+        groups, lambda run: (run.norm, run.setting)
+    ).items():
         suffix = "" if args.metric == "top1" else "_batch_average"
         path = out / f"accuracy_by_setting_{name}{suffix}.{args.format}"
         draw(runs, args.metric, paper, path, lines)
@@ -60,11 +64,11 @@ def draw(runs: list[Run], metric: str, paper: dict, path, lines: list[str]) -> N
     for panel in (ours, published):
         panel.set_xlabel("(GPUs, images per GPU)")
         panel.set_ylabel("top-1 (%)")
-        clear(panel, "y")
+        figures.clear(panel, "y")
         if panel.get_legend_handles_labels()[0]:
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False)
     header, rows = table(runs, metric, paper)
-    save(figure, path, captions(runs) + lines, header, rows, width=150)
+    figures.save(figure, path, captions(runs) + lines, header, rows, width=150)
 
 
 def draw_runs(panel, runs: list[Run], metric: str) -> None:
@@ -86,18 +90,19 @@ def draw_runs(panel, runs: list[Run], metric: str) -> None:
                 means[-1] = spread.mean
                 if len(values) > 1:
                     panel.plot([x + shift] * len(values), [v for _, v in values], ".",
-                               color=color(norm), alpha=0.5)  # fmt: skip
+                               color=figures.color(norm), alpha=0.5)  # fmt: skip
                 if spread.half is not None:
-                    panel.errorbar(x + shift, spread.mean, spread.half, color=color(norm),
+                    panel.errorbar(x + shift, spread.mean, spread.half, color=figures.color(norm),
                                    linewidth=1.2, capsize=3, alpha=0.7)  # fmt: skip
             if any(run.diverged for run in found):
                 diverged.append((x + shift, norm))
         draw_line(panel, settings, means, norm, shift)
-    low, high = reach_of(spreads, points) if spreads else panel.get_ylim()
+    low, high = figures.reach_of(spreads, points) if spreads else panel.get_ylim()
     for x, norm in diverged:
-        panel.plot(x, low, "X", color=color(norm), markersize=10, clip_on=False, zorder=5)
+        panel.plot(x, low, "X", color=figures.color(norm), markersize=10, clip_on=False, zorder=5)
         panel.annotate(f"{norm} diverged", (x, low), (0, 8), textcoords="offset points", fontsize=8,
-                       rotation=90, ha="center", va="bottom", color=color(norm))  # fmt: skip
+                       rotation=90, ha="center", va="bottom",
+                       color=figures.color(norm))  # fmt: skip
     panel.set_ylim(low, high)
     panel.set_xticks(range(len(settings)), [setting_label(s) for s in settings])
 
@@ -109,13 +114,14 @@ def draw_paper(panel, paper: dict) -> None:
     panel.set_ylim(72, 77.5)
     x = settings.index("8x2")
     panel.annotate("BN (8,2) is below\nthe axis (65.3)", (x, 72), (x - 0.2, 72.6), ha="center",
-                   fontsize=8, color=color("bn"), arrowprops={"arrowstyle": "->"})  # fmt: skip
+                   fontsize=8, color=figures.color("bn"),
+                   arrowprops={"arrowstyle": "->"})  # fmt: skip
     panel.set_xticks(range(len(settings)), [setting_label(s) for s in settings])
 
 
 def draw_line(panel, settings: list[str], values: list, norm: str, shift: float) -> None:
     """One norm's points, joined within a number of GPUs."""
-    style = {"color": color(norm), "marker": MARKERS.get(norm, "P"), "markersize": 6}
+    style = {"color": figures.color(norm), "marker": MARKERS.get(norm, "P"), "markersize": 6}
     label = norm.upper() if norm in MARKERS else norm
     gpus = [setting.split("x")[0] for setting in settings]
     for g in dict.fromkeys(gpus):
@@ -131,7 +137,7 @@ def captions(runs: list[Run]) -> list[str]:
     seeds = sorted({len({run.seed for run in found}) for found in by_cell(runs).values()})
     if seeds != [1]:
         lines.append(f"Ours: line = mean over {'/'.join(map(str, seeds))} seeds, dots = runs, "
-                     f"{INTERVAL}.")  # fmt: skip
+                     f"{figures.INTERVAL}.")  # fmt: skip
     if any(run.norm == "sn" and run.without_bn for run in runs):
         lines.append("SN at one image per GPU: IN and LN only, as in the paper.")
     return lines

@@ -15,34 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common.figures import (
-    COLORS,
-    INTERVAL,
-    PARTS,
-    STYLES,
-    arguments,
-    by_recipe,
-    clear,
-    color,
-    draw_seeds,
-    fit,
-    legend,
-    mark_start,
-    read,
-    save,
-    statistic_lines,
-    tidy,
-)
-from common.pages import (
-    ORIGIN,
-    begin,
-    kept_notes,
-    link,
-    md_table,
-    origin,
-    spread_text,
-    write,
-)
+from common import figures, pages
 from common.records import (
     SPENT,
     Run,
@@ -60,11 +33,11 @@ from matplotlib.ticker import MaxNLocator
 SCRIPT = Path(__file__).stem
 # in this order everywhere; "random" is the sampler without a controller
 LABELS = {
-    "none": ("no norm", COLORS["none"]),
-    "ln": ("LN", COLORS["ln"]),
-    "gn": ("GN", COLORS["gn"]),
-    "sn_ln_gn": ("SN (LN + GN)", COLORS["sn"]),
-    "random": ("random search", COLORS["bn"]),
+    "none": ("no norm", figures.COLORS["none"]),
+    "ln": ("LN", figures.COLORS["ln"]),
+    "gn": ("GN", figures.COLORS["gn"]),
+    "sn_ln_gn": ("SN (LN + GN)", figures.COLORS["sn"]),
+    "random": ("random search", figures.COLORS["bn"]),
 }
 # what the labels of curves say, so that it may differ within a figure
 NAMED = ("sampler", "controller.norm", "names.controller", "names.random")
@@ -91,28 +64,30 @@ RETRAINED = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments("Draw architecture searches (Fig 5(b)) and write their table.", "enas")
+    parser = figures.arguments(
+        "Draw architecture searches (Fig 5(b)) and write their table.", "enas"
+    )
     args = parser.parse_args(argv)
-    runs = [run for run in read(args.runs, "enas") if run.summary["status"] == "finished"]
+    runs = [run for run in figures.read(args.runs, "enas") if run.summary["status"] == "finished"]
     if not runs:
         fail(f"no searches below {args.runs}")
     out = args.out or args.runs / "enas"
     try:
-        notes = kept_notes(out / "README.md", SCRIPT)
+        notes = pages.kept_notes(out / "README.md", SCRIPT)
     except ValueError as error:
         fail(str(error))
 
     groups = {group_name(group): found for group, found in by_group(runs).items()}
-    groups = by_recipe(groups, label, NAMED)
+    groups = figures.by_recipe(groups, label, NAMED)
     for name, (found, lines) in groups.items():
-        figures = out / "figures"
-        draw_search(by_label(found), figures / f"search_{name}.{args.format}", lines)
-        draw_controller(by_label(found), figures / f"controller_{name}.{args.format}", lines)
+        folder = out / "figures"
+        draw_search(by_label(found), folder / f"search_{name}.{args.format}", lines)
+        draw_controller(by_label(found), folder / f"controller_{name}.{args.format}", lines)
         if any(run.importance for run in found):
-            path = figures / f"importance_{name}.{args.format}"
+            path = folder / f"importance_{name}.{args.format}"
             draw_importance([run for run in found if run.importance], path, lines)
-    retrained = read(args.runs, "enas_retrain")
-    write(out / "README.md", markdown(groups, retrained, notes, out, args.format))
+    retrained = figures.read(args.runs, "enas_retrain")
+    pages.write(out / "README.md", markdown(groups, retrained, notes, out, args.format))
     print(out / "README.md")
 
 
@@ -136,7 +111,7 @@ def place(name: str) -> int:
 
 def look(name: str) -> tuple[str, str]:
     """The label and the colour of a curve."""
-    return LABELS.get(name, (name, color(name)))
+    return LABELS.get(name, (name, figures.color(name)))
 
 
 def draw_search(found: dict[str, list[Run]], path: Path, lines: list[str]) -> None:
@@ -148,13 +123,17 @@ def draw_search(found: dict[str, list[Run]], path: Path, lines: list[str]) -> No
     published = load_paper()["fig_5b"]
     for name, values in published["accuracy"].items():
         values = [100 * value for value in values]
-        paper.plot(published["epochs"], values, "o-", color=color(name), markersize=3.5)
+        paper.plot(published["epochs"], values, "o-", color=figures.color(name), markersize=3.5)
         rows += [["paper, Fig 5(b)", name, "", e, v] for e, v in zip(published["epochs"], values)]
     paper.set_title("Paper, Fig 5(b): 150 epochs on CIFAR-10 (read off, ± 1)")
     paper.set_ylabel("validation accuracy (%)")
-    first = f"Thin: each run. Thick: their mean; {INTERVAL}. The paper has no random search."
+    first = (
+        f"Thin: each run. Thick: their mean; {figures.INTERVAL}. The paper has no random search."
+    )
     finish(figure, (ours, paper), found)
-    save(figure, path, [first, *lines], ["source", "run", "seed", "epoch", "shared_top1"], rows)
+    figures.save(
+        figure, path, [first, *lines], ["source", "run", "seed", "epoch", "shared_top1"], rows
+    )
 
 
 def draw_controller(found: dict[str, list[Run]], path: Path, lines: list[str]) -> None:
@@ -167,10 +146,10 @@ def draw_controller(found: dict[str, list[Run]], path: Path, lines: list[str]) -
     finish(figure, panels, found)
     first = [
         f"{title(found)}. Thin: each run, mean over an epoch's updates. Thick: their mean; "
-        f"{INTERVAL}.",
+        f"{figures.INTERVAL}.",
         "Random search: the entropy of the uniform distribution; its rewards update nothing.",
     ]
-    save(figure, path, first + lines, ["quantity", "run", "seed", "epoch", "value"], rows)
+    figures.save(figure, path, first + lines, ["quantity", "run", "seed", "epoch", "value"], rows)
 
 
 def curves(panel, found: dict[str, list[Run]], key: str) -> list[list]:
@@ -181,9 +160,11 @@ def curves(panel, found: dict[str, list[Run]], key: str) -> list[list]:
         for run in runs:
             lines = [line for line in run.metrics if line.get(key) is not None]
             points[run.seed, run.path] = [(line["epoch"], line[key]) for line in lines]
-            rows += [["ours", name, run.seed, line["epoch"], tidy(line[key])] for line in lines]
-        draw_seeds(panel, {k: v for k, v in points.items() if v}, look(name)[1], width=2.4)
-    fit([panel])
+            rows += [
+                ["ours", name, run.seed, line["epoch"], figures.tidy(line[key])] for line in lines
+            ]
+        figures.draw_seeds(panel, {k: v for k, v in points.items() if v}, look(name)[1], width=2.4)
+    figures.fit([panel])
     return rows
 
 
@@ -196,29 +177,31 @@ def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
     )  # fmt: skip
     rows = []
     for panel, block in zip(panels[0], blocks):
-        for part in PARTS:
+        for part in figures.PARTS:
             points = defaultdict(lambda: defaultdict(list))
             for run in runs:
                 for record in run.importance:
                     for s, value in block_importance(record, part).get(block, {}).items():
                         points[s][run.seed, run.path].append((record["epoch"], value))
-                        rows.append([run.seed, record["epoch"], block, part, s, tidy(value)])
+                        rows.append(
+                            [run.seed, record["epoch"], block, part, s, figures.tidy(value)]
+                        )
             for s, found in points.items():
-                draw_seeds(panel, found, COLORS[s], STYLES[part])
-            mark_start(panel, [len(points)])
+                figures.draw_seeds(panel, found, figures.COLORS[s], figures.STYLES[part])
+            figures.mark_start(panel, [len(points)])
         panel.set_title(f"norm of the {PLACES.get(block, block)}")
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        clear(panel)
-    fit(panels[0])
+        figures.clear(panel)
+    figures.fit(panels[0])
     panels[0][0].set_ylabel("importance weight")
-    legend(figure, statistic_lines(("ln", "gn")))
+    figures.legend(figure, figures.statistic_lines(("ln", "gn")))
     first = (
-        f"{title(by_label(runs))}; thin: each run, thick: their mean; {INTERVAL}. The scale is cut "
-        "to what occurs."
+        f"{title(by_label(runs))}; thin: each run, thick: their mean; {figures.INTERVAL}. "
+        "The scale is cut to what occurs."
     )
     header = ["seed", "epoch", "place", "weights", "statistic", "value"]
-    save(figure, path, [first, *lines], header, rows)
+    figures.save(figure, path, [first, *lines], header, rows)
 
 
 PLACES = {
@@ -232,9 +215,11 @@ def finish(figure, panels, found) -> None:
     for panel in panels:
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        clear(panel)
+        figures.clear(panel)
     names = [look(name) for name in found]
-    legend(figure, [Line2D([], [], color=c, linewidth=2.4, label=name) for name, c in names])
+    figures.legend(
+        figure, [Line2D([], [], color=c, linewidth=2.4, label=name) for name, c in names]
+    )
 
 
 def title(found: dict[str, list[Run]]) -> str:
@@ -249,7 +234,7 @@ def markdown(
     groups: dict, retrained: list[Run], notes: str, folder: Path, suffix: str
 ) -> list[str]:
     """The parts of the page; `folder` is where it will lie, for its links."""
-    parts = [*begin(SCRIPT, "# Architecture search", notes), SHARED]
+    parts = [*pages.begin(SCRIPT, "# Architecture search", notes), SHARED]
     for name, (runs, lines) in groups.items():
         data, model, scale = runs[0].group
         found = by_label(runs)
@@ -257,11 +242,11 @@ def markdown(
         parts += [PROXY] if scale == "proxy" else []
         parts += lines
         parts += [f"![search](figures/search_{name}.{suffix})"]
-        parts += [md_table(spread_table(found)), *budget(found), *leads(found)]
-        parts += ["### Every run", md_table(run_table(found, folder))]
+        parts += [pages.md_table(spread_table(found)), *budget(found), *leads(found)]
+        parts += ["### Every run", pages.md_table(run_table(found, folder))]
     if retrained:
         parts += ["## Retrained architectures", RETRAINED]
-        parts += [md_table(retrain_table(retrained, folder))]
+        parts += [pages.md_table(retrain_table(retrained, folder))]
     return parts
 
 
@@ -274,7 +259,7 @@ def spread_table(found: dict[str, list[Run]]) -> list[list[str]]:
             ("shared_top1", 2), ("best_shared_top1", 2), ("entropy", 3), ("reward", 4),
         ):  # fmt: skip
             spread = over_seeds((run.seed, run.summary[key]) for run in runs)
-            row.append(spread_text(spread, digits).replace(f" (n={spread.seeds})", ""))
+            row.append(pages.spread_text(spread, digits).replace(f" (n={spread.seeds})", ""))
         rows.append(row)
     return rows
 
@@ -322,27 +307,27 @@ def by_seed(runs: list[Run]) -> dict[int, float]:
 
 def run_table(found: dict[str, list[Run]], folder: Path) -> list[list]:
     header = ["run", "seed", "shared_top1", "best", "entropy", "reward", "epochs", "train images"]
-    rows = [[*header, *ORIGIN]]
+    rows = [[*header, *pages.ORIGIN]]
     for name, runs in found.items():
         for run in runs:
             s = run.summary
-            figures = [f"{s['shared_top1']:.2f}", f"{s['best_shared_top1']:.2f}"]
-            figures += [f"{s['entropy']:.3f}", f"{s['reward']:.4f}", s["epochs"]]
-            figures += [s["data"].get("train_images"), *origin(run)]
-            rows.append([link(run, folder, name), run.seed, *figures])
+            cells = [f"{s['shared_top1']:.2f}", f"{s['best_shared_top1']:.2f}"]
+            cells += [f"{s['entropy']:.3f}", f"{s['reward']:.4f}", s["epochs"]]
+            cells += [s["data"].get("train_images"), *pages.origin(run)]
+            rows.append([pages.link(run, folder, name), run.seed, *cells])
     return rows
 
 
 def retrain_table(runs: list[Run], folder: Path) -> list[list]:
     header = ["run", "seed", "val top-1", "test top-1", "test images", "parameters", "epochs"]
-    rows = [[*header, "train images", *ORIGIN]]
+    rows = [[*header, "train images", *pages.ORIGIN]]
     for run in sorted(runs, key=lambda run: (run.summary["name"], run.seed)):
         s = run.summary
         val, tested = run.metric("retrained_val_top1"), s.get("retrained_test_top1")
         val = "diverged" if run.diverged else "" if val is None else f"{val:.2f}"
-        figures = [val, "" if tested is None else f"{tested:.2f}", s.get("test_images") or ""]
-        figures += [f"{s['parameters']:,}", s["epochs"], s["data"].get("train_images")]
-        rows.append([link(run, folder, s["name"]), run.seed, *figures, *origin(run)])
+        cells = [val, "" if tested is None else f"{tested:.2f}", s.get("test_images") or ""]
+        cells += [f"{s['parameters']:,}", s["epochs"], s["data"].get("train_images")]
+        rows.append([pages.link(run, folder, s["name"]), run.seed, *cells, *pages.origin(run)])
     return rows
 
 

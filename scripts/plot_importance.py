@@ -19,26 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common.figures import (
-    COLORS,
-    INTERVAL,
-    PARTS,
-    STYLES,
-    arguments,
-    by_recipe,
-    clear,
-    draw_seeds,
-    fit,
-    legend,
-    mark_start,
-    present,
-    reach_of,
-    read,
-    save,
-    statistic_lines,
-    tidy,
-    warn,
-)
+from common import figures
 from common.records import (
     FIGURE_SETTINGS,
     STATISTICS,
@@ -56,7 +37,7 @@ from common.records import (
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-WEIGHTS = PARTS | {"both": "average of mean and variance weights"}
+WEIGHTS = figures.PARTS | {"both": "average of mean and variance weights"}
 HATCH = "////"
 ABSENT = "absent: left out of the layer by construction (IN and LN only), not learned."
 BLOCKS = "Each block: the average over its SN layers."
@@ -64,7 +45,9 @@ BARS = "Bars begin at 1/K; each panel has a scale of its own."
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments("Draw importance weights per setting (Fig 2), per block (Fig 3), in time.")
+    parser = figures.arguments(
+        "Draw importance weights per setting (Fig 2), per block (Fig 3), in time."
+    )
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="both", help="Fig 2: which weights (both: averaged)"
     )
@@ -84,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     out = args.out or args.runs / "figures"
-    detectors = with_weights(read(args.runs, "detection"), args.data)
-    classifiers = read(args.runs)
+    detectors = with_weights(figures.read(args.runs, "detection"), args.data)
+    classifiers = figures.read(args.runs)
     draw_detectors(detectors, out, args.format)
     if detectors and (args.data or not any(run.importance for run in classifiers)):
         return
     paper = load_paper()
     groups = choose(classifiers, args)
-    for name, (runs, lines) in by_recipe(groups, lambda run: run.setting).items():
+    for name, (runs, lines) in figures.by_recipe(groups, lambda run: run.setting).items():
         cells = defaultdict(list)
         for run in runs:
             cells[run.setting].append(run)
@@ -135,7 +118,7 @@ def choose(runs: list[Run], args: argparse.Namespace) -> dict[str, list[Run]]:
     runs = [run for run in runs if run.norm == args.norm]
     for run in runs:
         if run.diverged:
-            warn(f"{run.path} diverged; its weights are left out")
+            figures.warn(f"{run.path} diverged; its weights are left out")
     chosen = with_weights(runs, args.data)
     if not chosen:
         fail(f"no finished runs of norm {args.norm} with importance weights below {args.runs}")
@@ -175,7 +158,7 @@ def draw_by_setting(
     for small, (setting, runs) in zip(panels, cells.items()):
         draw_change(small, runs, lambda record: average_importance(record, weights, average))
         small.set_title(setting_label(setting), fontsize=10)
-    fit(panels)
+    figures.fit(panels)
     panels[0].set_ylabel("change")
     change.suptitle("Ours: change of these weights in training", fontsize=12)
     panel = theirs.subplots()
@@ -185,17 +168,19 @@ def draw_by_setting(
         "the paper does not say which weights and which average it draws"
     )
     panel.set_xlabel("(GPUs, images per GPU)")
-    statistics = present(bars for found in last.values() for _, bars in found)
-    legend(figure, bar_handles(statistics, split=False))
+    statistics = figures.present(bars for found in last.values() for _, bars in found)
+    figures.legend(figure, bar_handles(statistics, split=False))
     rows = []
     for source, found in (("ours", last), ("paper, Fig 2", published)):
         for setting, bars in found.items():
             which = [weights, average] if source == "ours" else ["not stated", "not stated"]
             for seed, bar in bars:
                 seed = seed if source == "ours" else ""
-                rows += [[source, setting, seed, *which, s, tidy(v)] for s, v in bar.items()]
+                rows += [
+                    [source, setting, seed, *which, s, figures.tidy(v)] for s, v in bar.items()
+                ]
     header = ["source", "setting", "seed", "weights", "average", "statistic", "value"]
-    save(figure, path, [BARS, *lines], header, rows)
+    figures.save(figure, path, [BARS, *lines], header, rows)
 
 
 def draw_by_block(cells, settings: list[str], paper: dict, path: Path, lines: list[str]) -> None:
@@ -224,14 +209,14 @@ def draw_by_block(cells, settings: list[str], paper: dict, path: Path, lines: li
         else:
             right.text(0.5, 0.5, "not in the paper", ha="center", transform=right.transAxes)
             right.set_xticks([])
-            clear(right, "y")
-    legend(figure, bar_handles([s for s in STATISTICS if s in statistics], split=True))
+            figures.clear(right, "y")
+    figures.legend(figure, bar_handles([s for s in STATISTICS if s in statistics], split=True))
     note = (
         "Paper: read off the figure, ± 0.01; what a block is, is not stated "
         "(probably the stem and the four stages)."
     )
     header = ["source", "setting", "seed", "block", "weights", "statistic", "value"]
-    save(figure, path, [f"{BLOCKS} {BARS}", note, *lines], header, rows)
+    figures.save(figure, path, [f"{BLOCKS} {BARS}", note, *lines], header, rows)
 
 
 def draw_over_epochs(cells, settings: list[str], path: Path, lines: list[str]) -> None:
@@ -249,34 +234,34 @@ def draw_over_epochs(cells, settings: list[str], path: Path, lines: list[str]) -
             panel.set_visible(False)
         for panel, block in zip(line, blocks):
             counts = set()
-            for part in PARTS:
+            for part in figures.PARTS:
 
                 def weights(record: dict, part=part, block=block) -> dict[str, float]:
                     return block_importance(record, part)[block]
 
                 curves = weight_curves(cells[setting], weights)
                 for s, found in curves.items():
-                    draw_seeds(panel, found, COLORS[s], STYLES[part], 1.8)
+                    figures.draw_seeds(panel, found, figures.COLORS[s], figures.STYLES[part], 1.8)
                     drawn.add(s)
                 counts.add(len(curves))
-            mark_start(panel, counts)
+            figures.mark_start(panel, counts)
             panel.set_title(f"{setting_label(setting)} {block}", fontsize=11)
-            clear(panel)
+            figures.clear(panel)
         line[0].set_ylabel("importance weight")
         rows += [row for run in cells[setting] for row in run_rows(setting, run)]
-    fit(panels.flat)
+    figures.fit(panels.flat)
     for panel in panels[-1]:
         panel.set_xlabel("epoch")
         panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    legend(figure, statistic_lines([s for s in STATISTICS if s in drawn]))
+    figures.legend(figure, figures.statistic_lines([s for s in STATISTICS if s in drawn]))
     header = ["setting", "seed", "epoch", "block", "weights", "statistic", "value"]
     first = f"{title({s: cells[s] for s in settings})}. {BLOCKS}"
-    save(figure, path, [first, *lines], header, rows)
+    figures.save(figure, path, [first, *lines], header, rows)
 
 
 def draw_detectors(groups: dict[str, list[Run]], out: Path, suffix: str) -> None:
     """A figure for each data set, detector and recipe."""
-    for name, (runs, lines) in by_recipe(groups, part_cell).items():
+    for name, (runs, lines) in figures.by_recipe(groups, part_cell).items():
         draw_by_part(runs, out / f"importance_by_part_{name}.{suffix}", lines)
 
 
@@ -302,19 +287,22 @@ def draw_by_part(runs: list[Run], path: Path, lines: list[str]) -> None:
         draw_bars(panel, {block.replace("backbone.", ""): b for block, b in bars.items()}, True)
         steps = "/".join(sorted({str(count(run.importance[-1])) for run in found}))
         panel.set_title(f"{norms}, {start}, {setting_label(setting)}, {steps} steps", fontsize=11)
-        for part in PARTS:
+        for part in figures.PARTS:
             draw_change(
-                change, found, lambda r, part=part: average_importance(r, part), STYLES[part]
+                change,
+                found,
+                lambda r, part=part: average_importance(r, part),
+                figures.STYLES[part],
             )
-        fit([change])
+        figures.fit([change])
         change.set_title("change in training, all layers", fontsize=11)
-    legend(figure, bar_handles([s for s in STATISTICS if s in statistics], split=True))
+    figures.legend(figure, bar_handles([s for s in STATISTICS if s in statistics], split=True))
     data, model, scale = runs[0].group
     note = (
         f"{model} on {data}, {scale}. {BLOCKS} {BARS} Right: mean weights solid, variance dashed."
     )
     header = ["norms", "start", "source", "setting", "seed", "block", "weights", "statistic"]
-    save(figure, path, [note, *captions(runs), *lines], [*header, "value"], rows)
+    figures.save(figure, path, [note, *captions(runs), *lines], [*header, "value"], rows)
 
 
 # --- panels
@@ -326,17 +314,17 @@ def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> Non
     groups: for each key (seed, {statistic: weight}) of each run, with `split` the same for each
     part: (seed, {"mean": ..., "var": ...}).
     """
-    parts = tuple(PARTS) if split else (None,)
+    parts = tuple(figures.PARTS) if split else (None,)
 
     def of(bars: dict, part: str | None) -> dict[str, float]:
         return bars[part] if part else bars
 
     everything = [of(bars, p) for found in groups.values() for _, bars in found for p in parts]
-    slots = [(part, s) for part in parts for s in present(everything)]
+    slots = [(part, s) for part in parts for s in figures.present(everything)]
     width = 0.84 / len(slots)
     starts, spreads, missing, dots = set(), [], [], []
     for x, found in enumerate(groups.values()):
-        start = 1 / len(present(of(bars, p) for _, bars in found for p in parts))
+        start = 1 / len(figures.present(of(bars, p) for _, bars in found for p in parts))
         starts.add(round(1 / start))
         for i, (part, s) in enumerate(slots):
             values = [(seed, of(bars, part)[s]) for seed, bars in found if s in of(bars, part)]
@@ -345,24 +333,25 @@ def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> Non
                 missing.append((at, s))
                 continue
             spreads.append(spread := over_seeds(values))
-            panel.bar(at, spread.mean - start, width * 0.94, start, color=COLORS[s], linewidth=0,
-                      hatch=HATCH if part == "var" else None, edgecolor="white")  # fmt: skip
+            panel.bar(at, spread.mean - start, width * 0.94, start, color=figures.COLORS[s],
+                      linewidth=0, hatch=HATCH if part == "var" else None,
+                      edgecolor="white")  # fmt: skip
             if len(values) > 1:
                 dots += [weight for _, weight in values]
                 panel.plot([at] * len(values), [weight for _, weight in values], "o", color="white",
                            markeredgecolor="black", markersize=3)  # fmt: skip
             if spread.half is not None:
                 panel.errorbar(at, spread.mean, spread.half, color="0.25", linewidth=1)
-    low, high = reach_of(spreads, [*dots, *(1 / count for count in starts)])
+    low, high = figures.reach_of(spreads, [*dots, *(1 / count for count in starts)])
     low, high = max(low, 0), min(high, 1)
     panel.set_ylim(low, high)
-    mark_start(panel, starts)
+    figures.mark_start(panel, starts)
     for at, s in missing:
         panel.text(at, low, " absent", rotation=90, fontsize=8, ha="center", va="bottom",
-                   color=COLORS[s])  # fmt: skip
+                   color=figures.COLORS[s])  # fmt: skip
     panel.set_xticks(range(len(groups)), [label_of(key) for key in groups])
     panel.set_ylabel("importance weight")
-    clear(panel, "y")
+    figures.clear(panel, "y")
 
 
 def label_of(key: str) -> str:
@@ -378,11 +367,11 @@ def draw_change(panel, runs: list[Run], weights: Callable, style: str = "-") -> 
         return lambda record: {s: w - first.get(s, 0.0) for s, w in weights(record).items()}
 
     for s, found in weight_curves(runs, change, of_run=True).items():
-        draw_seeds(panel, found, COLORS[s], style, 1.8)
+        figures.draw_seeds(panel, found, figures.COLORS[s], style, 1.8)
     panel.axhline(0, color="0.35", linestyle=(0, (4, 3)), linewidth=1, zorder=1)
     panel.set_xlabel("epoch" if "epoch" in runs[0].importance[0] else "step")
     panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    clear(panel)
+    figures.clear(panel)
 
 
 def weight_curves(runs: list[Run], weights: Callable, of_run: bool = False) -> dict[str, dict]:
@@ -400,11 +389,11 @@ def weight_curves(runs: list[Run], weights: Callable, of_run: bool = False) -> d
 
 
 def bar_handles(statistics: list[str], split: bool) -> list[Patch]:
-    handles = [Patch(color=COLORS[s], label=s.upper()) for s in statistics]
+    handles = [Patch(color=figures.COLORS[s], label=s.upper()) for s in statistics]
     if split:
         look = {"facecolor": "0.5", "edgecolor": "white", "linewidth": 0}
-        handles += [Patch(label=PARTS["mean"], **look)]
-        handles += [Patch(label=PARTS["var"], hatch=HATCH, **look)]
+        handles += [Patch(label=figures.PARTS["mean"], **look)]
+        handles += [Patch(label=figures.PARTS["var"], hatch=HATCH, **look)]
     return handles
 
 
@@ -424,20 +413,20 @@ def bars_by_block(runs: list[Run]) -> dict[str, list[tuple]]:
     """The weights of each block at the end of training, (seed, {part: weights}) for each run."""
     bars = defaultdict(list)
     for run in runs:
-        parts = {part: block_importance(run.importance[-1], part) for part in PARTS}
+        parts = {part: block_importance(run.importance[-1], part) for part in figures.PARTS}
         for block in parts["mean"]:
-            bars[block].append((run.seed, {part: parts[part][block] for part in PARTS}))
+            bars[block].append((run.seed, {part: parts[part][block] for part in figures.PARTS}))
     return bars
 
 
 def block_rows(source: str, setting: str, groups: dict[str, list[tuple]]) -> list[list]:
     """Rows of a CSV, run by run."""
     return [
-        [source, setting, found[i][0], block, part, s, tidy(value)]
+        [source, setting, found[i][0], block, part, s, figures.tidy(value)]
         for i in range(max(map(len, groups.values()), default=0))
         for block, found in groups.items()
         if i < len(found)
-        for part in PARTS
+        for part in figures.PARTS
         for s, value in found[i][1][part].items()
     ]
 
@@ -445,10 +434,10 @@ def block_rows(source: str, setting: str, groups: dict[str, list[tuple]]) -> lis
 def run_rows(setting: str, run: Run) -> list[list]:
     rows = []
     for record in run.importance:
-        parts = {part: block_importance(record, part) for part in PARTS}
+        parts = {part: block_importance(record, part) for part in figures.PARTS}
         for block in parts["mean"]:
-            for part in PARTS:
-                rows += [[setting, run.seed, count(record), block, part, s, tidy(value)]
+            for part in figures.PARTS:
+                rows += [[setting, run.seed, count(record), block, part, s, figures.tidy(value)]
                          for s, value in parts[part][block].items()]  # fmt: skip
     return rows
 
@@ -471,7 +460,7 @@ def captions(runs: list[Run]) -> list[str]:
     counts = sorted({len(found) for found in seeds.values()})
     if counts != [1]:
         seen = f"the mean over {'/'.join(map(str, counts))} seeds"
-        lines.append(f"Ours: {seen}; dots, thin lines: runs; {INTERVAL}.")
+        lines.append(f"Ours: {seen}; dots, thin lines: runs; {figures.INTERVAL}.")
     return lines
 
 

@@ -16,26 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from common.figures import (
-    COLORS,
-    INTERVAL,
-    PARTS,
-    STYLES,
-    arguments,
-    by_recipe,
-    clear,
-    color,
-    draw_seeds,
-    fit,
-    legend,
-    mark_start,
-    present,
-    read,
-    save,
-    statistic_lines,
-    tidy,
-)
-from common.pages import begin, kept_notes, link, md_table, origin, plural, write
+from common import figures, pages
 from common.records import Run, block_importance, fail, load_paper, mean_and_sd
 
 SCRIPT = Path(__file__).stem
@@ -46,7 +27,7 @@ LENGTH = ("steps", "schedule.steps")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = arguments("Draw style transfer runs (Figs 5(a) and 6).")
+    parser = figures.arguments("Draw style transfer runs (Figs 5(a) and 6).")
     parser.add_argument(
         "--window", type=int, default=25, help="steps that a curve's point averages"
     )
@@ -66,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or args.runs / "figures"
     page = (args.out or args.runs / "style_transfer") / "README.md"
     try:
-        notes = kept_notes(page, SCRIPT)
+        notes = pages.kept_notes(page, SCRIPT)
     except ValueError as error:
         fail(str(error))
     for name, (cells, lines) in groups.items():
@@ -76,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         if weighted:
             draw_importance(weighted, out / f"style_importance_{name}.{args.format}", lines)
     if page.parent.is_dir():
-        write(page, markdown(groups, args.window, notes, page.parent))
+        pages.write(page, markdown(groups, args.window, notes, page.parent))
         print(page)
     if args.checkpoints:
         path = out / "style_grid.jpg"
@@ -86,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def choose(root: Path) -> dict[str, tuple[dict[str, list[Run]], list[str]]]:
     """Runs by group (photos, style, pixels, batch, recipe), then norm, then seed; at least one."""
-    runs = [run for run in read(root, "style_transfer") if not run.diverged]
+    runs = [run for run in figures.read(root, "style_transfer") if not run.diverged]
     runs = [run for run in runs if all(curve(run, part) for part in LOSSES)]
     if not runs:
         fail(f"no finished style transfer runs below {root}")
@@ -96,7 +77,7 @@ def choose(root: Path) -> dict[str, tuple[dict[str, list[Run]], list[str]]]:
         photos = f"{s['data']['name']}_{s['style']['name']}_{s['image_size']}px"
         named[f"{photos}_b{s['batch_size']}"].append(run)
     groups = {}
-    for name, (found, lines) in by_recipe(named, norm_of, LENGTH).items():
+    for name, (found, lines) in figures.by_recipe(named, norm_of, LENGTH).items():
         norms = order({norm_of(run) for run in found})
         cells = {norm: [run for run in found if norm_of(run) == norm] for norm in norms}
         groups[name] = cells, lines
@@ -133,15 +114,17 @@ def draw_curves(cells, window: int, paper: dict, path: Path, lines: list[str]) -
             for (seed, _), points in found.items():
                 rows += [["ours", norm, seed, title, s, f"{value:.6g}"] for s, value in points]
             found = {key: points for key, points in found.items() if points}
-            draw_seeds(panel, found, color(norm), width=2.2)
-            seeds = plural(len({run.seed for run in runs}), "seed")
-            panel.plot([], [], color=color(norm), linewidth=2.2, label=f"{norm.upper()} ({seeds})")
+            figures.draw_seeds(panel, found, figures.color(norm), width=2.2)
+            seeds = pages.plural(len({run.seed for run in runs}), "seed")
+            panel.plot(
+                [], [], color=figures.color(norm), linewidth=2.2, label=f"{norm.upper()} ({seeds})"
+            )
         panel.set_yscale("log")
-        fit([panel])
+        figures.fit([panel])
         panel.set_title(f"Ours: {title} loss", fontsize=11)
         panel.legend(frameon=False, fontsize=9)
     for norm, values in paper["loss"].items():
-        panels[3].plot(paper["steps"], values, "o-", color=COLORS[norm], label=norm.upper())
+        panels[3].plot(paper["steps"], values, "o-", color=figures.COLORS[norm], label=norm.upper())
         rows += [["paper, Fig 5(a)", norm, "", "total", s, 1e5 * v]
                  for s, v in zip(paper["steps"], values)]  # fmt: skip
     panels[3].set_title(
@@ -151,13 +134,13 @@ def draw_curves(cells, window: int, paper: dict, path: Path, lines: list[str]) -
     panels[3].set_xticks(range(0, paper["steps"][-1] + 1, 10_000))
     for panel in panels:
         panel.set_xlabel("step")
-        clear(panel)
+        figures.clear(panel)
     first = (
         f"{describe(cells)} Each point: the mean of {window} steps of training; thin: every run, "
-        f"thick: their mean as far as all go; {INTERVAL}."
+        f"thick: their mean as far as all go; {figures.INTERVAL}."
     )
     header = ["source", "norm", "seed", "loss", "step", "value"]
-    save(figure, path, [first, *lines], header, rows, width=150)
+    figures.save(figure, path, [first, *lines], header, rows, width=150)
 
 
 def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
@@ -171,25 +154,29 @@ def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
     for panel, block in zip(panels[0], blocks):
         points = defaultdict(lambda: defaultdict(list))
         for run in runs:
-            for part in PARTS:
+            for part in figures.PARTS:
                 found = [(r["step"], block_importance(r, part).get(block, {}))
                          for r in run.importance]  # fmt: skip
-                statistics = present(weights for _, weights in found)
+                statistics = figures.present(weights for _, weights in found)
                 for s in statistics:
                     points[part, s][run.seed, run.path] = [(step, w[s]) for step, w in found]
-                    rows += [[run.seed, block, part, s, step, tidy(w[s])] for step, w in found]
+                    rows += [
+                        [run.seed, block, part, s, step, figures.tidy(w[s])] for step, w in found
+                    ]
         for (part, s), found in points.items():
-            draw_seeds(panel, found, COLORS[s], STYLES[part], 1.5)
-        mark_start(panel, [len(points) // len(PARTS)])
+            figures.draw_seeds(panel, found, figures.COLORS[s], figures.STYLES[part], 1.5)
+        figures.mark_start(panel, [len(points) // len(figures.PARTS)])
         panel.set_title(block, fontsize=11)
         panel.set_xlabel("step")
-        clear(panel)
-    fit(panels[0])
+        figures.clear(panel)
+    figures.fit(panels[0])
     panels[0][0].set_ylabel("importance weight")
-    legend(figure, statistic_lines(statistics))
-    first = f"{describe({'sn': runs})} Each block: the average over its SN layers; {INTERVAL}."
+    figures.legend(figure, figures.statistic_lines(statistics))
+    first = (
+        f"{describe({'sn': runs})} Each block: the average over its SN layers; {figures.INTERVAL}."
+    )
     header = ["seed", "block", "weights", "statistic", "step", "value"]
-    save(figure, path, [first, *lines], header, rows)
+    figures.save(figure, path, [first, *lines], header, rows)
 
 
 def describe(cells: dict[str, list[Run]]) -> str:
@@ -258,7 +245,7 @@ def checkpoint(root: Path, run: Run) -> Path:
 
 def markdown(groups: dict, window: int, notes: str, folder: Path) -> list[str]:
     """The parts of the page; `folder` is where it will lie, for its links."""
-    parts = begin(SCRIPT, "# Style transfer (section 4.3, Figs 5(a) and 6)", notes)
+    parts = pages.begin(SCRIPT, "# Style transfer (section 4.3, Figs 5(a) and 6)", notes)
     for name, (cells, lines) in groups.items():
         parts += [f"## {name}", describe(cells), *lines]
         parts += [
@@ -270,7 +257,7 @@ def markdown(groups: dict, window: int, notes: str, folder: Path) -> list[str]:
         table = [[*header, "last, style", "evaluation", "minutes", "commit", "date", "note"]]
         for norm, runs in cells.items():
             table += [table_row(norm, run, marks, window, folder) for run in runs]
-        parts += [md_table(table), *ratios(cells, marks, window)]
+        parts += [pages.md_table(table), *ratios(cells, marks, window)]
     return parts
 
 
@@ -293,8 +280,8 @@ def table_row(norm: str, run: Run, marks: list[int], window: int, folder: Path) 
     cells = ["" if value is None else f"{value:.3g}" for value in cells]
     parts = [at_step(run, last, min(window, last), part) for part in ("content", "style")]
     parts = ["" if value is None else f"{value:.3g}" for value in [*parts, summary.get("loss")]]
-    minutes, _, _, commit, date = origin(run)
-    row = [link(run, folder, norm), run.seed, *cells, summary["steps"], *parts]
+    minutes, _, _, commit, date = pages.origin(run)
+    row = [pages.link(run, folder, norm), run.seed, *cells, summary["steps"], *parts]
     return [*row, minutes, commit, date, summary.get("note")]
 
 
@@ -324,7 +311,7 @@ def ratios(cells: dict[str, list[Run]], marks: list[int], window: int) -> list[s
         held = [sum(v < 1 for v in sn_in), sum(v < 1 for v in in_bn), both]
         counts = [f"{count} of {len(whole)}" for count in held]
         table.append([step, len(whole), *listed, *counts])
-    return [md_table(table)]
+    return [pages.md_table(table)]
 
 
 if __name__ == "__main__":

@@ -335,6 +335,11 @@ def triton_switch_norm(
     relu: bool = False,
 ) -> Tensor:
     """`switch_norm` of its seven `tensors`, x not empty; then `+ residual` and ReLU."""
+    weight, bias = tensors[3:5]
+    if (weight is None) != (bias is None):  # the kernels know both or none
+        weight = torch.ones_like(bias) if weight is None else weight
+        bias = torch.zeros_like(weight) if bias is None else bias
+        tensors = (*tensors[:3], weight, bias, *tensors[5:])
     inputs = (*tensors, residual)
     if torch.compiler.is_compiling():
         return _compiled(*inputs, options, relu)

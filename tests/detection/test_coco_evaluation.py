@@ -14,6 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from workers import run_in_group
 
+from sn.training.classification.data import BadImages
 from sn.training.detection.data import load_coco
 from sn.training.detection.digits import write_digits_coco
 from sn.training.detection.evaluation import (
@@ -218,27 +219,50 @@ def test_detect_gives_original_pixels_and_restores_the_mode(tmp_path):
     assert {r["category_id"] for r in results} <= {3, 17, 44}
 
 
+def evaluated(root, rank=0, world_size=1, bad=None):
+    images = load_coco("mine", str(root), masks=False, bad=bad).val
+    batches = evaluation_batches(len(images), 1 if world_size > 1 else 3, rank, world_size)
+    results = detect(Finder(), images, batches, lambda x: x)
+    return evaluate_detections(images, results, masks=False)
+
+
 def test_processes_count_every_image_once(tmp_path):
-    """Metrics and results of 3 processes with unequal shares equal those of one."""
-    root = write(tmp_path)
-    images = load_coco("mine", str(root), masks=False).val
-    results = detect(Finder(), images, evaluation_batches(4, 1), lambda x: x)
-    expected = evaluate_detections(images, results, masks=False)
+    """Metrics and results of 3 processes with unequal shares equal those of one.
+
+    One picture cannot be read: it counts in none of them, whoever meets it.
+    """
+    root = write(tmp_path / "mine")
+    (root / "val2017" / "b.png").write_bytes(b"no picture")
+    expected = evaluated(root, bad=BadImages(tmp_path / "bad.txt", 1))
     run_in_group(3, _evaluate_in_group, str(root), str(tmp_path))
     for rank in range(3):
         ours = json.loads((tmp_path / f"{rank}.out").read_text())
         assert ours == json.loads(json.dumps(expected))
 
 
+def test_an_image_that_cannot_be_read_does_not_count(tmp_path):
+    """As if the file did not have it; without leave to pass over it, it is an error."""
+    root = write(tmp_path / "mine")
+    (root / "val2017" / "b.png").write_bytes(b"no picture")
+    bad = BadImages(tmp_path / "bad.txt", 1)
+    without = content()
+    without["images"] = [image for image in without["images"] if image["id"] != 7]
+    without["annotations"] = [a for a in without["annotations"] if a["image_id"] != 7]
+    expected = evaluated(write(tmp_path / "without", None, without))
+    found = evaluated(root, bad=bad)
+    assert found == expected and found[0]["box_ar100"] is not None
+    assert len(bad.lines()) == 1 and "image 7 of " in bad.lines()[0]
+    with pytest.raises(ValueError, match="image 7 of .*instances_val2017.json: cannot read"):
+        evaluated(root)
+
+
 def _evaluate_in_group(rank, root, out):
     from sn.training.run import distributed
 
-    processes = distributed.start("cpu")
-    images = load_coco("mine", root, masks=False).val
-    results = detect(Finder(), images, evaluation_batches(4, 1, rank, 3), lambda x: x)
-    metrics = evaluate_detections(images, results, masks=False)
-    with open(f"{out}/{processes.rank}.out", "w") as file:
-        json.dump(metrics, file)
+    distributed.start("cpu")
+    found = evaluated(root, rank, 3, BadImages(f"{out}/bad.txt", 1))
+    with open(f"{out}/{rank}.out", "w") as file:
+        json.dump(found, file)
     distributed.stop()
 
 

@@ -237,8 +237,8 @@ def test_switches_run(options, every_class, tmp_path):
 # --- the setting
 
 
-FP64 = ("precision=fp64", "setting.gpus=4", "setting.images_per_gpu=2", "schedule.images=24")
-OPTIONS = {  # norm -> options of a run of three steps
+FP64 = ("precision=fp64", "setting.gpus=4", "setting.images_per_gpu=2", "schedule.images=16")
+OPTIONS = {  # norm -> options of a run of two steps
     "bn": (*FP64, "parts=bn"),
     "sn": (*FP64, "parts=sn", "model=mask_rcnn_r18_fpn", "checkpoint_steps=1"),
 }
@@ -263,7 +263,7 @@ def test_accumulated_steps_equal_processes(norm, two_processes, digits, tmp_path
     train(digits, tmp_path, *OPTIONS[norm])
     one, two = record(tmp_path), record(two_processes(norm))
     assert two["summary"]["setting"]["world_size"] == 2
-    assert one["metrics"][-1]["step"] == 3
+    assert one["metrics"][-1]["step"] == 2
     for ours, theirs in zip(two["metrics"], one["metrics"]):
         for key, value in theirs.items():
             if isinstance(value, float):
@@ -413,7 +413,7 @@ def test_resumed_run_equals_unbroken_one_wherever_it_crashes(parts, digits, tmp_
 
 
 def test_two_processes_resume(two_processes, digits, tmp_path):
-    """Both die before their third step; the run still equals an unbroken one bit by bit."""
+    """Both die before their second step; the run still equals an unbroken one bit by bit."""
     options = (*OPTIONS["sn"], f"data.root={digits}", f"output_dir={tmp_path}")
     with pytest.raises(RuntimeError, match="exit codes"):
         run_in_group(2, _train_and_fail, options, timeout=120)
@@ -423,13 +423,13 @@ def test_two_processes_resume(two_processes, digits, tmp_path):
 
 
 def _train_and_fail(rank, overrides):
-    """`_train`, but both processes die before their third step."""
+    """`_train`, but both processes die before their second step."""
     step, calls = train_detection.train_step, 0
 
     def dying_step(*args):
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 2:
             os._exit(7)
         return step(*args)
 
@@ -497,7 +497,7 @@ def test_a_bad_step_is_skipped_if_allowed(digits, tmp_path, monkeypatch):
         (["parts.backbone.momentum=2"], "parts.backbone.momentum=2; expected a number, 0 to 1"),
         (["norm@parts.fpn=gn", "parts.fpn.num_groups=x"], "num_groups"),
         (["norm@parts.fpn=gn", "+parts.fpn.groups=2"], "groups"),
-        (["+data.size=3"], "unknown key data.size; data has name, root"),
+        (["+data.size=3"], "unknown key data.size; did you mean sizes. data has name, root"),
         (["model.fpn_channels=2147483648"], "model.fpn_channels=2147483648; expected .* 65536"),
         (["data.generate.size=8"], "data.generate.size=8; expected a whole number, 48"),
         (["data.sizes=[]"], "data.sizes="),

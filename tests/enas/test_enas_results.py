@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from workers import config
 
-from sn.training.run.record import experiment_part
+from sn.training.run.config import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = sorted(path.parent for path in (ROOT / "results/enas").rglob("summary.json"))
@@ -155,9 +154,7 @@ def test_no_searches(tmp_path, plot, capsys):
 
 
 def composed(root: str, *overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose(root, list(overrides))
-    return experiment_part(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    return recorded(config(*overrides, root=root))
 
 
 @pytest.mark.parametrize("folder", KEPT, ids=lambda f: f"{f.parent.name}/{f.name}")

@@ -103,6 +103,21 @@ def test_without_affine_or_running_statistics():
 
 
 @runs
+@pytest.mark.parametrize("missing", [3, 4])
+def test_weight_or_bias_alone(missing):
+    tensors = [t.to(DEVICE) for t in values((2, 6, 3, 5), ("in", "ln", "bn"))]
+    results = []
+    for name in ("reference", "triton"):
+        leaves = [None if i == missing else t.clone().requires_grad_()
+                  for i, t in enumerate(tensors[:5])]  # fmt: skip
+        with sn.backend(name):
+            y = kernels.switch_norm(*leaves)
+        y.backward(tensors[-1])
+        results.append([y.detach(), *(t.grad for t in leaves if t is not None)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@runs
 @pytest.mark.parametrize("neighbour", [1e6, float("inf"), float("nan")])
 def test_a_sample_does_not_depend_on_its_neighbours(neighbour):
     x, *parameters = (t.to(DEVICE) for t in values((3, 4, 5, 5), ("in", "ln"))[:5])

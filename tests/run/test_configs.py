@@ -1,5 +1,6 @@
 """Every config composes, says its own name, builds its model, and nothing in it is ignored."""
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -9,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hydra.errors import ConfigCompositionException, HydraException
-from omegaconf import OmegaConf
 from workers import CONFIGS, config
 
 import sn
 from sn.training.classification.models import build_model
-from sn.training.run.record import experiment_part
+from sn.training.run.config import recorded
 from sn.training.run.schedule import lr_factor
 
 GROUPS = ("norm", "model", "data", "setting", "schedule")
@@ -39,17 +38,9 @@ NAMED = {"model=torchvision": "resnet34", "model=timm": "resnet10t"}  # the user
 
 @functools.cache
 def complete(*overrides):
-    """The config with a value for what the user must say, resolved to plain types."""
-    cfg = config(*overrides)
-    for key, value in (("data.root", "/data"), ("model.name", "resnet34")):
-        if OmegaConf.is_missing(*split(cfg, key)):
-            OmegaConf.update(cfg, key, value)
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-
-
-def split(cfg, key):
-    group, name = key.split(".")
-    return cfg[group], name
+    """The config as plain values, with what the user must say."""
+    data = () if any(word.startswith("data.root=") for word in overrides) else ("data.root=/data",)
+    return dataclasses.asdict(config(*overrides, *data))
 
 
 def meta_model(cfg, num_classes=10):
@@ -90,21 +81,6 @@ def test_every_experiment_composes_and_builds(name):
     assert text.startswith("# @package _global_\n#"), "what it is for"
 
 
-def yaml_keys(value, prefix=""):
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            yield from yaml_keys(inner, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def test_experiments_invent_no_keys():
-    """An unknown key on the command line is an error, in a YAML file it is not: so, here."""
-    known = {key for option in ["seed=0", *OPTIONS] for key in yaml_keys(complete(option))}
-    for name in EXPERIMENTS:
-        assert set(yaml_keys(complete(f"experiment=imagenet/{name}"))) <= known, name
-
-
 def test_every_norm_builds():
     for option in OPTIONS:
         if option.startswith("norm="):
@@ -122,7 +98,7 @@ def test_settings_of_table_4_1():
 
 def test_bare_default_is_embedded():
     """No download, no path, no GPU."""
-    cfg = complete()
+    cfg = dataclasses.asdict(config())
     assert cfg["data"]["name"] == "digits" and cfg["model"]["name"] == "resnet20"
     assert cfg["norm"]["name"] == "sn" and cfg["run_name"] == "sn_8x32"
     assert cfg["output_dir"] == "outputs/imagenet/digits_resnet20/sn_8x32/seed0"
@@ -184,18 +160,10 @@ def test_command_line_beats_the_experiment():
     assert proxy["data"]["name"] == "cifar10" and proxy["model"]["name"] == "resnet20"
 
 
-@pytest.mark.parametrize(
-    "override",
-    ["schedule.epoch=3", "normm=bn", "data.rot=/data", "setting.gpu=8", "lr=0.1", "norm.eps=1"],
-)
-def test_unknown_key_is_an_error(override):
-    with pytest.raises((HydraException, ConfigCompositionException)):
-        config(override)
-
-
-@pytest.mark.parametrize("override", ["norm=xy", "setting=8x64", "experiment=imagenet/xy"])
+@pytest.mark.parametrize("override", ["normm=bn", "setting=8x64", "experiment=imagenet/xy"])
 def test_unknown_option_is_an_error(override):
-    with pytest.raises(HydraException, match=override.split("=")[1]):
+    """Of a group; unknown keys are in test_config.py."""
+    with pytest.raises(ValueError, match=override.split("=")[0]):
         config(override)
 
 
@@ -216,7 +184,10 @@ INTERFACE = {  # the names that other people's scripts rely on
 def test_interface(override):
     key, value = INTERFACE[override]
     extra = ["data=cifar10"] if key == "data.root" else []
-    assert OmegaConf.select(config(*extra, override), key) == value
+    group, _, name = key.rpartition(".")
+    found = config(*extra, override)
+    found = getattr(found, group) if group else found
+    assert (found[name] if isinstance(found, dict) else getattr(found, name)) == value
 
 
 def test_run_folder_is_the_runs_own():
@@ -238,7 +209,8 @@ def test_experiments_that_differ_do_not_share_a_folder():
     for name, other in itertools.combinations(names, 2):
         mine, theirs = configs[name], configs[other]
         if mine["output_dir"] == theirs["output_dir"]:
-            same = experiment_part(mine) == experiment_part(theirs)
+            ours = [config(f"experiment=imagenet/{n}", "data.root=/data") for n in (name, other)]
+            same = recorded(ours[0]) == recorded(ours[1])
             assert same, f"{name} and {other} share {mine['output_dir']}"
 
 

@@ -1,6 +1,7 @@
 """The records of a run: config, lines per epoch, importance per block, TensorBoard events."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,15 +10,16 @@ import torchvision
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from workers import CONFIGS, config
 
 import sn
 from sn.training.classification.models import build_model
+from sn.training.run.config import recorded
 from sn.training.run.record import (
     Recorder,
     block_averages,
     block_names,
     environment,
-    experiment_part,
     importance_figure,
     read_jsonl,
     write_text,
@@ -26,17 +28,17 @@ from sn.training.run.record import (
 CONFIG = {
     "seed": 0,
     "norm": {"name": "sn", "statistics": ["in", "ln", "bn"]},
-    "data": {"name": "imagenet", "root": "/home/someone/data", "workers": 8, "download": False},
-    "setting": {"gpus": 8, "images_per_gpu": 32, "emulation": "auto"},
+    "data": {"name": "imagenet"},
+    "setting": {"gpus": 8, "images_per_gpu": 32},
     "model": {"name": "resnet20"},
     "schedule": {"milestones": [0.3, 0.6]},
-    "checkpoint_steps": 10,
-    "compile": False,
-    "device": "cpu",
-    "note": "on the old machine",
-    "output_root": "/home/someone/outputs",
-    "output_dir": "/home/someone/outputs/x",
 }
+MACHINE = [  # overrides that say where and how fast, not what
+    *("data.workers=8", "device=cpu", "note=old", "compile=true", "setting.emulation=grouped"),
+    *("output_dir=/home/someone/x", "checkpoint_steps=3", "data.max_bad_images=7"),
+    *("keep_checkpoints=5", "max_skipped_steps=1", "timeout_minutes=3", "deterministic=true"),
+    *("output_root=/home/someone", "data.root=/home/someone/data", "data.download=true"),
+]
 
 
 def changed(**values):
@@ -71,20 +73,34 @@ class Net(nn.Module):
 
 
 def test_config_is_written_without_the_machine(tmp_path):
-    write(tmp_path).close()
+    """The same experiment on another machine has the same record, and may go on."""
+    here = recorded(config("data=cifar10"))
+    there = config("data=cifar10", *MACHINE)
+    write(tmp_path, recorded(there)).close()
     text = (tmp_path / "config.yaml").read_text()
-    for word in ("someone", "old machine", "output", "workers", "cpu", "root", "emulation"):
+    for word in ("someone", "old", "output", "workers", "cpu", "root", "emulation", "steps:"):
         assert word not in text
-    assert yaml.safe_load(text) == {
-        "seed": 0,
-        "norm": CONFIG["norm"],
-        "data": {"name": "imagenet"},
-        "setting": {"gpus": 8, "images_per_gpu": 32},
-        "model": {"name": "resnet20"},
-        "schedule": {"milestones": [0.3, 0.6]},
-    }
-    assert experiment_part(CONFIG) == yaml.safe_load(text)
-    assert CONFIG["data"]["root"] == "/home/someone/data"  # not changed in place
+    assert yaml.safe_load(text) == here
+    assert there.data.root == "/home/someone/data"  # not changed in place
+    write(tmp_path, here).close()
+
+
+# old records whose command is known: experiment, options
+OLD = [
+    (
+        f"{norm}_{setting}",
+        ("experiment=imagenet/cifar10_proxy", f"norm={norm}", f"setting={setting}"),
+    )
+    for norm in ("bn", "gn", "sn")
+    for setting in ("8x32", "8x8", "8x2", "1x16")
+]
+
+
+@pytest.mark.parametrize("name, command", OLD)
+def test_recorded_config_of_old_runs(name, command):
+    """The command of a run in results/ still stands for that run: it could go on."""
+    path = Path(CONFIGS).parent / "results/imagenet/cifar10_resnet20" / name / "seed0/config.yaml"
+    assert recorded(config(*command, "data.root=/x")) == yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -111,17 +127,14 @@ def test_another_experiment_is_refused(values, shown, is_main, tmp_path):
 
 
 def test_keys_of_later_versions(tmp_path):
-    """What runs did before has no place in a record, old or new; anything else has."""
-    write(tmp_path).close()
-    Recorder(tmp_path, changed(data__image_size=32, model__width=None, gates="joint"))
-    for values in ({"data__image_size": 16}, {"model__width": 8}):
-        with pytest.raises(ValueError, match="there, (16|8) asked for"):
-            Recorder(tmp_path, changed(**values))
-    old = {**experiment_part(CONFIG), "data": {"name": "imagenet", "image_size": 32}}
-    (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump(old)
-    )  # said before the key was a later one
-    Recorder(tmp_path, changed(data__image_size=32))
+    """What runs did before a key existed has no place in a record; anything else has."""
+    plain = recorded(config("data=cifar10"))
+    assert "image_size" not in plain["data"] and "gates" not in plain
+    assert not {"width", "fused_activation"} & plain["model"].keys()
+    write(tmp_path, plain).close()
+    for option in ("data.image_size=16", "model.width=8", "gates=bilevel"):
+        with pytest.raises(ValueError, match="None there, (16|8|bilevel) asked for"):
+            Recorder(tmp_path, recorded(config("data=cifar10", option)))
 
 
 def test_all_differences_are_shown(tmp_path):
@@ -137,15 +150,6 @@ def test_a_missing_key_is_a_difference(tmp_path):
     write(tmp_path, changed(model__dropout=0.5)).close()
     with pytest.raises(ValueError, match="model.dropout: 0.5 there, None asked for"):
         Recorder(tmp_path, CONFIG)
-
-
-def test_other_machine_same_experiment(tmp_path):
-    write(tmp_path).close()
-    config = changed(
-        data__root="/elsewhere", data__workers=0, device="cuda", note=None, compile=True,
-        setting__emulation="grouped", output_dir="/y", checkpoint_steps=0,
-    )  # fmt: skip
-    write(tmp_path, config).close()
 
 
 def test_values_that_yaml_changes(tmp_path):

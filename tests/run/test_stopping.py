@@ -2,25 +2,23 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
+import time
 
 import pytest
+from workers import processes
 
-from sn.training.run.stopping import HANG_EXIT_CODE, Preempted, StopSignal
+from sn.training.run.stopping import HANG_EXIT_CODE, StopSignal, Watchdog
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", StopSignal.signals)
 def test_signal_is_noticed(number):
     before = signal.getsignal(number)
     with StopSignal() as stop:
-        stop.check("here")
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested
-        with pytest.raises(Preempted, match="at the third image"):
-            stop.check("the third image")
     assert signal.getsignal(number) == before
     assert not StopSignal().requested
 
@@ -38,34 +36,34 @@ def test_in_another_thread_it_is_harmless():
     assert found == [False]
 
 
-def run_python(code, timeout=60):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout
-    )
+def stuck_here(errors):
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    with Watchdog(0.5 / 60, rank=3) as dog:
+        dog.beat("epoch 2, step 5 of 9")
+        time.sleep(50)
 
 
-def test_hang_names_rank_and_place():
-    done = run_python(
-        "import time\n"
-        "from sn.training.run.stopping import Watchdog\n"
-        "def stuck_here(): time.sleep(50)\n"
-        "with Watchdog(0.5 / 60, rank=3) as dog:\n"
-        "    dog.beat('epoch 2, step 5 of 9')\n"
-        "    stuck_here()\n"
-    )
-    assert done.returncode == HANG_EXIT_CODE
-    assert "rank 3: no progress" in done.stderr and "epoch 2, step 5 of 9" in done.stderr
-    assert "stuck_here" in done.stderr  # the stack
-
-
-def test_progress_keeps_it_quiet():
+def lives(errors):
     """Signs of life, 3 s of them with 2 s allowed; after the end none are needed."""
-    done = run_python(
-        "import time\n"
-        "from sn.training.run.stopping import Watchdog\n"
-        "with Watchdog(2 / 60) as dog:\n"
-        "    for item in dog.over(range(30), 'work'): time.sleep(0.1)\n"
-        "time.sleep(2.5)\n"
-        "print('ended with', item)\n"
-    )
-    assert (done.returncode, done.stdout) == (0, "ended with 29\n"), done.stderr
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    with Watchdog(2 / 60) as dog:
+        for _ in dog.over(range(30), "work"):
+            time.sleep(0.1)
+    time.sleep(2.5)
+    sys.exit(29)
+
+
+def test_hang_names_rank_and_place_and_progress_keeps_it_quiet(tmp_path):
+    pair = [
+        processes.Process(target=target, args=(tmp_path / target.__name__,))
+        for target in (stuck_here, lives)
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(60)
+    assert [process.exitcode for process in pair] == [HANG_EXIT_CODE, 29]
+    errors = (tmp_path / "stuck_here").read_text()
+    assert "rank 3: no progress" in errors and "epoch 2, step 5 of 9" in errors
+    assert ", line " in errors and "in stuck_here" in errors  # the stack
+    assert (tmp_path / "lives").read_text() == ""

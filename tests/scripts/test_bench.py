@@ -18,11 +18,11 @@ def test_short_functions_are_repeated(monkeypatch):
     now = iter(range(10**6))
     monkeypatch.setitem(bench.CLOCKS, "wall", lambda: next(now) / 10)
     calls = []
-    bench.interleaved({"a": lambda: calls.append(1)}, 1, "wall", "cpu", least=0.5, warm_up=0)
-    assert len(calls) == 1 + 5
+    bench.interleaved({"a": lambda: calls.append(1)}, 1, "wall", "cpu", least=0.5, warm_up=1)
+    assert len(calls) == 1 + 1 + 5
     calls.clear()
-    bench.interleaved({"a": lambda: calls.append(1)}, 1, "wall", "cpu", least=1e6, warm_up=0)
-    assert len(calls) == 1 + 200
+    bench.interleaved({"a": lambda: calls.append(1)}, 1, "wall", "cpu", least=1e6, warm_up=1)
+    assert len(calls) == 1 + 1 + 200
 
 
 def test_ratio_is_the_median_within_rounds():

@@ -395,24 +395,21 @@ def test_every_arms_run_is_found_by_its_recorded_facts(tmp_path):
     reason="the design's experiment is not there",
 )
 def test_every_arms_command_makes_the_run_the_ledger_looks_for():
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+    from workers import config as typed_config
 
-    from sn.training.run.record import experiment_part
+    from sn.training.run.config import recorded
 
     cells = {claim_cell for claim in LEDGER.claims if claim.design == DESIGN.name
              for claim_cell in claim.cells}  # fmt: skip
     for name, arm in DESIGN.arms.items():
         setting = next(setting for other, setting in sorted(cells) if other == name)
         wanted = claims.Wanted(DESIGN, arm, setting, 3, 0.2)
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = OmegaConf.to_container(
-                compose("imagenet", wanted.arguments[1:]), resolve=True, throw_on_missing=True
-            )
-        assert config["output_dir"] == f"outputs/imagenet/cifar10_resnet8/{name}_{setting}/seed3"
+        typed = typed_config(*wanted.arguments[1:])
+        config = recorded(typed)
+        assert typed.output_dir == f"outputs/imagenet/cifar10_resnet8/{name}_{setting}/seed3"
         summary = {"task": "imagenet", "norm": config["norm"]["name"], "model": "resnet8"}
         summary["data"] = {key: config["data"][key] for key in ("name", "train_images")}
-        run = Run(Path(), summary, experiment_part(config))
+        run = Run(Path(), summary, config)
         assert claims.is_arm(run, DESIGN, arm), name
         assert claims.fact(run, DESIGN.search.key) == 0.2
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sn.training.classification.data import BadImages
+from sn.training.run.images import BadImages, read_image
 from sn.training.style import photos as style_data
 from sn.training.style.photos import (
     Crops,
@@ -14,7 +14,6 @@ from sn.training.style.photos import (
     find_images,
     load_photos,
     load_style,
-    read_image,
     to_pil,
     to_tensor,
 )
@@ -32,74 +31,7 @@ def folder_of(path, count=8):
     return path
 
 
-# --- files
-
-
-def test_modes(tmp_path):
-    """Grey, 16-bit grey, palette, CMYK: the picture stays the picture."""
-    image = gradient()
-    grey = np.asarray(image.convert("L"))
-    image.save(tmp_path / "rgb.png")
-    image.convert("L").save(tmp_path / "grey.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
-    image.convert("CMYK").save(tmp_path / "cmyk.tif")
-    Image.new("1", (4, 4), 1).save(tmp_path / "bilevel.png")
-    assert np.array_equal(read_image(tmp_path / "rgb.png"), image)
-    for name in ("grey", "grey16"):
-        pixels = np.asarray(read_image(tmp_path / f"{name}.png"))
-        assert np.array_equal(pixels, np.stack([grey] * 3, -1)), name
-    cmyk = np.asarray(read_image(tmp_path / "cmyk.tif")).astype(int)
-    assert np.abs(cmyk - np.asarray(image)).max() <= 2
-    assert np.asarray(read_image(tmp_path / "bilevel.png")).min() == 255
-
-
-def test_exif_rotation(tmp_path):
-    """A camera held upright: orientation 6 means the picture is to be turned clockwise."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    gradient().save(tmp_path / "turned.png", exif=exif)
-    turned = read_image(tmp_path / "turned.png")
-    assert turned.size == (8, 12)
-    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(gradient()), -1))
-
-
-def test_transparency_is_white(tmp_path):
-    image = gradient().convert("RGBA")
-    alpha = np.full((8, 12), 255, dtype=np.uint8)
-    alpha[:, :6] = 0
-    image.putalpha(Image.fromarray(alpha))
-    image.save(tmp_path / "alpha.png")
-    pixels = np.asarray(read_image(tmp_path / "alpha.png"))
-    assert (pixels[:, :6] == 255).all()
-    assert np.array_equal(pixels[:, 6:], np.asarray(gradient())[:, 6:])
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30])
-    palette.save(tmp_path / "palette.png", transparency=0)
-    assert np.asarray(read_image(tmp_path / "palette.png")).min() == 255
-
-
-def test_of_an_animation_the_first_frame(tmp_path):
-    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert read_image(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
-def test_corrupt_files_are_named(tmp_path, content):
-    path = tmp_path / "broken.jpg"
-    if content == "truncated":
-        gradient(200, 200).save(path)
-        content = path.read_bytes()[:-800]
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"cannot read image {path}"):
-        read_image(path)
-
-
-def test_huge_images_are_named_not_decoded(tmp_path, monkeypatch):
-    gradient(100, 100).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match="huge.png: .*10000 pixels"):
-        read_image(tmp_path / "huge.png")
+# --- pixels
 
 
 def test_tensor_and_back():

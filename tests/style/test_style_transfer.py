@@ -27,6 +27,7 @@ import style_transfer
 from sn.training.run import distributed
 from sn.training.run import record as record_module
 from sn.training.run.config import typed
+from sn.training.run.images import read_image
 from sn.training.run.session import Session
 from sn.training.run.stopping import Preempted
 from sn.training.style import photos as style_data
@@ -464,7 +465,7 @@ def test_stylizes_files_folders_and_lists(tmp_path, whole, photos, capsys):
     ]  # fmt: skip
     assert [Image.open(path).size for path in files] == [(9, 6), (7, 10), (1, 1)]
     net = load_style_net(checkpoint)
-    image = style_data.read_image(photos / "0.png")  # 30 x 24: padded to 32
+    image = read_image(photos / "0.png", "picture")  # 30 x 24: padded to 32
     (file,) = stylize(
         checkpoint=checkpoint, images=str(photos / "0.png"), output=str(tmp_path / "one")
     )
@@ -495,6 +496,17 @@ def test_stylizing_names_what_it_cannot_read(tmp_path, whole):
         stylize(images=str(tmp_path / "nowhere"), **options)
     with pytest.raises(ValueError, match="would overwrite the image"):
         stylize(images=str(folder), **options | {"output": str(folder)})
+
+
+def test_a_huge_image_by_a_setting(tmp_path, whole, capsys):
+    Image.new("RGB", (120, 100)).save(tmp_path / "big.png")
+    options = {"checkpoint": str(whole / "checkpoint.pt"), "output": str(tmp_path / "out")}
+    options |= {"images": str(tmp_path / "big.png"), "size": 20}
+    with pytest.raises(ValueError, match="1 of 1 images could not be read"):
+        stylize(max_megapixels=0.01, **options)
+    assert "or raise stylize.max_megapixels; left out" in capsys.readouterr().err
+    (file,) = stylize(max_megapixels=0.02, **options)
+    assert Image.open(file).size == (20, 17)
 
 
 def test_same_names_do_not_overwrite_one_another(tmp_path):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ..run.images import BadImages
+from ..run.images import BadImages, read_image
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -167,18 +167,6 @@ class ArrayTransform:
         channels = images.shape[1]
         picked = padded.flatten(2).gather(2, pixels.expand(-1, channels, -1))
         return picked.view(images.shape)
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image at `path` in RGB. Raises ValueError, naming the file, if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                levels = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from None
 
 
 class FileImages:

@@ -86,6 +86,8 @@ def convert_official(official: dict[str, Tensor], keep_factor: float = 0.9) -> d
     problems = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
     if any(problems.values()):
         lines = [f"  {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+        if any(re.search(r"radius|fixed", key.rpartition(".")[2]) for key in unexpected):
+            lines.append("  (it looks like the authors' SSN, whose checkpoints are not read)")
         raise ValueError(f"not an official {build['name']}; keys (ours)\n" + "\n".join(lines))
     model = {}
     for key, like in ours.items():

@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..classification.data import BadImages, read_image
+from ..run.images import BadImages, read_image
 from ..run.schedule import mix_seed
 
 LAYOUT = (
@@ -245,7 +245,7 @@ class CocoImages:
         path = self.file.folder / image["file_name"]
         where = f"image {image['id']} of {self.file.path}"
         try:
-            picture = read_image(path)
+            picture = read_image(path, "boxes")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if picture.size != (image["width"], image["height"]):

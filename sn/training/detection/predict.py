@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from ..classification.data import BadImages, read_image
 from ..run import distributed
 from ..run.checkpoint import load_weights
 from ..run.display import say
+from ..run.images import BadImages, read_image
 from ..run.precision import Precision
 from ..run.record import environment, write_text
 from .config import DetectionConfig
@@ -148,7 +148,7 @@ def predict(config: DetectionConfig) -> list[dict]:
 
 def read_picture(path: Path, max_size: int) -> Tensor:
     """The uint8 picture (3, H, W), if there is any of it left at a long side of `max_size`."""
-    picture = F.pil_to_tensor(read_image(path))
+    picture = F.pil_to_tensor(read_image(path, "picture"))
     height, width = picture.shape[1:]
     if min(height, width) * max_size < max(height, width):
         raise ValueError(

@@ -1,7 +1,84 @@
-"""Image files: the unreadable ones, counted."""
+"""Image files: read as their use asks for; the unreadable ones counted."""
 
+import contextlib
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from .display import say
+
+_warned_of: set[Path] = set()  # folders
+
+
+def read_image(
+    path: str | Path,
+    use: Literal["labels", "boxes", "picture"] = "labels",
+    max_megapixels: float | None = None,
+) -> Image.Image:
+    """The image at `path` in RGB; of an animation the first frame.
+
+    Args:
+        use: "labels": the pixels as they are stored, as torchvision reads them. "boxes": the same,
+            which is what COCO's coordinates count; of EXIF data that would turn the image a warning
+            tells, once per folder. "picture": as viewers show it, turned as its EXIF data say,
+            transparency on white.
+        max_megapixels: None: Pillow's limit, 179.
+
+    Raises ValueError, naming the file, if it cannot be read.
+    """
+    try:
+        with _limit(max_megapixels), Image.open(path) as image:
+            if use == "picture":
+                image = ImageOps.exif_transpose(image)
+            elif use == "boxes" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                _warn_of_turning(Path(path))
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                levels = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            if use == "picture" and image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return image.convert("RGB")
+    except Image.DecompressionBombError as error:
+        reason = str(error).partition(",")[0]  # what follows speaks of an attack
+        setting = "" if max_megapixels is None else ", or raise stylize.max_megapixels"
+        raise ValueError(
+            f"cannot read image {path}: {reason}; scale the file down{setting}"
+        ) from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _limit(megapixels: float | None) -> Iterator[None]:
+    """Let Pillow refuse larger images: those of more than twice its MAX_IMAGE_PIXELS."""
+    if megapixels is None:
+        yield
+        return
+    usual = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6 / 2)
+    try:
+        with warnings.catch_warnings():  # from half the limit on it warns
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
+
+
+def _warn_of_turning(path: Path) -> None:
+    if path.parent not in _warned_of:
+        _warned_of.add(path.parent)
+        say(
+            f"warning: {path}: its EXIF data say that viewers turn it; boxes and masks are taken "
+            "in the pixels as they are stored, as for all images of that folder",
+            error=True,
+        )
 
 
 class BadImages:

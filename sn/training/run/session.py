@@ -171,7 +171,7 @@ class Session:
         """Take the folder's lock; what another process wrote there until then is seen here."""
         self._lock.acquire()
         self.recorder.check_config()
-        if self.recorder.summary() is not None:
+        if self.recorder.summary() != self.summary:
             raise Busy(f"{self.config.output_dir} has ended meanwhile; the same command shows it")
 
     def _resume(self, progress: type[Progress]) -> bool:

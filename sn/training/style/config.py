@@ -90,6 +90,7 @@ class Stylize:
     output: str = option()
     size: int | None = whole(1, SIZE)
     strip_pixels: float = number(1)
+    max_megapixels: float = number(0.001, 1e6)
 
     def paths(self) -> list[str]:
         """The images and folders as a list; a ValueError if there are none."""

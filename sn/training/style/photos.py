@@ -8,34 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..run.images import BadImages
+from ..run.images import BadImages, read_image
 from ..run.schedule import mix_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image as RGB, turned as EXIF says, transparency on white.
-
-    Of an animation it is the first frame. Raises ValueError, naming the file, if it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                levels = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from None
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -100,7 +80,7 @@ class PhotoFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], "picture")
 
 
 def load_photos(name: str, root: str | None = None) -> Photos:
@@ -207,7 +187,7 @@ def resize_long_side(image: Image.Image, size: int) -> Image.Image:
 def _read_style(path: str) -> Image.Image:
     if not Path(path).is_file():
         raise FileNotFoundError(f"style.image={path}: no such file")
-    return read_image(path)
+    return read_image(path, "picture")
 
 
 def draw_waves(size: int = 256) -> Image.Image:

@@ -13,8 +13,9 @@ import sn
 
 from ..run.checkpoint import load_checkpoint
 from ..run.display import say
+from ..run.images import read_image
 from .networks import ConvNorm, StyleNet, build_style_net, to_image
-from .photos import find_images, read_image, resize_long_side, to_pil, to_tensor
+from .photos import find_images, resize_long_side, to_pil, to_tensor
 
 MULTIPLE, SMALLEST = 4, 8  # of the network's height and width
 
@@ -145,6 +146,7 @@ def stylize_files(
     output: Path,
     size: int | None,
     strip_pixels: float,
+    max_megapixels: float,
     device: torch.device,
 ) -> list[Path]:
     """Write what `model` makes of image files, or all those of folders, as PNG below `output`.
@@ -156,7 +158,7 @@ def stylize_files(
     for path, target in targets.items():
         start = time.perf_counter()
         try:
-            image = read_image(path)
+            image = read_image(path, "picture", max_megapixels)
         except ValueError as error:
             say(f"warning: {error}; left out", error=True)
             errors.append(path)

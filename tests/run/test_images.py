@@ -1,0 +1,126 @@
+"""read_image: every kind of file, and what its use asks for."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sn.training.run.images import read_image
+
+
+def gradient(width=12, height=8):
+    """Red grows to the right, green downwards: every turn and flip looks different."""
+    x, y = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
+    return Image.fromarray(np.stack([x, y, 0 * x + 40], -1).astype(np.uint8))
+
+
+def picture(path):
+    return read_image(path, "picture")
+
+
+def test_modes(tmp_path):
+    """Grey, 16-bit grey, palette, CMYK: the picture stays the picture."""
+    image = gradient()
+    grey = np.asarray(image.convert("L"))
+    image.save(tmp_path / "rgb.png")
+    image.convert("L").save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.new("1", (4, 4), 1).save(tmp_path / "bilevel.png")
+    assert np.array_equal(picture(tmp_path / "rgb.png"), image)
+    for name in ("grey", "grey16"):
+        pixels = np.asarray(picture(tmp_path / f"{name}.png"))
+        assert np.array_equal(pixels, np.stack([grey] * 3, -1)), name
+    cmyk = np.asarray(picture(tmp_path / "cmyk.tif")).astype(int)
+    assert np.abs(cmyk - np.asarray(image)).max() <= 2
+    assert np.asarray(picture(tmp_path / "bilevel.png")).min() == 255
+
+
+# EXIF orientation -> what numpy does to the stored pixels for a viewer
+TURNS = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: np.rot90(x, 2),
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+    8: lambda x: np.rot90(x),
+}
+
+
+def turned(path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    gradient().save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_exif_turns_pictures_alone(tmp_path, orientation, capsys):
+    """6: a camera held upright; the picture is to be turned clockwise. Labels and boxes are not."""
+    path, stored = turned(tmp_path / "x.png", orientation), np.asarray(gradient())
+    assert np.array_equal(picture(path), TURNS[orientation](stored))
+    assert np.array_equal(read_image(path), stored)
+    assert capsys.readouterr().err == ""
+    assert np.array_equal(read_image(path, "boxes"), stored)
+    assert f"warning: {path}: its EXIF data say that viewers turn it" in capsys.readouterr().err
+
+
+def test_one_warning_of_turned_images_in_a_folder(tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    for name in ("a.png", "b.png", "other/c.png"):
+        read_image(turned(tmp_path / name, 3), "boxes")
+    read_image(turned(tmp_path / "upright.png", 1), "boxes")
+    shown = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in shown] == [
+        str(tmp_path / "a.png"), str(tmp_path / "other" / "c.png")
+    ]  # fmt: skip
+
+
+def test_transparency_is_white(tmp_path):
+    image = gradient().convert("RGBA")
+    alpha = np.full((8, 12), 255, dtype=np.uint8)
+    alpha[:, :6] = 0
+    image.putalpha(Image.fromarray(alpha))
+    image.save(tmp_path / "alpha.png")
+    pixels = np.asarray(picture(tmp_path / "alpha.png"))
+    assert (pixels[:, :6] == 255).all()
+    assert np.array_equal(pixels[:, 6:], np.asarray(gradient())[:, 6:])
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert np.asarray(picture(tmp_path / "palette.png")).min() == 255
+
+
+def test_of_an_animation_the_first_frame(tmp_path):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert picture(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
+def test_corrupt_files_are_named(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    if content == "truncated":
+        gradient(200, 200).save(path)
+        content = path.read_bytes()[:-800]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"cannot read image {path}"):
+        picture(path)
+
+
+def test_the_limit_is_named_and_a_setting(tmp_path, monkeypatch):
+    """Twice MAX_IMAGE_PIXELS, as Pillow has it; the setting counts for that one image."""
+    path = tmp_path / "huge.png"
+    gradient(100, 100).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for use in ("labels", "boxes", "picture"):
+        with pytest.raises(ValueError) as error:
+            read_image(path, use)
+        assert str(error.value) == (
+            f"cannot read image {path}: Image size (10000 pixels) exceeds limit of 200 pixels; "
+            "scale the file down"
+        )
+    with pytest.raises(ValueError, match="limit of 9000 pixels; .* raise stylize.max_megapixels"):
+        read_image(path, "picture", max_megapixels=0.009)
+    assert read_image(path, "picture", max_megapixels=0.01).size == (100, 100)
+    assert Image.MAX_IMAGE_PIXELS == 100
