@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sn.training.run import entry
 from sn.training.run.config import typed
@@ -49,6 +49,8 @@ def config(*overrides: str, root: str = "imagenet"):
 
 def explained(root: str, error: Exception) -> str:
     """What the user reads when Hydra or OmegaConf refuses something."""
+    if isinstance(error, MissingMandatoryValue):
+        return entry.message(error)
     return entry.explain(error, schema(root))
 
 

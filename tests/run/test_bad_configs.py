@@ -7,6 +7,7 @@ code that takes them checks, and the command lines.
 import importlib
 import subprocess
 import sys
+import typing
 
 import pytest
 from faults import ROOT, user_environment
@@ -77,7 +78,7 @@ def wrong_values(value):
 def test_wrong_value_in_an_open_mapping_is_refused(root, tmp_path, monkeypatch):
     """One line that names the value, and no file; an unknown key as well."""
     for prefix, hint, *_ in fields(schema(root)):
-        if hint not in (bool, int, float, str) and getattr(hint, "__origin__", None) is not list:
+        if typing.get_origin(hint) is dict:
             mapping = base(root)
             for part in prefix.split("."):
                 mapping = mapping[part]
