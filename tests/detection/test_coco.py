@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from coco_files import annotation, content, write
+from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import datasets
@@ -24,6 +25,7 @@ from sn.training.detection.data import (
 )
 from sn.training.detection.digits import write_digits_coco
 from sn.training.detection.evaluation import evaluate_detections
+from sn.training.detection.predict import read_picture
 
 
 def by_id(images, image_id):
@@ -210,6 +212,22 @@ def test_broken_picture_is_named(tmp_path):
     path.write_bytes((root / "train2017" / "d.png").read_bytes())
     with pytest.raises(ValueError, match=r"image 10 .* has \(50, 50\) pixels.*\(64, 48\) in the"):
         data.train[0]
+
+
+def test_exif_turns_what_is_predicted_and_not_what_has_boxes(tmp_path, capsys):
+    """Orientation 3, upside down: no size gives it away."""
+    root = write(tmp_path)
+    path = root / "train2017" / "a.png"
+    stored = np.asarray(Image.open(path))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(stored).save(path, exif=exif)
+    images = load_coco("mine", str(root), masks=False).train
+    index = by_id(images, 10)
+    assert np.array_equal(images.picture(index).permute(1, 2, 0), stored)
+    assert f"warning: {path}: its EXIF data" in capsys.readouterr().err
+    seen = read_picture(path, 640).permute(1, 2, 0)
+    assert np.array_equal(seen, stored[::-1, ::-1])
 
 
 def square():
