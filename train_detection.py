@@ -321,7 +321,7 @@ def announce(task: Task, run: Session) -> None:
     run.say(
         f"{config.run_name}: {config.model.name}, {parameters:,} parameters; {data['name']}, "
         f"{data['train_images']:,} training and {data['val_images']:,} validation images, "
-        f"{data['classes']} classes; left out of training: {task.data.left_out()}\n"
+        f"{data['classes']} classes; {'; '.join(task.data.remarks())}\n"
         f"{detectors.parts_table(task.model)}\n"
         f"setting ({setting.gpus},{setting.images_per_gpu}) on {run.processes.world_size} x "
         f"{run.device.type}, {task.micro_batches} forward passes a step; lr "

@@ -16,8 +16,8 @@ ROOTS = {  # root config -> (module of its schema, title)
     "detection": ("sn.training.detection.config", "train_detection.py"),
     "style_transfer": ("sn.training.style.config", "style_transfer.py"),
     "enas": ("enas.config", "python -m enas.search"),
-    "nasbench201": ("enas.config", "python -m enas.nasbench201"),
     "enas_retrain": ("enas.config", "python -m enas.retrain"),
+    "nasbench201": ("enas.config", "python -m enas.nasbench201"),
 }
 HEAD = """# Options
 

@@ -194,7 +194,8 @@ def describe(cells: dict[str, list[Run]]) -> str:
 
 def draw_grid(groups: list[dict[str, list[Run]]], args: argparse.Namespace, path: Path) -> None:
     """Fig 6: a row per photograph and style, the style inset, a column per norm."""
-    from sn.training.style.photos import read_image, resize_long_side, to_pil, to_tensor
+    from sn.training.run.images import read_image
+    from sn.training.style.photos import resize_long_side, to_pil, to_tensor
     from sn.training.style.stylize import load_style_net, stylize
 
     rows, columns = [], []
@@ -216,12 +217,12 @@ def draw_grid(groups: list[dict[str, list[Run]]], args: argparse.Namespace, path
         *shape, figsize=(3.2 * shape[1], 2.6 * shape[0]), layout="constrained", squeeze=False
     )
     for line, (photo, runs) in zip(panels, rows):
-        image = resize_long_side(read_image(photo), args.size)
+        image = resize_long_side(read_image(photo, "picture"), args.size)
         style = next(iter(runs.values())).summary["style"]["name"]
         line[0].imshow(image)
         if args.styles:
             inset = line[0].inset_axes([0, 0.62, 0.38, 0.38])
-            inset.imshow(read_image(args.styles / f"{style}.jpg"), aspect="auto")
+            inset.imshow(read_image(args.styles / f"{style}.jpg", "picture"), aspect="auto")
             inset.set_xticks([])
             inset.set_yticks([])
         for panel, norm in zip(line[1:], columns):

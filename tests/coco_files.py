@@ -26,7 +26,7 @@ def content():
     crowd = {"size": [48, 64], "counts": [0, 48 * 8, 48 * 56]}
     annotations = [
         annotation(1, 10, 3, (4, 4, 20, 30)),
-        annotation(2, 10, 44, (30, 10, 33.5, 37)),  # beyond the right edge by half a pixel
+        annotation(2, 10, 44, (30, 10, 33.5, 37)),  # half a pixel from the right edge
         annotation(3, 10, 17, (0, 0, 8, 48), iscrowd=1, segmentation=crowd),
         annotation(4, 7, 17, (5, 6, 30, 40)),
         annotation(5, 7, 3, (10, 10, 0, 12)),  # no width
@@ -49,9 +49,10 @@ def write(root, train=None, val=None):
     for split, data in (("train2017", train), ("val2017", val)):
         data = content() if data is None else data
         (root / split).mkdir(exist_ok=True)
-        for image in data["images"]:
-            size = (image.get("height", 8), image.get("width", 8), 3)
-            pixels = np.random.RandomState(image.get("id", 0)).randint(0, 256, size)
+        for place, image in enumerate(data["images"]):
+            size = (int(image.get("height", 8)), int(image.get("width", 8)), 3)
+            seed = image["id"] if isinstance(image.get("id"), int) else place
+            pixels = np.random.RandomState(seed).randint(0, 256, size)
             Image.fromarray(pixels.astype(np.uint8)).save(root / split / image["file_name"])
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
     return root

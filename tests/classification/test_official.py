@@ -129,6 +129,10 @@ def test_errors_list_the_keys():
     text = str(error.value)
     assert "missing: layer1.0.conv1.weight, layer3.1.bn2.var_weight" in text
     assert "unexpected: aux.weight" in text
+    assert "SSN" not in text
+    state["module.layer1.0.sn1.radius"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"authors' SSN, whose checkpoints are not read"):
+        convert_official(state)
     assert "bn1.weight (1, 63, 1, 1), expected (64,)" in text
     with pytest.raises(ValueError, match="no ResNet"):
         convert_official({"conv.weight": torch.zeros(3)})

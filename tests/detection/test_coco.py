@@ -1,6 +1,7 @@
 """COCO files with every kind of fault, targets, augmentation, grouped batches, drawn digits."""
 
 import collections
+import copy
 import hashlib
 import json
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from coco_files import annotation, content, write
+from PIL import Image
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import datasets
 
@@ -16,10 +19,13 @@ from sn.training.detection.data import (
     GroupedSampler,
     TrainingImages,
     augmentation,
-    decode_mask,
+    compressed_mask,
     load_coco,
+    read_run_lengths,
 )
 from sn.training.detection.digits import write_digits_coco
+from sn.training.detection.evaluation import evaluate_detections
+from sn.training.detection.predict import read_picture
 
 
 def by_id(images, image_id):
@@ -37,7 +43,8 @@ def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
     assert [image["id"] for image in train.images] == [10, 7]
     assert [image["id"] for image in val.images] == [10, 7, 99, 5]
     assert (train.empty, train.crowds, train.degenerate) == (2, 2, 2)
-    assert "2 images without objects, 2 crowds and 2 boxes" in data.left_out()
+    left_out = "2 images without objects, 2 crowds, 2 boxes without area and 0 empty masks"
+    assert data.remarks() == [f"left out of training: {left_out}"]
     assert len(val.content()["annotations"]) == 7
     _, target = train[0]
     assert target["labels"].tolist() == [1, 3]
@@ -111,26 +118,55 @@ FAULTS = {
         lambda d: d["annotations"][1].update(image_id=11),
         "annotation 2 is of image 11, which is not there",
     ),
-    "no box": (lambda d: d["annotations"][0].pop("bbox"), "annotation 1 lacks"),
+    "no box": (lambda d: d["annotations"][0].pop("bbox"), "annotation 1 has no bbox"),
     "three numbers": (
         lambda d: d["annotations"][0].update(bbox=[1, 2, 3]),
-        r"annotation 1 has bbox \[1, 2, 3\]; expected four numbers",
+        r"annotation 1 has bbox=\[1, 2, 3\]; expected four numbers",
+    ),
+    "infinite area": (
+        lambda d: d["annotations"][0].update(area=float("inf")),
+        "annotation 1 has area=inf; expected a number",
     ),
     "NaN": (lambda d: d["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 1"),
     "crowd of a string": (
         lambda d: d["annotations"][2].update(iscrowd="no"),
         "annotation 3 has iscrowd='no'; expected a number",
     ),
-    "no file name": (lambda d: d["images"][1].update(file_name=None), "image 7 lacks"),
+    "no file name": (
+        lambda d: d["images"][1].update(file_name=None),
+        "image 7 has file_name=None; expected a text",
+    ),
     "same id twice": (lambda d: d["images"][1].update(id=10), "two images have id 10"),
     "no categories": (lambda d: d.update(categories=[]), "category ids"),
     "same category twice": (lambda d: d["categories"].append({"id": 3, "name": "x"}), "distinct"),
-    "nameless category": (lambda d: d["categories"].append({"id": 4}), "without id and name"),
+    "nameless category": (lambda d: d["categories"].append({"id": 4}), "category 4 has no name"),
     "no annotations": (
         lambda d: d.pop("annotations"),
         "no COCO file: it has no list 'annotations'",
     ),
-    "a string": (lambda d: d["annotations"].append("cat"), "annotation 'cat' lacks"),
+    "text as a number": (
+        lambda d: d["annotations"][0].update(image_id="10"),
+        "annotation 1 is of image '10', which is not there",
+    ),
+    "an id of half": (lambda d: d["images"][1].update(id=7.5), "image 7.5 has id=7.5; expected a"),
+    "an id of yes": (
+        lambda d: d["images"][1].update(id=True),
+        "image True has id=True; expected a",
+    ),
+    "no id": (lambda d: d["images"][1].pop("id"), r"image \{'file_name': 'b.png'.* has no id"),
+    "two kinds of ids": (
+        lambda d: d["images"].append(d["images"][0] | {"id": "ten"}),
+        "image ids are numbers and texts, such as .* and .*; expected one kind",
+    ),
+    "no pixels": (
+        lambda d: d["images"][0].update(width=0),
+        "image 10 has width=0; expected 1 to 65536 pixels",
+    ),
+    "too many pixels": (
+        lambda d: d["images"][0].update(height=2**31),
+        "image 10 has height=2147483648; expected 1 to 65536 pixels",
+    ),
+    "a string": (lambda d: d["annotations"].append("cat"), "annotation 'cat' has no id"),
 }
 
 
@@ -178,33 +214,186 @@ def test_broken_picture_is_named(tmp_path):
         data.train[0]
 
 
-def test_masks_of_every_form(tmp_path):
-    """Polygons, RLE lists and compressed RLE give the same mask; what is no mask is named."""
-    from pycocotools import mask as rle
+def test_exif_turns_what_is_predicted_and_not_what_has_boxes(tmp_path, capsys):
+    """Orientation 3, upside down: no size gives it away."""
+    root = write(tmp_path)
+    path = root / "train2017" / "a.png"
+    stored = np.asarray(Image.open(path))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(stored).save(path, exif=exif)
+    images = load_coco("mine", str(root), masks=False).train
+    index = by_id(images, 10)
+    assert np.array_equal(images.picture(index).permute(1, 2, 0), stored)
+    assert f"warning: {path}: its EXIF data" in capsys.readouterr().err
+    seen = read_picture(path, 640).permute(1, 2, 0)
+    assert np.array_equal(seen, stored[::-1, ::-1])
 
-    expected = np.zeros((48, 64), np.uint8)
-    expected[10:30, 5:25] = 1
-    compressed = rle.encode(np.asfortranarray(expected))
+
+def square():
+    """A mask (48, 64) and its forms: compressed RLE, RLE as a list, a polygon."""
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, 5:25] = 1
+    compressed = rle.encode(np.asfortranarray(mask))
     compressed["counts"] = compressed["counts"].decode()
-    listed = {"size": [48, 64], "counts": digits._run_lengths(expected.astype(bool))}
-    polygon = [[5, 10, 25, 10, 25, 30, 5, 30]]
-    for shape in (compressed, listed, polygon):
+    listed = {"size": [48, 64], "counts": digits._run_lengths(mask.astype(bool))}
+    return mask, (compressed, listed, [[5, 10, 25, 10, 25, 30, 5, 30]])
+
+
+def test_masks_of_every_form():
+    """Polygons, RLE lists and compressed RLE give the same mask."""
+    mask, shapes = square()
+    for shape in shapes:
         one = annotation(1, 10, 3, (5, 10, 20, 20), segmentation=shape)
-        assert np.array_equal(decode_mask(one, 64, 48, "f.json"), expected)
-    for shape in (None, {"size": [48, 64]}, {"size": [4, 4], "counts": [16]}, [["a"] * 6]):
-        one = annotation(8, 10, 3, (5, 10, 20, 20), segmentation=shape)
-        with pytest.raises(ValueError, match="f.json: annotation 8 has"):
-            decode_mask(one, 64, 48, "f.json")
+        assert np.array_equal(rle.decode(compressed_mask(one, 64, 48, "f.json")), mask)
 
 
-def test_masks_to_be_evaluated_against_are_read_at_once(tmp_path):
-    """Not after hours of training; the trained ones are read when they come."""
+nan, inf = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        (None, "no mask that can be read: segmentation=None"),
+        ("square", "no mask that can be read: segmentation='square'"),
+        ([5, 10, 25, 10, 25, 30], "no mask that can be read: a polygon 5"),
+        ([["a"] * 6], "a polygon with 'a'"),
+        ([[5, 10, 25, 10, 25, nan]], "a polygon with nan"),
+        ([[5, 10, inf, 10, 25, 30]], "a polygon with inf"),
+        ([[5, 10, 25, 2e8, 25, 30]], "a polygon with 200000000.0; .* none beyond 256"),
+        ([[5, 10, 25, -257, 25, 30]], "a polygon with -257"),
+        ([[5, 10, 25, 10**400, 25, 30]], "a polygon with 1000.* characters"),
+        ({"size": [48, 64]}, "no mask that can be read: its counts are not"),
+        ({"size": [4, 4], "counts": [16]}, r"a mask of \[4, 4\], its image is \[48, 64\]"),
+        ({"size": [2**31, 2**31], "counts": [2**62]}, "a mask of"),
+        ({"size": [48, 64], "counts": [3071]}, "no mask that can be read: its counts are not"),
+        ({"size": [48, 64], "counts": [-1, 3073]}, "no mask that can be read: its counts are not"),
+        (
+            {"size": [48, 64], "counts": [1.5, 3070.5]},
+            "no mask that can be read: its counts are not",
+        ),
+        ({"size": [48, 64], "counts": ""}, "no mask that can be read: its counts are not"),
+        ({"size": [48, 64], "counts": "PP3\x7f"}, "no mask that can be read: its counts are not"),
+        (
+            {"size": [48, 64], "counts": "PP3P"},
+            "no mask that can be read: its counts are not",
+        ),  # ends within a number
+        (
+            {"size": [48, 64], "counts": "PPPPPPPPPPPPPPPPPPPPPP1"},
+            "no mask that can be read: its counts are not",
+        ),
+    ],
+)
+def test_what_is_no_mask_is_named(shape, words):
+    """Where pycocotools would crash, take all memory, or raise anything."""
+    one = annotation(8, 10, 3, (5, 10, 20, 20), segmentation=shape)
+    with pytest.raises(ValueError, match=f"f.json: annotation 8 has {words}"):
+        compressed_mask(one, 64, 48, "f.json")
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them():
+    random = np.random.RandomState(0)
+    for density in (0.0, 0.02, 0.5, 0.98, 1.0):
+        mask = (random.rand(97, 61) < density).astype(np.uint8)
+        text = rle.encode(np.asfortranarray(mask))["counts"].decode()
+        assert read_run_lengths(text) == digits._run_lengths(mask.astype(bool))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_are_read_at_once(split, tmp_path):
+    """Not after hours of training; where there is no mask head, not at all."""
     mine = content()
     mine["annotations"][3].pop("segmentation")
-    root = write(tmp_path, None, mine)
+    root = write(tmp_path, **{split: mine})
     assert len(load_coco("mine", str(root), masks=False).val) == 4
-    with pytest.raises(ValueError, match="instances_val2017.json: annotation 4 has no mask"):
+    with pytest.raises(ValueError, match=f"{split}2017.json: annotation 4 has no mask"):
         load_coco("mine", str(root), masks=True)
+
+
+def with_empty_masks(count):
+    """Two objects, of two images, the first `count` of them with a mask that is empty."""
+    mine = content()
+    empty = ([], [[70, 5, 80, 5, 80, 15]])  # no polygon, and one outside of the image
+    mine["annotations"] = [
+        annotation(1, 10, 3, (4, 4, 20, 30)),
+        annotation(2, 7, 17, (5, 6, 30, 40)),
+    ]
+    for entry, shape in zip(mine["annotations"][:count], empty):
+        entry["segmentation"] = shape
+    return mine
+
+
+def test_empty_masks_are_left_out_and_counted(tmp_path):
+    root = write(tmp_path, with_empty_masks(1), with_empty_masks(1))
+    data = load_coco("mine", str(root), masks=True)
+    assert [image["id"] for image in data.train.images] == [7]
+    assert data.train.empty_masks == 1 and data.train.annotations[0][0]["id"] == 2
+    training, validation = data.remarks()
+    assert "3 images without objects" in training and "and 1 empty masks" in training
+    assert "1 validation objects have an empty mask" in validation
+    boxes = load_coco("mine", str(root), masks=False)
+    assert len(boxes.train) == 2 and boxes.train.empty_masks == 0
+    assert "masks" not in boxes.remarks()[0]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_nothing_but_empty_masks_is_refused(split, tmp_path):
+    root = write(tmp_path, **{split: with_empty_masks(2)})
+    with pytest.raises(ValueError, match=f"{split}2017.json has no .* 2 empty masks"):
+        load_coco("mine", str(root), masks=True)
+    assert len(load_coco("mine", str(root), masks=False).train) == 2
+
+
+def test_boxes_that_leave_their_image_are_counted(tmp_path):
+    """More than a pixel: what is less comes from rounding."""
+    mine = content()
+    mine["annotations"] = [
+        annotation(1, 10, 3, (-5, 4, 20, 30)),
+        annotation(2, 10, 3, (50, 40, 15, 8)),  # one pixel beyond 64
+        annotation(3, 7, 3, (10, 40, 10, 25.5)),
+        annotation(4, 7, 3, (10, 40, 10, 20)),
+    ]
+    data = load_coco("mine", str(write(tmp_path, mine)), masks=False)
+    assert (data.train.leaving, data.val.leaving) == (2, 0)
+    assert "2 training and 0 validation boxes leave their image" in data.remarks()[1]
+
+
+def renamed(change):
+    """The content with every id of an image, an object and a category changed."""
+    mine = copy.deepcopy(content())
+    for entry in mine["images"] + mine["annotations"] + mine["categories"]:
+        for key in ("id", "image_id", "category_id"):
+            if key in entry:
+                entry[key] = change(entry[key])
+    return mine
+
+
+@pytest.mark.parametrize("change", [float, "id-{:03d}".format], ids=["7.0", "id-007"])
+def test_ids_may_be_whole_floats_or_texts(change, tmp_path):
+    """Trained and evaluated on as under whole numbers."""
+    plain = load_coco("mine", str(write(tmp_path / "plain")), masks=True)
+    data = load_coco("mine", str(write(tmp_path / "own", renamed(change), renamed(change))), True)
+    assert data.names == plain.names and data.describe() | {"sha256": 0} == (
+        plain.describe() | {"sha256": 0}
+    )
+    for index in range(len(plain.train)):
+        ours, theirs = data.train[index][1], plain.train[index][1]
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+    def metrics(images, name):
+        rows = [
+            (10, 3, (4, 4, 20, 28), 0.9),
+            (10, 44, (30, 12, 30, 30), 0.7),
+            (7, 17, (5, 6, 30, 30), 0.6),
+        ]
+        results = [
+            {"image_id": name(i), "category_id": name(c), "bbox": list(map(float, b)), "score": s}
+            for i, c, b, s in rows
+        ]
+        return evaluate_detections(images, results, masks=False)[0]
+
+    found = metrics(data.val, int if change is float else change)
+    assert found == metrics(plain.val, int) and 0 < found["box_ap"] < 100
 
 
 def test_no_area_is_that_of_the_box(tmp_path):

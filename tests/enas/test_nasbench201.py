@@ -8,11 +8,14 @@ import json
 import lzma
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import workers
+from faults import user_environment
 from torch.utils.tensorboard import SummaryWriter
 
 from enas import nasbench201, nasbench201_seeds, samplers
@@ -322,6 +325,26 @@ def test_bad_value_is_named(overrides, wanted, path, tmp_path):
     for words in wanted:
         assert words in str(error.value)
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_diverged_search_says_so(path, tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite at cell .* of 40"):
+        run(path, tmp_path, "controller.lr=1e38", "controller.norm=none")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "diverged" and summary["best_test"] is None
+
+
+def test_command_line(path, tmp_path):
+    """From another folder: a run, then an error in one line with code 2."""
+    command = [sys.executable, "-m", "enas.nasbench201", f"table='{path}'", *SHORT]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": user_environment()}
+    done = subprocess.run([*command, "output_dir=out", "sampler=evolution"], **options)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.startswith("evolution: 40 of 64 cells of cifar10\nbest of 40 cells: test ")
+    assert {file.name for file in tmp_path.iterdir()} == {"out"}
+    done = subprocess.run([*command, "sampler=xy"], **options)
+    assert done.returncode == 2 and done.stderr.startswith("nasbench201.py: sampler=xy; expected")
+    assert done.stderr.count("\n") == 1
 
 
 def test_record_of_many_seeds(path, tmp_path, table, capsys):

@@ -6,6 +6,7 @@ Source: the COCO format (cocodataset.org); 2017 folder layout.
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ..run.config import SIZE, short
 from ..run.images import BadImages, read_image
 from ..run.schedule import mix_seed
 
@@ -56,9 +58,9 @@ class CocoFile:
         self.labels = {id: label for label, id in enumerate(self.category_ids, 1)}
         self._check_images(content["images"])
         every = {category["id"] for category in content["categories"]}
-        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        images = {image["id"] for image in content["images"]}
         for annotation in content["annotations"]:
-            self._check_annotation(annotation, every, sizes)
+            self._check_annotation(annotation, every, images)
         self.content = {
             "images": content["images"],
             "annotations": [a for a in content["annotations"] if a["category_id"] in self.labels],
@@ -67,12 +69,16 @@ class CocoFile:
 
     def _categories(self, categories: list, wanted: Sequence[str] | None) -> list[dict]:
         for category in categories:
-            if not _has(category, {"id": int, "name": str}):
-                raise ValueError(f"{self.path}: a category without id and name: {category}")
-        categories = sorted(categories, key=lambda category: category["id"])
+            where = f"{self.path}: category {_named(category)}"
+            _check_id(category, "id", where)
+            _check(
+                category, "name", isinstance(_value(category, "name", where), str), "a text", where
+            )
         ids, names = ([category[key] for category in categories] for key in ("id", "name"))
+        _check_kinds(ids, f"{self.path}: category ids")
         if len(set(ids)) < len(ids) or not ids:
             raise ValueError(f"{self.path}: category ids {ids[:10]} are not distinct, or none")
+        categories = sorted(categories, key=lambda category: category["id"])
         if wanted is None:
             return categories
         if unknown := [name for name in wanted if name not in names]:
@@ -82,34 +88,40 @@ class CocoFile:
     def _check_images(self, images: list) -> None:
         seen = set()
         for image in images:
-            if not _has(image, {"id": int, "file_name": str, "width": int, "height": int}):
-                raise ValueError(
-                    f"{self.path}: image {_id(image)} lacks id, file_name, width or height"
-                )
+            where = f"{self.path}: image {_named(image)}"
+            _check_id(image, "id", where)
+            name = _value(image, "file_name", where)
+            _check(image, "file_name", isinstance(name, str), "a text", where)
+            for key in ("width", "height"):
+                size = _whole(_value(image, key, where))
+                right = isinstance(size, int) and 1 <= size <= SIZE
+                _check(image, key, right, f"1 to {SIZE} pixels", where)
+                image[key] = size
             if image["id"] in seen:
-                raise ValueError(f"{self.path}: two images have id {image['id']}")
+                raise ValueError(f"{self.path}: two images have id {image['id']!r}")
             seen.add(image["id"])
+        _check_kinds(list(seen), f"{self.path}: image ids")
 
-    def _check_annotation(self, annotation, categories: set, sizes: dict) -> None:
-        where = f"{self.path}: annotation {_id(annotation)}"
-        if not _has(annotation, {"id": int, "image_id": int, "category_id": int, "bbox": list}):
-            raise ValueError(f"{where} lacks id, image_id, category_id or bbox")
-        if annotation["image_id"] not in sizes:
-            raise ValueError(f"{where} is of image {annotation['image_id']}, which is not there")
+    def _check_annotation(self, annotation, categories: set, images: set) -> None:
+        where = f"{self.path}: annotation {_named(annotation)}"
+        for key in ("id", "image_id", "category_id"):
+            _check_id(annotation, key, where)
+        if annotation["image_id"] not in images:
+            raise ValueError(f"{where} is of image {annotation['image_id']!r}, which is not there")
         if annotation["category_id"] not in categories:
             raise ValueError(
-                f"{where} has category_id {annotation['category_id']}; there are "
+                f"{where} has category_id {annotation['category_id']!r}; there are "
                 f"{sorted(categories)[:10]}{' ...' if len(categories) > 10 else ''}"
             )
-        box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in box):
-            raise ValueError(f"{where} has bbox {box}; expected four numbers x, y, width, height")
+        box = _value(annotation, "bbox", where)
+        right = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+        _check(annotation, "bbox", right, "four numbers x, y, width, height", where)
         area = max(0.0, box[2]) * max(0.0, box[3])
         for key, default in (("iscrowd", 0), ("area", area)):
             if annotation.get(key) is None:
                 annotation[key] = default
-            elif not isinstance(annotation[key], (int, float)):
-                raise ValueError(f"{where} has {key}={annotation[key]!r}; expected a number")
+            else:
+                _check(annotation, key, _is_number(annotation[key]), "a number", where)
 
 
 def _read(path: Path, folder: Path) -> bytes:
@@ -120,12 +132,48 @@ def _read(path: Path, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-def _has(entry, types: dict[str, type]) -> bool:
-    return isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in types.items())
+def _named(entry) -> str:
+    """An entry by its id, or what there is of it."""
+    if isinstance(entry, dict) and isinstance(entry.get("id"), int | float | str):
+        return repr(entry["id"])
+    return short(repr(entry))
 
 
-def _id(entry):
-    return entry.get("id", "without id") if isinstance(entry, dict) else f"{entry!r}"
+def _value(entry, key: str, where: str):
+    if not isinstance(entry, dict) or key not in entry:
+        raise ValueError(f"{where} has no {key}")
+    return entry[key]
+
+
+def _check(entry: dict, key: str, right: bool, expected: str, where: str) -> None:
+    if not right:
+        raise ValueError(f"{where} has {key}={short(repr(entry[key]))}; expected {expected}")
+
+
+def _check_id(entry, key: str, where: str) -> None:
+    """Ids are whole numbers, written 7 or 7.0, or texts."""
+    value = _whole(_value(entry, key, where))
+    right = isinstance(value, int | str) and not isinstance(value, bool)
+    _check(entry, key, right, "a whole number or a text", where)
+    entry[key] = value
+
+
+def _check_kinds(ids: list, what: str) -> None:
+    """Ids are compared and sorted: all of one kind."""
+    others = [value for value in ids if type(value) is not type(ids[0])]
+    if others:
+        raise ValueError(
+            f"{what} are numbers and texts, such as {ids[0]!r} and {others[0]!r}; expected one kind"
+        )
+
+
+def _whole(value):
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _is_number(value) -> bool:
+    """Whether `value` is a finite number, of a size that a float holds."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def clipped_box(annotation: dict, width: int, height: int) -> tuple[float, ...] | None:
@@ -135,50 +183,99 @@ def clipped_box(annotation: dict, width: int, height: int) -> tuple[float, ...] 
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
 
-def decode_mask(annotation: dict, width: int, height: int, path: Path) -> np.ndarray:
-    """The (height, width) uint8 mask of polygons or RLE, compressed or not."""
-    return rle.decode(compressed_mask(annotation, width, height, path))
+def leaves_image(annotation: dict, width: int, height: int) -> bool:
+    """Whether a box reaches out of its image by more than a pixel, so not by rounding alone."""
+    x, y, w, h = annotation["bbox"]
+    return min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
 
 
 def compressed_mask(annotation: dict, width: int, height: int, path: Path) -> dict:
     """COCO's compressed RLE of polygons (empty without a whole one) or of RLE.
 
-    Raises ValueError, naming file and id, for what is neither, or of another size.
+    Raises ValueError, naming file and id, for what is neither, or of another size. What
+    pycocotools does not check, and dies of, is checked here.
     """
-    where = f"{path}: annotation {annotation['id']}"
+    where = f"{path}: annotation {annotation['id']!r}"
     shape = annotation.get("segmentation")
-    try:
-        if isinstance(shape, list):
-            polygons = [p for p in shape if len(p) >= 6]
-            if polygons:
-                shape = rle.merge(rle.frPyObjects(polygons, height, width))
-            else:
-                shape = rle.encode(np.zeros((height, width), np.uint8, order="F"))
-            size = (height, width)
+    if isinstance(shape, list):
+        _check_polygons(shape, width, height, where)
+        polygons = [polygon for polygon in shape if len(polygon) >= 6]
+        if polygons:
+            found = rle.merge(rle.frPyObjects(polygons, height, width))
         else:
-            if isinstance(shape["counts"], list):
-                shape = rle.frPyObjects(shape, height, width)
-            size = rle.decode(shape).shape  # raises where the counts do not fit
-    except Exception as error:  # pycocotools raises plain Exception, TypeError, IndexError, ...
-        raise ValueError(f"{where} has no mask that can be read: {error!r}") from None
-    if size != (height, width):
-        raise ValueError(f"{where} has a mask of {size}, its image is {(height, width)}")
-    counts = shape["counts"]
-    return shape | {"counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+            found = rle.encode(np.zeros((height, width), np.uint8, order="F"))
+    elif isinstance(shape, dict):
+        size, runs = shape.get("size"), shape.get("counts")
+        if size != [height, width]:
+            raise ValueError(f"{where} has a mask of {size}, its image is {[height, width]}")
+        if isinstance(runs, str):
+            runs = read_run_lengths(runs)
+        whole = isinstance(runs, list) and all(isinstance(r, int) and r >= 0 for r in runs)
+        if not whole or sum(runs) != height * width:
+            raise ValueError(
+                f"{where} has no mask that can be read: its counts are not the lengths of runs of "
+                f"{width} x {height} pixels"
+            )
+        found = rle.frPyObjects({"size": size, "counts": runs}, height, width)
+    else:
+        raise ValueError(
+            f"{where} has no mask that can be read: segmentation={short(repr(shape))}; expected "
+            "polygons or RLE"
+        )
+    return {"size": [height, width], "counts": found["counts"].decode("ascii")}
+
+
+def _check_polygons(polygons: list, width: int, height: int, where: str) -> None:
+    """Rasterising takes memory by the length of the outline, and whole numbers of 32 bits."""
+    far = 4 * max(width, height)
+    for polygon in polygons:
+        if not isinstance(polygon, list):
+            raise ValueError(
+                f"{where} has no mask that can be read: a polygon {short(repr(polygon))}; "
+                "expected a list x, y, x, y, ..."
+            )
+        for value in polygon:
+            if not (isinstance(value, int | float) and abs(value) <= far):
+                raise ValueError(
+                    f"{where} has a polygon with {short(repr(value))}; expected numbers, in an "
+                    f"image of {width} x {height} pixels none beyond {far}"
+                )
+
+
+def read_run_lengths(text: str) -> list[int] | None:
+    """The run lengths that COCO's compressed RLE spells; None if it is none.
+
+    Six bits a character from "0" on: five of the number, least first, and whether more follow;
+    from the fourth run on it is the difference from the last but one.
+    """
+    runs, value, bits = [], 0, 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            return None
+        value |= (code & 31) << bits
+        bits += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << bits
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = bits = 0
+    return None if bits else runs
 
 
 class CocoImages:
     """(image, target) of a CocoFile's images: uint8 (3, H, W), and boxes, labels, masks.
 
-    Targets leave out crowds and boxes without area. `trained` keeps the images that have a target
-    left. `limit` takes that many at even distances. Boxes are (x1, y1, x2, y2) in pixels. With
-    `masks`, those that are evaluated against are read at once, into compressed RLE.
+    Targets leave out crowds, boxes without area and, with `masks`, objects whose mask is empty.
+    `trained` keeps the images that have a target left. `limit` takes that many at even distances.
+    Boxes are (x1, y1, x2, y2) in pixels. Masks are read at once, into compressed RLE.
 
     A picture that cannot be read or has another size is noted in `bad`. While that lets it pass,
     the next one that can be read stands in for it; `unread` collects such ids in an evaluation.
 
-    Raises ValueError naming path and id for one bad picture too many, or a mask that cannot be
-    read.
+    Raises ValueError naming path and id for one bad picture too many, a mask that cannot be read,
+    or a file of which nothing is left.
     """
 
     def __init__(
@@ -192,34 +289,46 @@ class CocoImages:
         self.file, self.masks, self.bad = file, masks, bad or BadImages()
         self.unread: set[int] = set()
         by_image = {image["id"]: [] for image in file.content["images"]}
-        self.crowds = self.degenerate = 0
+        self.crowds = self.degenerate = self.empty_masks = self.leaving = 0
         images = {image["id"]: image for image in file.content["images"]}
         for annotation in file.content["annotations"]:
             image = images[annotation["image_id"]]
-            if annotation["iscrowd"]:
+            size, crowd = (image["width"], image["height"]), annotation["iscrowd"]
+            mask = None
+            if masks and not (trained and crowd):
+                mask = annotation["segmentation"] = compressed_mask(annotation, *size, file.path)
+            if crowd:
                 self.crowds += 1
-            elif clipped_box(annotation, image["width"], image["height"]) is None:
+            elif clipped_box(annotation, *size) is None:
                 self.degenerate += 1
+            elif mask is not None and rle.area(mask) == 0:
+                self.empty_masks += 1
             else:
                 by_image[annotation["image_id"]].append(annotation)
+                self.leaving += leaves_image(annotation, *size)
         kept = [image for image in images.values() if by_image[image["id"]] or not trained]
         self.empty = len(images) - len(kept)
         if not kept:
-            raise ValueError(f"{file.path} has no image to use")
+            raise ValueError(f"{file.path} has no image to use: {self.left_out()}")
+        if self.empty_masks and not any(by_image.values()):
+            raise ValueError(f"{file.path} has no object with a mask: {self.left_out()}")
         if limit is not None:
             if limit > len(kept):
                 raise ValueError(f"{limit} images asked for, but {file.path} has {len(kept)}")
             kept = [kept[i * len(kept) // limit] for i in range(limit)]
         self.images = kept
         self.annotations = [by_image[image["id"]] for image in kept]
-        if masks and not trained:
-            for annotation in self.content()["annotations"]:
-                image = images[annotation["image_id"]]
-                size = (image["width"], image["height"])
-                annotation["segmentation"] = compressed_mask(annotation, *size, file.path)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def left_out(self) -> str:
+        """What of the file is not learned from, and why."""
+        empty_masks = f" and {self.empty_masks} empty masks" if self.masks else ""
+        return (
+            f"{self.empty} images without objects, {self.crowds} crowds, {self.degenerate} boxes "
+            f"without area{empty_masks}"
+        )
 
     def content(self, without: Collection = ()) -> dict:
         """What these images are evaluated against, in COCO's format, but for the ids `without`."""
@@ -267,11 +376,7 @@ class CocoImages:
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict]:
         index, picture = self._readable(index)
         width, height = self.images[index]["width"], self.images[index]["height"]
-        annotations, masks = self.annotations[index], []
-        if self.masks:
-            decoded = [decode_mask(a, width, height, self.file.path) for a in annotations]
-            annotations = [a for a, mask in zip(annotations, decoded) if mask.any()]
-            masks = [mask for mask in decoded if mask.any()]
+        annotations = self.annotations[index]
         boxes = [clipped_box(a, width, height) for a in annotations]
         boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         labels = [self.file.labels[a["category_id"]] for a in annotations]
@@ -280,8 +385,10 @@ class CocoImages:
             "labels": torch.tensor(labels, dtype=torch.int64),
         }
         if self.masks:
-            stack = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(stack))
+            masks = np.zeros((len(annotations), height, width), np.uint8)
+            for mask, annotation in zip(masks, annotations):
+                mask[:] = rle.decode(annotation["segmentation"])
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
         return tv_tensors.Image(picture), target
 
 
@@ -405,13 +512,20 @@ class DetectionData:
             "sha256": self.sha256,
         }
 
-    def left_out(self) -> str:
-        """What of the training file is not trained on."""
-        train = self.train
-        return (
-            f"{train.empty} images without objects, {train.crowds} crowds and {train.degenerate} "
-            "boxes without area"
-        )
+    def remarks(self) -> list[str]:
+        """What of the files is not used as it stands."""
+        found = [f"left out of training: {self.train.left_out()}"]
+        if self.val.empty_masks:
+            found.append(
+                f"{self.val.empty_masks} validation objects have an empty mask: missed, whatever "
+                "is detected"
+            )
+        if self.train.leaving or self.val.leaving:
+            found.append(
+                f"{self.train.leaving} training and {self.val.leaving} validation boxes leave "
+                "their image by more than a pixel: cut in training, evaluated as they are"
+            )
+        return found
 
 
 def load_coco(

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ...functional import STATISTICS
 from ...modules import importance_weights
 
-# the figures' colours of the statistics (scripts/common/records.py, which needs no torch)
+# the figures' colours of the statistics (as in scripts/common/figures.py)
 COLORS = {"in": "#009E73", "ln": "#D55E00", "gn": "#E69F00", "bn": "#0072B2"}
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
 
