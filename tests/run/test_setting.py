@@ -13,17 +13,16 @@ from sn.training.run.distributed import one_running_update, prepare_setting, unt
 SETTING = [
     "device=cpu",
     "precision=fp64",
-    "setting.gpus=8",
     "setting.images_per_gpu=3",
     "schedule.epochs=2",
-    "data.train_images=41",  # 8 x 3 x 2 = 48 per epoch: padded, augmented by random crops
+    "data.train_images=41",  # padded to 48 per epoch, augmented by random crops
     "evaluation.batch_average.batch_size=8",
     "evaluation.batch_size=100",
 ]
-RUNS = {  # name -> (processes, emulation)
-    "8 processes": (8, "auto"),
-    "2 processes of 4 virtual GPUs, grouped": (2, "grouped"),
-    "2 processes of 4 virtual GPUs, accumulated": (2, "accumulated"),
+RUNS = {  # name -> (processes, None: as many as GPUs; emulation)
+    "a process for each GPU": (None, "auto"),
+    "2 processes of virtual GPUs, grouped": (2, "grouped"),
+    "2 processes of virtual GPUs, accumulated": (2, "accumulated"),
     "1 process, grouped": (1, "grouped"),
     "1 process, accumulated": (1, "accumulated"),
 }
@@ -32,18 +31,24 @@ RUNS = {  # name -> (processes, emulation)
 BRN = ("norm.r_images=[20,60]", "norm.d_images=[20,60]", "norm.momentum=0.3")
 
 
-SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("brn", "bkn")]
+SMALL = ("model=resnet8", "model.width=8")
+CASES = [("bn", 4, SMALL), ("sn", 4, SMALL)] + [
+    pytest.param(norm, 8, ("model=resnet20",), marks=pytest.mark.slow)
+    for norm in ("bn", "sn", "brn", "bkn")
+]
 
 
-@pytest.mark.parametrize("norm", ["bn", "sn", *SLOW])
-def test_emulation_equals_processes(norm, tmp_path):
+@pytest.mark.parametrize("norm, gpus, network", CASES)
+def test_emulation_equals_processes(norm, gpus, network, tmp_path):
     results = {}
     for index, (name, (processes, emulation)) in enumerate(RUNS.items()):
-        out = tmp_path / str(index)
+        out, processes = tmp_path / str(index), processes or gpus
         train_in_group(
             processes,
             *SETTING,
+            *network,
             f"norm={norm}",
+            f"setting.gpus={gpus}",
             *(BRN if norm == "brn" else ()),
             f"setting.emulation={emulation}",
             f"output_dir={out}",
@@ -56,9 +61,10 @@ def test_emulation_equals_processes(norm, tmp_path):
         assert summary["images_seen"] == 96
         results[name] = (losses, state["model"], state["batch_average"], summary)
 
-    reference = results.pop("8 processes")
+    reference = results.pop("a process for each GPU")
     start = {k: v for k, v in reference[1].items() if k.endswith("conv1.weight")}
-    assert len(start) == 10  # the right network, and it has moved:
+    # the right network, and it has moved:
+    assert len(start) == (10 if network == ("model=resnet20",) else 4)
     assert reference[0][0] != reference[0][2]
     for name, (losses, model, batch_average, summary) in results.items():
         assert losses == pytest.approx(reference[0], abs=1e-9), name
