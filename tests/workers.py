@@ -1,10 +1,10 @@
 """Typed configs of every entrypoint, and fresh processes, alone or in a gloo group."""
 
 import contextlib
-import copy
 import importlib
 import multiprocessing
 import os
+import pickle
 import socket
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def with_value(root: str, cfg, key: str, value, add: bool = False):
 
     Raises as `config`, but without composing `cfg` again: milliseconds. `cfg` stays as it was.
     """
-    changed = copy.deepcopy(cfg)
+    changed = pickle.loads(pickle.dumps(cfg))  # half the time of a deep copy
     OmegaConf.set_struct(changed, True)
     try:
         with open_dict(changed) if add else contextlib.nullcontext():
