@@ -130,6 +130,7 @@ def test_recipe_of_table_4_1():
     }  # fmt: skip
     assert cfg["model"] == {
         "name": "resnet50", "source": "torchvision", "dropout": 0.0, "zero_init_residual": True,
+        "width": None, "fused_activation": False,
     }  # fmt: skip
     data = cfg["data"]
     assert (data["image_size"], data["resize"], data["lighting"]) == (224, 256, 0.1)
