@@ -27,6 +27,7 @@ from common.records import (
     setting_label,
     sort_norms,
     sort_settings,
+    without_searches,
 )
 
 SCRIPT = Path(__file__).stem
@@ -65,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--print writes no file; leave out --out")
 
     try:
-        runs, detectors = load_runs(args.runs), load_runs(args.runs, "detection")
+        runs = without_searches(load_runs(args.runs))
+        detectors = load_runs(args.runs, "detection")
     except FileNotFoundError as error:
         fail(str(error))
     if args.print:

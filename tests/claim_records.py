@@ -141,7 +141,7 @@ def write_like(root, design, arm, setting, seed, chance, spread):
     speed = 500.0 if arm.norm == "bkn" else 1500.0
     write_curves(folder, top1, speed, {"bn": 0.0, "sn": 0.05}.get(arm.norm, 0.2))
     if arm.norm in STATISTICS:
-        bn = 0.1 * math.log2(images) + chance.gauss(0, 0.01) if arm.norm == "sn" else 0.0
+        bn = 0.05 + 0.1 * math.log2(images) + chance.gauss(0, 0.01) if arm.norm == "sn" else 0.0
         variance = max(0.0, bn - 0.05 * (images == 2))
         rest = [(1 - share) / 2 for share in (bn, variance)]
         keys = STATISTICS[arm.norm]

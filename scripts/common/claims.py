@@ -784,7 +784,11 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
         verdict.reason = f"refused: more than one record of {_names(twice)}"
     elif unlike:
         verdict.reason = f"refused: unlike runs, {unlike}"
-    elif not any(evidence.of_arm(design, design.arms[name]) for name, _ in claim.cells):
+    elif not any(
+        design.search is None or run.seed != design.search.seed  # a search shows nothing yet
+        for name, _ in claim.cells
+        for run in evidence.of_arm(design, design.arms[name])
+    ):
         verdict.reason = "no runs yet"
     elif missing:
         searches = len(missing) - confirmatory

@@ -30,6 +30,7 @@ from common.records import (
     over_seeds,
     recipes,
     repeated_seeds,
+    without_searches,
 )
 from matplotlib.lines import Line2D
 
@@ -64,7 +65,7 @@ def arguments(description: str, folder: str = "figures") -> argparse.ArgumentPar
 def read(root: Path, task: str = "imagenet") -> list[Run]:
     """The runs of a task; a folder that is missing ends the script."""
     try:
-        return load_runs(root, task)
+        return without_searches(load_runs(root, task))
     except FileNotFoundError as error:
         fail(str(error))
 

@@ -171,6 +171,11 @@ def load_runs(root: Path | str, task: str | None = "imagenet") -> list[Run]:
     return runs
 
 
+def without_searches(runs: Iterable[Run]) -> list[Run]:
+    """The runs outside of a folder `lr_search`, whose runs choose a recipe and show no result."""
+    return [run for run in runs if "lr_search" not in run.path.parts]
+
+
 def run_folders(root: Path | str) -> list[Path]:
     """The folders below `root` that hold a `summary.json`, sorted.
 

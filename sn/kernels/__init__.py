@@ -43,6 +43,7 @@ from .common import Options, is_transformed
 from .native import native_switch_norm, quick_switch_norm, takes
 
 BACKENDS = ("auto", "reference", "native", "triton")
+_KNOWN = frozenset(("in", "ln", "gn", "bn"))  # statistics that the kernels have; else the formula
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -119,11 +120,12 @@ def switch_norm_act(
     are no kernels for the residual and ReLU these follow as PyTorch's operations. `counter`, if
     any, is increased by 1.
     """
-    if _backend in ("auto", "native") and not _seen_through():
+    known = _KNOWN.issuperset(options.statistics)
+    if known and _backend in ("auto", "native") and not _seen_through():
         y = quick_switch_norm(tensors, options, residual, relu, counter)
         if y is not None:
             return y
-    chosen = choose_backend(*tensors)
+    chosen = choose_backend(*tensors) if known else "reference"
     if counter is not None and chosen != "native":
         counter.add_(1)
     if chosen == "reference":

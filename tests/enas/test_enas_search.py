@@ -508,7 +508,7 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    """From another folder: the run's lines, no folder of Hydra's; an error is one line, code 2."""
+    """From another folder: the run's lines, no folder of Hydra's."""
     command = [sys.executable, "-m", "enas.search", "output_dir=out", *TINY]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
@@ -519,9 +519,6 @@ def test_command_line(tmp_path):
         "epoch 2/2",
     ]
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    done = subprocess.run([*command, "sampler=xy"], **options)
-    assert done.returncode == 2 and done.stderr.startswith("search.py: sampler=xy; expected")
-    assert done.stderr.count("\n") == 1
 
 
 # --- configs

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sn
+from sn import kernels
 from sn.training.run.distributed import one_running_update, prepare_setting
 
 
@@ -58,3 +59,19 @@ def test_micro_batches_share_one_reference_and_synchronised_norms_refuse():
     model = nn.Sequential(nn.BatchNorm2d(4), sn.SyncSwitchNorm2d(4))
     with pytest.raises(ValueError, match="1 is a synchronised norm.*emulation=grouped"):
         prepare_setting(model, 4, 2, "accumulated", 2)
+
+
+def test_a_statistic_that_no_kernel_knows_is_left_to_the_formula(monkeypatch):
+    """Another name among the statistics must not be taken for one of those in the C code."""
+    calls = []
+
+    def formula(x, *_, statistics, **__):
+        calls.append(statistics)
+        return torch.full_like(x, 7)
+
+    monkeypatch.setattr(kernels.functional, "switch_norm", formula)
+    weights = torch.ones(2)
+    options = kernels.Options(("in", "pixel"), None, True, 0.1, 1e-5, 1)
+    tensors = (torch.randn(2, 3, 4, 4), weights, weights, None, None, None, None)
+    assert (kernels.switch_norm_act(tensors, options) == 7).all()
+    assert calls == [("in", "pixel")]

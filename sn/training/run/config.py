@@ -269,8 +269,8 @@ def field_of(schema: type, full_key: str) -> tuple[Any, typing.Mapping, list[str
     metadata: typing.Mapping = {}
     known: list[str] = []
     for part in str(full_key).partition("[")[0].split("."):
-        if not dataclasses.is_dataclass(hint):
-            return None, {}, known
+        if not dataclasses.is_dataclass(hint):  # an open mapping: its keys are not known here
+            return None, {}, []
         fields = {field.name: field for field in dataclasses.fields(hint)}
         known = list(fields)
         if part not in fields:

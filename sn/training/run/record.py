@@ -219,7 +219,7 @@ def importance_figure(averages: dict[str, dict]):
         for statistic in present:
             heights = [row[moment].get(statistic, 0.0) for row in averages.values()]
             axes.bar(
-                list(averages), heights, bottom=bottom, label=statistic, color=COLORS[statistic]
+                list(averages), heights, bottom=bottom, label=statistic, color=COLORS.get(statistic)
             )
             bottom = [a + b for a, b in zip(bottom, heights)]
         axes.set_title(f"importance weights of the {title}")
