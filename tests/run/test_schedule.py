@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from sn.training.run.schedule import base_lr, lr_factor, mix_seed, steps_per_epoch
+from sn.training.run.config import Setting
+from sn.training.run.schedule import lr_factor, mix_seed, steps_per_epoch
 
 IMAGES = 1_281_167
 # (gpus, images per gpu): (lr, steps per epoch); * official README, the rest by the same rule
@@ -27,7 +28,7 @@ WARMUP = 5 / 120
 @pytest.mark.parametrize("setting", TABLE_4_1, ids=str)
 def test_settings_of_table_4_1(setting):
     lr, steps = TABLE_4_1[setting]
-    assert base_lr(0.1, *setting) == pytest.approx(lr, rel=1e-12)
+    assert Setting(*setting, "auto").lr(0.1, 256) == pytest.approx(lr, rel=1e-12)
     assert steps_per_epoch(IMAGES, *setting) == steps
 
 

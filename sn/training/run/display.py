@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterable
 
 from tqdm import tqdm
 
@@ -37,10 +36,10 @@ def progress_bar(total: int, done: int, label: str | None, visible: bool) -> tqd
     )
 
 
-def line(values: dict[str, object], names: Iterable[str] = ()) -> str:
+def line(values: dict[str, object]) -> str:
     """`loss 0.1234  top-1 56.70`: a line of figures, two spaces between."""
     parts = []
     for name, value in values.items():
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         parts.append(f"{name} {text}")
-    return "  ".join([*parts, *names])
+    return "  ".join(parts)

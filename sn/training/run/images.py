@@ -1,7 +1,6 @@
 """Image files: read as their use asks for; the unreadable ones counted."""
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,7 +106,7 @@ class BadImages:
         line = str(error).replace("\n", " ")
         known = self.lines()
         if line not in known:
-            print(f"warning: {line}; skipped", file=sys.stderr, flush=True)
+            say(f"warning: {line}; skipped", error=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")  # one short write: whole, whoever else appends
             known = list(dict.fromkeys(self.lines()))

@@ -5,11 +5,6 @@ import math
 from collections.abc import Sequence
 
 
-def base_lr(lr_per_256: float, gpus: int, images_per_gpu: int) -> float:
-    """Linear rule: lr for a total batch of gpus * images_per_gpu. Source: official README."""
-    return lr_per_256 * gpus * images_per_gpu / 256
-
-
 def lr_factor(
     progress: float,
     decay: str = "step",
