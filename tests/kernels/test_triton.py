@@ -29,7 +29,8 @@ def test_under_the_interpreter():
     numpy, version = pytest.importorskip("numpy"), sys.modules["triton"].__version__
     if version < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_check.py"))]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
