@@ -360,7 +360,7 @@ def compare(case: Case, device: torch.device) -> tuple[str, float, float]:
     Twice the error of the formula in the same dtype and a few roundings. Memory that no kernel
     writes is NaN, and a second run has to give the same bits.
     """
-    from . import backend, switch_norm_act
+    from . import backend, choose_backend, switch_norm_act
 
     generator = torch.Generator().manual_seed(0)
     tensors = _values(case, generator, device)
@@ -369,6 +369,8 @@ def compare(case: Case, device: torch.device) -> tuple[str, float, float]:
 
     def fused(inputs: list[Tensor], residual: Tensor | None) -> Tensor:
         with backend("triton"):
+            if choose_backend(*inputs) != "triton":
+                raise RuntimeError("the kernels do not take this")
             return switch_norm_act(tuple(inputs), options, residual, bool(case.act))
 
     def formula(inputs: list[Tensor], residual: Tensor | None) -> Tensor:
