@@ -467,7 +467,9 @@ def load_digit_crops(root: str, train_images: int | None = None) -> ImageData:
         chosen = [i * len(parts[0][1]) // train_images for i in range(train_images)]
         parts[0] = tuple(array[chosen] for array in parts[0])
     side = parts[0][0].shape[-1]
-    return _in_memory("digit_crops", *parts, None, IMAGENET_MEAN, IMAGENET_STD, padding=side // 8)
+    return _in_memory(
+        "digit_crops", parts[0], parts[1], None, IMAGENET_MEAN, IMAGENET_STD, padding=side // 8
+    )
 
 
 def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -> ImageData:
