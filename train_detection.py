@@ -10,7 +10,6 @@ resumes a run that was interrupted. See configs/detection.yaml for every option.
 """
 
 import contextlib
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import sn
+from sn.training.classification.pretrained import pretrained_weights, sha256
 from sn.training.detection import detectors
 from sn.training.detection.config import DetectionConfig
 from sn.training.detection.data import (
@@ -123,7 +123,7 @@ def build(config: DetectionConfig, run: Session) -> Task:
     setting, processes = config.setting, run.processes
     data = load_data(config)
     init, backbone = config.init, config.model.backbone
-    weights = detectors.pretrained_weights(init.name, backbone, init.path)
+    weights = pretrained_weights(init.name, backbone, init.path)
     torch.manual_seed(config.seed)
     model = detectors.build_detector(
         num_classes=len(data.names), weights=weights, **config.detector()
@@ -163,15 +163,6 @@ def build(config: DetectionConfig, run: Session) -> Task:
         init={"name": init.name, "sha256": weights and sha256(weights)},
         micro_batches=setting.gpus // processes.world_size,
     )
-
-
-def sha256(weights: dict[str, Tensor]) -> str:
-    """Hash of names and values."""
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(key.encode())
-        digest.update(weights[key].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def train_steps(task: Task, run: Session) -> dict[str, float | None]:

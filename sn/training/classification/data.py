@@ -359,13 +359,17 @@ def load_digits(train_images: int | None = None) -> ImageData:
 
 
 def load_cifar10(
-    root: str, download: bool = False, train_images: int | None = None, image_size: int = 32
+    root: str,
+    download: bool = False,
+    train_images: int | None = None,
+    image_size: int = 32,
+    classes: list[int] | None = None,
 ) -> ImageData:
     """CIFAR-10 from `root`/cifar-10-batches-py; the last 5,000 training images are held out.
 
     The images are averaged down to `image_size` pixels, 32, 16 or 8, and crops padded by an eighth
-    of it. Raises FileNotFoundError if the five training batches are not there, ValueError for any
-    other size.
+    of it. With `classes` only theirs are there, labelled 0, 1, ... in this order. Raises
+    FileNotFoundError if the five training batches are not there, ValueError for any other size.
     """
     _check_cifar_size(image_size)
     if download:
@@ -383,16 +387,25 @@ def load_cifar10(
     labels = np.concatenate([labels for _, labels in batches])
     if len(images) <= 5000:
         raise ValueError(f"{folder} has {len(images)} training images; 5,000 are held out of them")
-    train, val = slice(0, len(images) - 5000), slice(len(images) - 5000, None)
+    held_out = np.arange(len(labels)) >= len(labels) - 5000
+    chosen = np.full(len(labels), True)
+    if classes is not None:
+        if len(set(classes)) < max(2, len(classes)):
+            raise ValueError(f"data.classes={classes}; expected two or more different ones, 0 to 9")
+        label_of = np.full(10, -1)
+        label_of[classes] = np.arange(len(classes))
+        labels = label_of[labels]
+        chosen = labels >= 0
     return _in_memory(
         "cifar10",
-        (images[train], labels[train]),
-        (images[val], labels[val]),
+        (images[chosen & ~held_out], labels[chosen & ~held_out]),
+        (images[chosen & held_out], labels[chosen & held_out]),
         train_images,
         mean=(0.4914, 0.4822, 0.4465),
         std=CIFAR10_STD[image_size],
         padding=image_size // 8,
         flip=True,
+        classes=len(classes or range(10)),
     )
 
 
@@ -472,7 +485,9 @@ def load_digit_crops(root: str, train_images: int | None = None) -> ImageData:
     )
 
 
-def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -> ImageData:
+def _in_memory(
+    name, train, val, train_images, mean, std, padding, flip=False, classes=10
+) -> ImageData:
     if train_images is not None and train_images > len(train[0]):
         raise ValueError(f"data.train_images={train_images}, but {name} has {len(train[0])}")
     train = tuple(part[:train_images] for part in train)
@@ -483,7 +498,7 @@ def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -
         name,
         ArrayImages(*train),
         ArrayImages(*val),
-        10,
+        classes,
         Augmentation(ArrayTransform(mean, std, padding, flip)),
         Augmentation(ArrayTransform(mean, std)),
         sha256.hexdigest(),
