@@ -5,7 +5,6 @@ Source: section 4.2 and Tables 4.2-4.4; layout of Detectron's R50-C4 and R50-FPN
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torchvision.ops.poolers import initLevelMapper
 from sn import NoNorm, connect_bkn, gates
 
 from ..classification.models import build_model
-from ..run.checkpoint import load_weights
+from ..run.checkpoint import load_network
 
 Norm = Callable[[int], nn.Module]
 
@@ -301,21 +300,10 @@ def pretrained_weights(name: str, backbone: str, path: str | None) -> dict[str, 
         return timm.create_model(backbone, pretrained=True).state_dict()
     if path is None:
         raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
-    return load_classifier(path)
-
-
-def load_classifier(path: str | Path) -> dict[str, Tensor]:
-    """State dict in a file of plain tensors: ours, torchvision's, timm's.
-
-    Raises FileNotFoundError, or ValueError for a file that holds none.
-    """
-    state = load_weights(path)
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"init.path={path} holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    try:
+        return load_network(path)
+    except ValueError as error:
+        raise ValueError(f"init.path: {error}") from None
 
 
 def check_frozen(architecture: str, norms: Mapping[str, str], init: str, freeze_at: int) -> None:

@@ -136,6 +136,25 @@ def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
             raise ValueError(f"{prefix}.{key}={short(values[key])}; expected {wanted}")
 
 
+def checked(schema: type, values: Any, where: str) -> Any:
+    """What a file holds, as an object of `schema`, every value checked; fields may have defaults.
+
+    Raises ValueError `where.key=value; expected ...`, and for keys that the schema does not have.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={short(values)}; expected a group of keys")
+    fields = dataclasses.fields(schema)
+    for key in values:
+        if key not in [field.name for field in fields]:
+            raise ValueError(unknown_key(f"{where}.{key}", [field.name for field in fields]))
+    for field in fields:
+        default = field.default_factory is dataclasses.MISSING and field.default == MISSING
+        if default and field.name not in values:
+            raise ValueError(f"no {where}.{field.name}")
+    check_open(values, where, schema)
+    return OmegaConf.to_object(OmegaConf.structured(schema(**values)))
+
+
 def register(name: str, schema: type[RunConfig]) -> None:
     """Let configs/<name>.yaml begin its defaults with `<name>_schema`."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -29,8 +29,17 @@ from .stopping import Preempted
 
 # exit codes: 2 wrong input, 3 diverged, 73 another run has the folder, 75 (EX_TEMPFAIL) preempted:
 # run the same command again
-KNOWN = (ValueError, TypeError, OSError, torch.OutOfMemoryError, OmegaConfBaseException)
+KNOWN = (
+    *(ValueError, TypeError, OSError, OverflowError, MemoryError),
+    *(torch.OutOfMemoryError, OmegaConfBaseException),
+)
+# what torch says, in a mere RuntimeError, of more than the CPU's memory or an address can hold
+TOO_LARGE = (
+    *("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed"),
+    *("integer multiplication overflow", "Overflow when unpacking long"),
+)
 CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInterrupt: 130}
+WORD, LINE = 300, 2000  # characters of a message that are shown: a path may be long
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # HYDRA_FULL_ERROR=1 shows tracebacks; `start` sets it, too, to see Hydra's errors as exceptions
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "SN_ONE_LINE" not in os.environ
@@ -46,12 +55,19 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
         config = typed(cfg)
         prepare(config.deterministic)
         function(config)
-    except (*KNOWN, FloatingPointError, Preempted, KeyboardInterrupt) as error:
-        if TRACEBACKS:
+    except (Exception, KeyboardInterrupt) as error:
+        if TRACEBACKS or not is_known(error):
             raise
         end(message(error), CODES.get(type(error), 2))
     finally:
         distributed.stop()
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether an error is one that a user can mend, and no bug."""
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in TOO_LARGE):
+        return True
+    return isinstance(error, (*KNOWN, *CODES))
 
 
 def start(main: Callable[[], None], root: str) -> None:
@@ -69,10 +85,12 @@ def start(main: Callable[[], None], root: str) -> None:
         end(explain(error, schema_of(root)), 2)
 
 
-def end(text: str, code: int) -> None:
-    """Say what is wrong, and leave."""
+def end(text: str, code: int) -> NoReturn:
+    """Say what is wrong, long values cut, and leave."""
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    say(f"{Path(sys.argv[0]).name}{rank}: {text}", error=True)
+    text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: short(word.group()), text)
+    lines = [short(line, LINE) for line in text.splitlines()]
+    say(f"{Path(sys.argv[0]).name}{rank}: " + "\n".join(lines), error=True)
     sys.exit(code)
 
 
@@ -149,6 +167,8 @@ def message(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # from a data worker: its last line says it all
         text = text.strip().splitlines()[-1].partition(": ")[2]
+    if isinstance(error, MemoryError | OverflowError | RuntimeError) and type(error) not in CODES:
+        text = f"too large for this machine: {text.splitlines()[0]}; choose smaller sizes or counts"
     return text
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import keep_best, newest_checkpoint, put, restore, save_checkpoint
-from .config import RunConfig, recorded
+from .checkpoint import fitting, keep_best, newest_checkpoint, put, restore, save_checkpoint
+from .config import RunConfig, number, recorded, whole
 from .display import clock, progress_bar, say
 from .guard import FiniteGuard, gradient_norm
 from .lock import Busy, FolderLock
@@ -26,13 +26,13 @@ from .stopping import Preempted, StopSignal, Watchdog
 class Progress:
     """Where a run is; what a checkpoint holds beside weights and optimizer."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done of the next epoch; of all, in a run without epochs
+    epoch: int = whole(default=0)  # epochs done
+    step: int = whole(default=0)  # steps done of the next epoch; of all, in a run without epochs
     sums: dict[str, float] = field(default_factory=dict)  # over the steps since the last metrics
-    images_seen: int = 0  # trained on, in all
-    skipped_steps: int = 0  # in all: loss or gradients were not finite
-    best: float | None = None  # of the validations
-    wall_s: float = 0.0
+    images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
+    skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
+    best: float | None = number(None, default=None)  # of the validations
+    wall_s: float = number(default=0.0)
 
     @property
     def done(self) -> int:
@@ -179,13 +179,14 @@ class Session:
         if found is None:
             return False
         file, state = found
-        for key, value in self._identity.items():
-            if state[key] != value:
-                raise ValueError(
-                    f"{self.config.output_dir} was trained with other {key}: "
-                    f"{differences(state[key], value)}; choose another output_dir="
-                )
-        self.progress = restore(file, state, self._parts, progress)
+        with fitting(file):
+            other = [key for key, value in self._identity.items() if state[key] != value]
+        for key in other:
+            raise ValueError(
+                f"{self.config.output_dir} was trained with other {key}: "
+                f"{differences(state[key], self._identity[key])}; choose another output_dir="
+            )
+        self.progress = restore(file, state, self._parts, progress, self._epochs, self._steps)
 
         def mend() -> None:
             if file != Path(self.path):  # the newest was broken: this may become the best one
@@ -224,6 +225,8 @@ class Session:
         label = f"{epoch}/{self._epochs}" if self.unit == "epoch" else None
         prefix = f"{epoch}, " if self.unit == "epoch" else ""
         done = getattr(self.progress, counter)
+        if done > total:
+            raise ValueError(f"{self.path} has done {done} {what}s of {total}; delete it")
         self._counter, self._total = counter, total
         with progress_bar(total, done, label, self.is_main) as self.bar:
             for batch in batches:
