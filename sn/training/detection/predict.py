@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 from ..run import distributed
 from ..run.checkpoint import load_weights, plain_names
 from ..run.display import say
-from ..run.images import BadImages, read_image
+from ..run.images import BadImages, is_hidden, read_image
 from ..run.precision import Precision
 from ..run.record import environment, write_text
 from .config import DetectionConfig
@@ -111,7 +111,8 @@ def predict(config: DetectionConfig) -> list[dict]:
         raise ValueError("mode=predict needs predict.images=..., an image or a folder of images")
     source = Path(config.predict.images)
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+        inside = (path for path in source.iterdir() if not (path.is_dir() or is_hidden(path.name)))
+        files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
     else:
         files = [source]
     if not files:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -33,7 +34,7 @@ KNOWN = (
     *(ValueError, TypeError, OSError, OverflowError, MemoryError),
     *(torch.OutOfMemoryError, OmegaConfBaseException),
 )
-# what torch says, in a mere RuntimeError, of more than the CPU's memory or an address can hold
+# what torch says, as a RuntimeError or TypeError, of more than memory or an address can hold
 TOO_LARGE = (
     *("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed"),
     *("integer multiplication overflow", "Overflow when unpacking long"),
@@ -42,6 +43,7 @@ CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInt
 WORD, LINE = 300, 2000  # characters of a message that are shown: a path may be long
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # HYDRA_FULL_ERROR=1 shows tracebacks; `start` sets it, too, to see Hydra's errors as exceptions
+_begun = False  # the config has been composed
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "SN_ONE_LINE" not in os.environ
 
 
@@ -51,6 +53,8 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
     The process then ends with an exit code of `CODES`, else 2. HYDRA_FULL_ERROR=1 shows the
     traceback instead.
     """
+    global _begun
+    _begun = True
     try:
         config = typed(cfg)
         prepare(config.deterministic)
@@ -65,9 +69,15 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
 
 def is_known(error: BaseException) -> bool:
     """Whether an error is one that a user can mend, and no bug."""
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in TOO_LARGE):
+    return isinstance(error, (*KNOWN, *CODES)) or is_too_large(error)
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether something was asked for that the CPU's memory, or a number, cannot hold."""
+    if isinstance(error, MemoryError | OverflowError):
         return True
-    return isinstance(error, (*KNOWN, *CODES))
+    torchs = isinstance(error, RuntimeError | TypeError)
+    return torchs and any(words in str(error) for words in TOO_LARGE)
 
 
 def start(main: Callable[[], None], root: str) -> None:
@@ -83,6 +93,11 @@ def start(main: Callable[[], None], root: str) -> None:
         if TRACEBACKS:
             raise
         end(explain(error, schema_of(root)), 2)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        if TRACEBACKS or _begun:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        end(f"a YAML file of the config cannot be read: {reason}", 2)
 
 
 def end(text: str, code: int) -> NoReturn:
@@ -167,7 +182,7 @@ def message(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # from a data worker: its last line says it all
         text = text.strip().splitlines()[-1].partition(": ")[2]
-    if isinstance(error, MemoryError | OverflowError | RuntimeError) and type(error) not in CODES:
+    if is_too_large(error):
         text = f"too large for this machine: {text.splitlines()[0]}; choose smaller sizes or counts"
     return text
 

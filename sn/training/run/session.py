@@ -161,7 +161,9 @@ class Session:
         self.resumed = self._resume(progress)
         self.guard.skipped = self.progress.skipped_steps
         self._facts, self._headline = facts, headline
-        self.recorder.open(self._recorded(records_after_saving))
+        count = self._recorded(records_after_saving)
+        distributed.in_main(lambda: self.recorder.count_lines(count, self._lines), self.processes)
+        self.recorder.open(count)
         self._started = time.perf_counter() - self.progress.wall_s
         self._began, self._first = time.perf_counter(), self._done()
         if not self.resumed and importance is not None:
@@ -176,6 +178,7 @@ class Session:
 
     def _resume(self, progress: type[Progress]) -> bool:
         found = newest_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
+        self._lines: dict[str, int] = {}
         if found is None:
             return False
         file, state = found
@@ -187,6 +190,9 @@ class Session:
                 f"{differences(state[key], self._identity[key])}; choose another output_dir="
             )
         self.progress = restore(file, state, self._parts, progress, self._epochs, self._steps)
+        lines = state.get("lines")  # older checkpoints do not say
+        if self._parts and isinstance(lines, dict):  # without parts the run begins anew
+            self._lines = {name: count for name, count in lines.items() if type(count) is int}
 
         def mend() -> None:
             if file != Path(self.path):  # the newest was broken: this may become the best one
@@ -292,7 +298,8 @@ class Session:
         progress = vars(self.progress).copy()
         progress["sums"] = dict(self.progress.sums)
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        state |= {"progress": progress, **self._identity, **self._saved, **contents}
+        state |= {"progress": progress, "lines": dict(self.recorder.lines)}
+        state |= {**self._identity, **self._saved, **contents}
 
         def write() -> None:
             save_checkpoint(self.path, state, self.config.keep_checkpoints, best)
