@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import sn
 from sn.training.classification.data import ImageData, build_data
 from sn.training.run import entry
+from sn.training.run.config import number, whole
 from sn.training.run.guard import check_finite, gradient_norm
 from sn.training.run.schedule import cosine_restarts
 from sn.training.run.session import Progress, Session
@@ -91,10 +92,10 @@ def search(config: SearchConfig) -> dict:
 class SearchProgress(Progress):
     """`step` counts the child's steps."""
 
-    update: int = 0  # controller updates done of the next epoch
+    update: int = whole(default=0)  # controller updates done of the next epoch
     last: dict[str, float] = field(default_factory=dict)  # results of the last epoch done
-    baseline: float = 0.0
-    images_scored: int = 0  # for rewards, in all
+    baseline: float = number(None, default=0.0)
+    images_scored: int = whole(0, 2**62, default=0)  # for rewards, in all
 
     @property
     def done(self) -> int:

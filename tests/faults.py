@@ -1,7 +1,9 @@
 """What the tests under fault share: tiny runs of every entrypoint, and killing them."""
 
 import atexit
+import contextlib
 import datetime
+import functools
 import gc
 import itertools
 import json
@@ -18,11 +20,12 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 from workers import processes
 
 from sn.training.run.checkpoint import load_checkpoint
-from sn.training.run.record import environment
+from sn.training.run.record import Recorder, environment
 from sn.training.run.stopping import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +80,43 @@ LONG = {
     "enas": ("epochs=400",),
     "enas_retrain": ("epochs=450",),
 }
+
+
+class Crash(Exception):
+    """What a crash raises: nothing in the code catches it."""
+
+
+@contextlib.contextmanager
+def crash_at(event, calls):
+    """Raise Crash at a moment just before or after one of `calls`, (owner, names of its functions).
+
+    `event` is the moment's number, or (its name, which of these). Yields the names of the moments
+    passed, so that a run with None counts them.
+    """
+    passed = []
+
+    def moment(name):
+        passed.append(name)
+        if event in (len(passed) - 1, (name, passed.count(name))):
+            raise Crash(name)
+
+    def wrap(owner, name):
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            moment(f"before {name}")
+            result = function(*args, **kwargs)
+            moment(f"after {name}")
+            return result
+
+        patch.setattr(owner, name, wrapped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in (*calls, (Recorder, ("open", "metrics", "importance", "finish"))):
+            for name in names:
+                wrap(owner, name)
+        yield passed
 
 
 def start(module: str, *overrides: str, errors: Path | None = None) -> BaseProcess:

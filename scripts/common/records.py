@@ -198,8 +198,7 @@ def read_run(folder: Path, task: str | None = None) -> Run | None:
         if task is not None and summary["task"] != task:
             return None
         path = folder / "config.yaml"
-        config = _parse(_text(path), yaml.safe_load)
-        _check_config(config)
+        config = _config(path)
         path = folder / "importance.jsonl"
         importance = _read_lines(path)
         finite = summary["status"] != "diverged"
@@ -211,6 +210,20 @@ def read_run(folder: Path, task: str | None = None) -> Run | None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Run(folder, summary, config, importance, metrics)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml. Raises ValueError, with its path first, if it is no tree of mappings."""
+    try:
+        return _config(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = _parse(_text(path), yaml.safe_load)
+    _check_config(config)
+    return config
 
 
 def _text(path: Path) -> str:

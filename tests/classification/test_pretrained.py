@@ -15,12 +15,12 @@ import train_imagenet
 from sn.training.classification import pretrained
 from sn.training.classification.models import build_model
 from sn.training.classification.pretrained import (
-    load_classifier,
     misfits,
     pretrained_model,
     pretrained_weights,
 )
 from sn.training.run import record
+from sn.training.run.checkpoint import load_network
 
 SMALL = {"name": "resnet8", "source": "cifar", "width": 8}
 NORMS = ("sn", "bn", "frozen_bn", "brn", "ssn", "sync_bn")  # those that keep running statistics
@@ -148,7 +148,7 @@ def test_prefixes(prefix, tmp_path):
     wrapped = {prefix + key: value for key, value in state.items()}
     for content in (wrapped, {"model": wrapped, "progress": {"epoch": 2}}):
         torch.save(content, tmp_path / "c.pt")
-        assert not misfits(state, load_classifier(tmp_path / "c.pt"))
+        assert not misfits(state, load_network(tmp_path / "c.pt"))
 
 
 def test_weights_in_torchs_cache(tmp_path, monkeypatch):

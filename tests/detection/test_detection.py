@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from coco_files import write
-from faults import assert_same
+from faults import Crash, assert_same, crash_at
 from PIL import Image
 from workers import composed, config, run_in_group
 
@@ -337,39 +337,11 @@ def test_lr_by_images(digits, tmp_path, monkeypatch):
 # --- resumption
 
 
-class Crash(Exception):
-    """What a crash raises: nothing in the code catches it."""
-
-
-@contextlib.contextmanager
-def crash_at(event):
-    """Raise Crash at the `event`-th moment just before or after a call that matters."""
-    passed = []
-
-    def moment(name):
-        passed.append(name)
-        if len(passed) - 1 == event:
-            raise Crash(name)
-
-    def wrap(owner, name):
-        function = getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            moment(f"before {name}")
-            result = function(*args, **kwargs)
-            moment(f"after {name}")
-            return result
-
-        patch.setattr(owner, name, wrapped)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("train_step", "evaluate", "write_predictions"):
-            wrap(train_detection, name)
-        for name in ("save_checkpoint", "keep_best"):
-            wrap(session, name)
-        for name in ("open", "metrics", "importance", "finish"):
-            wrap(session.Recorder, name)
-        yield passed
+CALLS = (
+    (train_detection, ("train_step", "evaluate", "write_predictions")),
+    (session, ("save_checkpoint", "keep_best")),
+)
+crash_at = functools.partial(crash_at, calls=CALLS)
 
 
 # lines of metrics after steps 2 and 4, evaluations with them; a checkpoint after every step

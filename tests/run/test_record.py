@@ -1,6 +1,7 @@
 """The records of a run: config, lines per epoch, importance per block, TensorBoard events."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -423,3 +424,45 @@ def test_environment():
     assert record["device"].startswith("CPU")
     assert record["versions"]["torch"] in torch.__version__
     assert record["commit"] is None or len(record["commit"].removesuffix("-dirty")) == 40
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "importance.jsonl"])
+def test_lines_that_are_gone_are_missed(name, tmp_path):
+    """A checkpoint knows how many there were; those of a broken run beyond it do not count."""
+    recorder = write(tmp_path)
+    for count in (1, 2, 3):
+        recorder.metrics(count, {"loss": 1.0})
+        recorder.importance(count, nn.Sequential(sn.SwitchNorm2d(2)))
+    known = dict(recorder.lines)
+    assert known == {"metrics.jsonl": 3, "importance.jsonl": 3}
+    recorder.close()
+    again = Recorder(tmp_path, CONFIG)
+    again.count_lines(3, known)
+    assert again.lines == known
+    path = tmp_path / name
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=f"{name} has only 2 of the 3 lines"):
+        again.count_lines(3, known)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{name} has only 0 of the 3 lines"):
+        again.count_lines(3, known)
+    again.count_lines(3, {})  # a checkpoint from before does not say
+
+
+@pytest.mark.parametrize("content", ["a: &x {b: *x}", "a: &x [*x]", "- 1", "a: [", b"\xff", None])
+def test_config_that_is_none(content, tmp_path):
+    """A self-referring one too; None: a pipe, which to open would wait for ever."""
+    path = tmp_path / "config.yaml"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{tmp_path}.* (is not a run's config|another config)"):
+        Recorder(tmp_path, CONFIG)
+
+
+def test_summary_that_is_a_pipe(tmp_path):
+    recorder = write(tmp_path)
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        recorder.summary()

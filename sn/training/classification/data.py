@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ..run.images import BadImages, read_image
+from ..run.images import BadImages, is_hidden, listed, read_image
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -539,8 +540,7 @@ def load_image_folder(
     listing = hashlib.sha256()
     for part, samples in (("train", train_samples), ("val", val.samples)):
         for path, _ in samples:
-            relative = Path(path).relative_to(Path(root)).as_posix()
-            listing.update(f"{part} {relative} {Path(path).stat().st_size}\n".encode())
+            listing.update(f"{part} ".encode() + listed(path, root))
 
     to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -567,9 +567,36 @@ def _image_folder(folder: Path, root: str) -> datasets.ImageFolder:
     if not folder.is_dir():
         raise FileNotFoundError(f"data.root={root}: no folder {folder}; {layout}")
     try:
-        return datasets.ImageFolder(str(folder))
+        found = _ImageFolder(str(folder), is_valid_file=_is_image(folder))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data.root={root}: {error}; {layout}") from None
+    if len(found.classes) < 2:
+        raise ValueError(
+            f"data.root={root}: {folder} has one class alone, {found.classes[0]}; {layout}"
+        )
+    return found
+
+
+class _ImageFolder(datasets.ImageFolder):
+    """torchvision's, without hidden folders."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        if not names:
+            raise FileNotFoundError(f"no folders of classes in {directory}")
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_image(folder: Path) -> Callable[[str], bool]:
+    """Whether a file below `folder` has an image's ending and nothing hidden in its path."""
+    start = len(str(folder)) + 1
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not any(
+            map(is_hidden, path[start:].split(os.sep))
+        )
+
+    return is_image
 
 
 def _spread(samples: list, count: int | None) -> list:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import sn
 
-from ..run.checkpoint import load_weights
+from ..run.checkpoint import load_network
 from .models import batch_norm_model, build_model, fuse_activations
 
 INITS = ("scratch", "checkpoint", "torchvision", "timm")
@@ -36,7 +35,10 @@ def pretrained_weights(name: str, model: str, path: str | None) -> dict[str, Ten
     if name == "checkpoint":
         if path is None:
             raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
-        return load_classifier(path)
+        try:
+            return load_network(path)
+        except ValueError as error:
+            raise ValueError(f"init.path: {error}") from None
     try:
         return _of_torchvision(model) if name == "torchvision" else _of_timm(model)
     except (OSError, RuntimeError, ValueError) as error:  # not known, no network, a broken file
@@ -55,24 +57,6 @@ def _of_timm(model: str) -> dict[str, Tensor]:
     import timm  # only here: it is slow to import
 
     return timm.create_model(model, pretrained=True).state_dict()
-
-
-def load_classifier(path: str | Path) -> dict[str, Tensor]:
-    """State dict in a file of plain tensors: ours, torchvision's, timm's.
-
-    The prefixes of DistributedDataParallel and torch.compile are left out. Raises
-    FileNotFoundError, or ValueError for a file that holds none.
-    """
-    state = load_weights(path)
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"init.path={path} holds no state dict of tensors")
-    for prefix in ("module.", "_orig_mod.") * 2:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 def sha256(weights: Mapping[str, Tensor]) -> str:

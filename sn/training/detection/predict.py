@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ..run import distributed
-from ..run.checkpoint import load_weights
+from ..run.checkpoint import load_weights, plain_names
 from ..run.display import say
-from ..run.images import BadImages, read_image
+from ..run.images import BadImages, is_hidden, read_image
 from ..run.precision import Precision
 from ..run.record import environment, write_text
 from .config import DetectionConfig
@@ -51,12 +51,13 @@ def detector_options(config: DetectionConfig) -> dict:
 def trained_model(config: DetectionConfig, precision: Precision) -> tuple[nn.Module, dict]:
     """(model in evaluation mode, checkpoint) of checkpoint.path or the run's own checkpoint."""
     path = config.checkpoint.path or f"{config.output_dir}/checkpoint.pt"
-    state = load_weights(path)
-    for key in ("model", "classes", "category_ids"):
-        if key not in state:
-            raise ValueError(f"{path} is no checkpoint of train_detection.py: it has no {key!r}")
     options = detector_options(config)
-    for key, value in state.get("detector", options).items():
+    state = {"detector": options} | load_weights(path)  # older ones lack it
+    kinds = {"model": dict, "classes": list, "category_ids": list, "detector": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{path} is no checkpoint of train_detection.py: it has no {key!r}")
+    for key, value in state["detector"].items():
         if options.get(key, value) != value:  # of another architecture: the shapes tell
             raise ValueError(
                 f"{path} is not of this model and these parts ({config.run_name}): {key} is "
@@ -64,8 +65,8 @@ def trained_model(config: DetectionConfig, precision: Precision) -> tuple[nn.Mod
             )
     model = build_detector(num_classes=len(state["classes"]), **config.detector())
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
+        model.load_state_dict(plain_names(state["model"]))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} is not of this model and these parts ({config.run_name}): "
             f"{' '.join(str(error).split())[:300]}"
@@ -110,7 +111,8 @@ def predict(config: DetectionConfig) -> list[dict]:
         raise ValueError("mode=predict needs predict.images=..., an image or a folder of images")
     source = Path(config.predict.images)
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+        inside = (path for path in source.iterdir() if not (path.is_dir() or is_hidden(path.name)))
+        files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
     else:
         files = [source]
     if not files:

@@ -7,15 +7,23 @@ from tqdm import tqdm
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print a line now. An output that is gone (a closed pipe, a full disk) does not end a run."""
+    """Print a line now. An output that is gone (a closed pipe, a full disk) does not end a run.
+
+    Nor does one that has no such characters.
+    """
     stream = sys.stderr if error else sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        print(printable(text, stream.encoding or "utf-8"), file=stream, flush=True)
     except OSError:
         try:  # the rest of its buffer would make a good run's exit code 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except OSError:  # no file behind it
             pass
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """`text` with what `encoding` lacks, such as file names that are not UTF-8, as \\udcff."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def clock(seconds: float) -> str:

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...functional import STATISTICS
 from ...modules import importance_weights
+from .files import read_text
 
 # the figures' colours of the statistics (as in scripts/common/figures.py)
 COLORS = {"in": "#009E73", "ln": "#D55E00", "gn": "#E69F00", "bn": "#0072B2"}
@@ -41,6 +42,7 @@ class Recorder:
         self.unit = unit
         self.scale = 1000 if unit == "epoch" else 1
         self.config = config
+        self.lines: dict[str, int] = {}  # of each file of lines, how many it has
         self.writer: Any = None  # a SummaryWriter after `open`, in the main process
         self.check_config()
 
@@ -59,10 +61,10 @@ class Recorder:
                     )
             return
         try:
-            old = _flat(yaml.safe_load(path.read_text()) or {})
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            old = _flat(yaml.safe_load(read_text(path)) or {})
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is not a run's config ({str(error).splitlines()[0]}); "
+                f"{path} is not a run's config ({str(error).splitlines()[0][:200]}); "
                 "choose another output_dir=, or delete that folder"
             ) from None
         new = _flat(self.config)
@@ -84,7 +86,7 @@ class Recorder:
         if not path.exists():
             return None
         try:
-            summary = json.loads(path.read_text())
+            summary = json.loads(read_text(path))
             if not isinstance(summary, dict) or "status" not in summary:
                 raise ValueError("no record of a run")
         except (ValueError, RecursionError) as error:
@@ -97,6 +99,22 @@ class Recorder:
                 "choose another output_dir=, or delete that folder"
             )
         return summary
+
+    def count_lines(self, count: int, expected: dict[str, int]) -> None:
+        """Count the lines up to epoch or step `count`; ValueError if some of the `expected` lack.
+
+        Call it before `open`.
+        """
+        for name in ("metrics.jsonl", "importance.jsonl"):
+            path = self.folder / name
+            lines = [line.get(self.unit) for line in read_jsonl(path)] if path.exists() else []
+            self.lines[name] = sum(isinstance(line, int) and line <= count for line in lines)
+            if self.lines[name] < expected.get(name, 0):
+                raise ValueError(
+                    f"{path} has only {self.lines[name]} of the {expected[name]} lines that were "
+                    "there when the checkpoint was saved; put it back, or choose another "
+                    "output_dir= to start anew"
+                )
 
     def open(self, count: int) -> None:
         """Begin to write, with `count` epochs or steps done (-1: nothing, not even the start).
@@ -170,6 +188,7 @@ class Recorder:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint written later must not be older on disk
+            self.lines[name] = self.lines.get(name, 0) + 1
         except OSError as error:  # of a full disk, which does not name the file
             raise OSError(f"cannot write {path}: {error}; the last checkpoint is whole") from None
 
@@ -274,7 +293,7 @@ def write_text(path: Path, text: str) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     """Lines of a jsonl file; damaged ones, as a last one that a kill cut short, are left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
         except (ValueError, RecursionError):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import keep_best, newest_checkpoint, put, restore, save_checkpoint
-from .config import RunConfig, recorded
+from .checkpoint import fitting, keep_best, newest_checkpoint, put, restore, save_checkpoint
+from .config import RunConfig, number, recorded, whole
 from .display import clock, progress_bar, say
 from .guard import FiniteGuard, gradient_norm
 from .lock import Busy, FolderLock
@@ -26,13 +26,13 @@ from .stopping import Preempted, StopSignal, Watchdog
 class Progress:
     """Where a run is; what a checkpoint holds beside weights and optimizer."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done of the next epoch; of all, in a run without epochs
+    epoch: int = whole(default=0)  # epochs done
+    step: int = whole(default=0)  # steps done of the next epoch; of all, in a run without epochs
     sums: dict[str, float] = field(default_factory=dict)  # over the steps since the last metrics
-    images_seen: int = 0  # trained on, in all
-    skipped_steps: int = 0  # in all: loss or gradients were not finite
-    best: float | None = None  # of the validations
-    wall_s: float = 0.0
+    images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
+    skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
+    best: float | None = number(None, default=None)  # of the validations
+    wall_s: float = number(default=0.0)
 
     @property
     def done(self) -> int:
@@ -161,7 +161,9 @@ class Session:
         self.resumed = self._resume(progress)
         self.guard.skipped = self.progress.skipped_steps
         self._facts, self._headline = facts, headline
-        self.recorder.open(self._recorded(records_after_saving))
+        count = self._recorded(records_after_saving)
+        distributed.in_main(lambda: self.recorder.count_lines(count, self._lines), self.processes)
+        self.recorder.open(count)
         self._started = time.perf_counter() - self.progress.wall_s
         self._began, self._first = time.perf_counter(), self._done()
         if not self.resumed and importance is not None:
@@ -176,16 +178,21 @@ class Session:
 
     def _resume(self, progress: type[Progress]) -> bool:
         found = newest_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
+        self._lines: dict[str, int] = {}
         if found is None:
             return False
         file, state = found
-        for key, value in self._identity.items():
-            if state[key] != value:
-                raise ValueError(
-                    f"{self.config.output_dir} was trained with other {key}: "
-                    f"{differences(state[key], value)}; choose another output_dir="
-                )
-        self.progress = restore(file, state, self._parts, progress)
+        with fitting(file):
+            other = [key for key, value in self._identity.items() if state[key] != value]
+        for key in other:
+            raise ValueError(
+                f"{self.config.output_dir} was trained with other {key}: "
+                f"{differences(state[key], self._identity[key])}; choose another output_dir="
+            )
+        self.progress = restore(file, state, self._parts, progress, self._epochs, self._steps)
+        lines = state.get("lines")  # older checkpoints do not say
+        if self._parts and isinstance(lines, dict):  # without parts the run begins anew
+            self._lines = {name: count for name, count in lines.items() if type(count) is int}
 
         def mend() -> None:
             if file != Path(self.path):  # the newest was broken: this may become the best one
@@ -224,6 +231,8 @@ class Session:
         label = f"{epoch}/{self._epochs}" if self.unit == "epoch" else None
         prefix = f"{epoch}, " if self.unit == "epoch" else ""
         done = getattr(self.progress, counter)
+        if done > total:
+            raise ValueError(f"{self.path} has done {done} {what}s of {total}; delete it")
         self._counter, self._total = counter, total
         with progress_bar(total, done, label, self.is_main) as self.bar:
             for batch in batches:
@@ -289,7 +298,8 @@ class Session:
         progress = vars(self.progress).copy()
         progress["sums"] = dict(self.progress.sums)
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        state |= {"progress": progress, **self._identity, **self._saved, **contents}
+        state |= {"progress": progress, "lines": dict(self.recorder.lines)}
+        state |= {**self._identity, **self._saved, **contents}
 
         def write() -> None:
             save_checkpoint(self.path, state, self.config.keep_checkpoints, best)
