@@ -160,7 +160,7 @@ class Recorder:
             return
         self._append("metrics.jsonl", {self.unit: count, **values})
         for key, value in values.items():
-            if value is not None:
+            if value is not None and key != "step":  # the axis says it
                 self.writer.add_scalar(tag(key), value, count * self.scale)
         self.writer.flush()
 
