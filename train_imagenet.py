@@ -25,6 +25,7 @@ from sn.batch_average import batch_statistics_layers
 from sn.training.classification import bilevel
 from sn.training.classification.config import ImagenetConfig
 from sn.training.classification.data import (
+    ArrayImages,
     BadImages,
     ImageData,
     SettingSampler,
@@ -37,7 +38,7 @@ from sn.training.classification.data import (
 from sn.training.classification.evaluation import batch_averaged, evaluate
 from sn.training.classification.models import build_model
 from sn.training.classification.pretrained import pretrained_model, pretrained_weights, sha256
-from sn.training.run import distributed, entry
+from sn.training.run import budget, distributed, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import lr_factor, mix_seed
 from sn.training.run.session import Session
@@ -56,6 +57,7 @@ def train(config: ImagenetConfig) -> dict:
         if run.summary is not None:
             return run.has_ended("top-1", "top1")
         task = build(config, run)
+        need = run.warn_of(lambda: needs(task, run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
             identity={"data": task.data.describe()} | ({"init": task.init} if task.init else {}),
@@ -67,6 +69,12 @@ def train(config: ImagenetConfig) -> dict:
             score="top1",
         )
         announce(task, run)
+        if config.plan:
+            passes = config.schedule.epochs
+            training = (lambda: train_one_epoch(task, run, 0), passes)
+            evaluations = (lambda: validate(task, run), passes + 1)
+            loops = {"training": training, "validation": evaluations}
+            return budget.plan(run, task.model, need, loops)
         validation = None
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
@@ -182,6 +190,30 @@ def build(config: ImagenetConfig, run: Session) -> Task:
     )
 
 
+def needs(task: Task, run: Session) -> budget.Need:
+    """What a step needs, from a forward pass with two images per virtual GPU or fewer."""
+    setting, world_size = task.config.setting, run.processes.world_size
+    images = setting.total // world_size // task.micro_batches
+    groups = setting.gpus // world_size if task.emulation == "grouped" else 1
+    train, pixels = task.data.train, task.config.data.image_size or 224
+    if isinstance(train, ArrayImages):
+        pixels = train.batch([0])[0].shape[-1]
+    tried = groups * min(2, images // groups)
+
+    def forward(model: nn.Module) -> tuple[Tensor, int]:
+        model.train()
+        with run.autocast():
+            x = run.to_device(torch.rand(tried, 3, pixels, pixels))
+            labels = torch.zeros(tried, dtype=torch.long, device=x.device)
+            return F.cross_entropy(model(x), labels), tried
+
+    batch_bytes = 4 * 3 * pixels**2 * setting.total / world_size
+    optimizer, loader = task.optimizer, task.loader
+    return budget.estimate(
+        task.model, forward, images, optimizer, loader, batch_bytes, run.device, groups
+    )
+
+
 def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     """Train to the end of the epoch, from its first step that is left; return its metrics."""
     config, progress, steps = task.config, run.progress, task.sampler.steps
@@ -201,7 +233,8 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
             control_step(task, run, (images, labels), map(run.to_device, next(held_out)))
         loss, correct, count = train_step(task, run, images, labels)
         progress.add(loss=loss * count, correct=correct, images=count)
-        run.step_done(config.setting.total, show=loss)
+        lr = task.optimizer.param_groups[0]["lr"]
+        run.step_done(config.setting.total, lr=lr, loss=loss if count else None)
     if not progress.sums["images"]:
         raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
     seconds = time.perf_counter() - began

@@ -28,8 +28,8 @@ STATISTICS = ("in", "ln", "gn", "bn")
 FIGURE_SETTINGS = ("8x32", "8x16", "8x8", "8x4", "8x2", "8x1", "1x8", "1x16", "1x32")
 # Keys of config.yaml that do not change what a run computes, or that a table's cell fixes.
 NOT_RECIPE = {"seed", "output_dir", "run_name", "hydra", "root", "workers", "num_workers"}
-NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "backend"}
-NOT_RECIPE |= {"experiment", "scale", "emulation", "world_size", "parts_name"}
+NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "log_steps"}
+NOT_RECIPE |= {"backend", "experiment", "scale", "emulation", "world_size", "parts_name"}
 
 # What a summary holds, key by key: a type (float: any finite number, [x]: a list of x, a
 # dictionary: the same within). A key that ends in ? may be null or missing.

@@ -162,7 +162,6 @@ class DetectionConfig(RunConfig):
     evaluation: Evaluation = option(Evaluation)
     checkpoint: Checkpoint = option(Checkpoint)
     predict: Predict = option(Predict)
-    log_steps: int = whole(1)
 
     @property
     def own_parts(self) -> dict[str, dict]:
