@@ -73,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = load_ledger(args.ledger)
         claims = chosen(ledger, args.claims)
         seeds = seed_range(args.seeds)
+        campaign = Campaign(ledger, claims, seeds, args.runs, args.jobs, overrides)
+        listing = "\n".join(campaign.listing()) if args.list else ""
     except (LedgerError, ValueError) as error:
         fail(str(error))
 
-    campaign = Campaign(ledger, claims, seeds, args.runs, args.jobs, overrides)
     if args.list:
-        print("\n".join(campaign.listing()))
+        print(listing)
         return 0
     args.runs.mkdir(parents=True, exist_ok=True)
     with open(args.runs / ".run_claims.lock", "w") as lock:
@@ -213,7 +214,10 @@ class Campaign:
         for claim in self.claims:
             design = self.ledger.design_of(claim)
             if design.experiment is None:
-                yield f"{claim.id:<9} {'':>21}  {'no design yet':<26} {claim.claim}"
+                now = state(verdicts[claim.id])
+                yield f"{claim.id:<9} {'':>21}  {now:<26} {claim.claim}"
+                if design.command and verdicts[claim.id].reason:
+                    yield f"{'':<9} make it with: {design.command}"
                 continue
             wanted = self.evidence.wanted(claim, self.seeds)
             cost = sum(map(self.evidence.minutes, wanted))

@@ -116,7 +116,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Design:
-    """How the runs of some claims are made; `experiment` None: not designed yet."""
+    """How the runs of some claims are made: by an `experiment`, run by run, or by one command.
+
+    Neither `experiment` nor `record`: not designed yet.
+    """
 
     name: str
     task: str
@@ -128,7 +131,15 @@ class Design:
     facts: Mapping[str, Any] = field(default_factory=dict)
     search: Search | None = None
     arms: Mapping[str, Arm] = field(default_factory=dict)
-    minutes: Mapping[str, float] = field(default_factory=dict)
+    minutes: Mapping[str | None, float] = field(default_factory=dict)
+    record: str = ""  # JSONL below the clone: a line for each arm, arrays of seeds x points
+    command: str = ""  # that makes the record
+    figures: Mapping[str, str] = field(default_factory=dict)  # name -> array of the record
+    at: int | None = None  # the point whose column counts
+
+    @property
+    def made(self) -> bool:
+        return self.experiment is not None or bool(self.record)
 
 
 @dataclass(frozen=True)
@@ -195,18 +206,22 @@ def _ledger(path: Path, data: Any) -> Ledger:
 
 def _design(name: str, entry: Any) -> Design:
     where = f"design {name}"
-    needed = {"task": str, "what": str, "experiment": str | None, "seeds": list}
+    needed = {"task": str, "what": str, "experiment": str | None, "seeds": list | str}
     made = isinstance(entry, dict) and entry.get("experiment") is not None
-    more = {"script": str, "facts": dict, "arms": dict, "minutes": dict}
+    recorded = isinstance(entry, dict) and "record" in entry
+    more = {"script": str, "facts": dict, "arms": dict, "minutes": dict | int | float}
+    if recorded:
+        more = {"record": str, "command": str, "figures": dict, "at": int} | {
+            key: more[key] for key in ("facts", "arms")
+        }
     entry = _fields(
         where,
         entry,
-        needed | (more if made else {}),
-        {"origin": str, "search": dict} | ({} if made else more),
+        needed | (more if made or recorded else {}),
+        {"origin": str, "search": dict} | ({} if made or recorded else more),
     )
-    seeds = entry["seeds"]
-    _need(all(type(s) is int for s in seeds), f"{where}: seeds {seeds} are not whole numbers")
-    if not made:
+    seeds = _seeds(where, entry["seeds"])
+    if not (made or recorded):
         return Design(name, entry["task"], entry["what"], None, tuple(seeds))
     _need(len(seeds) >= 2, f"{where}: an interval needs two seeds or more, not {seeds}")
     arms = {}
@@ -231,19 +246,39 @@ def _design(name: str, entry: Any) -> Design:
         )
         values, settings = tuple(found["values"]), tuple(found["settings"])
         search = Search(found["seed"], found["key"], values, settings, found["chosen"])
+    minutes = entry.get("minutes", 0)
+    if not isinstance(minutes, dict):  # a task without settings
+        minutes = {None: float(minutes)}
     return Design(
         name,
         entry["task"],
         entry["what"],
         entry["experiment"],
         tuple(seeds),
-        entry["script"],
+        entry.get("script", ""),
         entry.get("origin", ""),
         entry["facts"],
         search,
         arms,
-        entry["minutes"],
+        minutes,
+        entry.get("record", ""),
+        entry.get("command", ""),
+        entry.get("figures", {}),
+        entry.get("at"),
     )
+
+
+def _seeds(where: str, seeds: list | str) -> list[int]:
+    """A list of seeds, or a range such as 201-400."""
+    if isinstance(seeds, str):
+        first, _, last = seeds.partition("-")
+        _need(
+            first.isdigit() and last.isdigit() and int(first) < int(last),
+            f"{where}: seeds {seeds!r} are no range such as 1-5",
+        )
+        return list(range(int(first), int(last) + 1))
+    _need(all(type(s) is int for s in seeds), f"{where}: seeds {seeds} are not whole numbers")
+    return seeds
 
 
 def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Claim:
@@ -302,7 +337,7 @@ def _tests(
         for term in terms:
             name = term.figure.split(".")[0]
             _need(name in figures, f"{where}: unknown figure {name!r}; there are {_names(figures)}")
-            if design.experiment is not None:
+            if design.made:
                 _need(
                     term.arm in design.arms,
                     f"{where}: unknown arm {term.arm!r}; {design.name} has {_names(design.arms)}",
@@ -310,7 +345,7 @@ def _tests(
                 _need(
                     term.setting in design.minutes,
                     f"{where}: setting {term.setting!r} of {term.arm} has no minutes in "
-                    f"{design.name}; it has {_names(design.minutes)}",
+                    f"{design.name}; it has {_names(map(str, design.minutes))}",
                 )
         rest = math.fsum(term.weight for term in terms)
         single = len(terms) == 1 and rule == "equivalence"
@@ -474,7 +509,8 @@ class Evidence:
     def of_arm(self, design: Design, arm: Arm) -> list[Run]:
         key = design.name, arm.name
         if key not in self._of_arm:
-            self._of_arm[key] = [run for run in self.runs if is_arm(run, design, arm)]
+            runs = read_record(design) if design.record else self.runs
+            self._of_arm[key] = [run for run in runs if is_arm(run, design, arm)]
         return self._of_arm[key]
 
     def choice(self, design: Design, arm: Arm) -> Choice | None:
@@ -525,7 +561,7 @@ class Evidence:
     def wanted(self, claim: Claim, seeds: Sequence[int] | None = None) -> list[Wanted]:
         """What a claim still needs: searches first, then its runs, seed by seed."""
         design = self.ledger.design_of(claim)
-        if design.experiment is None:
+        if design.experiment is None:  # none yet, or one command makes all of them
             return []
         searches, runs = [], []
         for name, _ in claim.cells:
@@ -561,6 +597,34 @@ class Evidence:
         if alike:
             return math.fsum(alike) / len(alike)
         return wanted.minutes * (took / estimated if estimated else 1.0)
+
+
+def read_record(design: Design) -> list[Run]:
+    """The runs of a design that one command makes: one for each arm and seed of its record.
+
+    A record that is not there has none. Raises LedgerError for a broken one.
+    """
+    path = ROOT / design.record
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        runs = []
+        for line in map(json.loads, lines):
+            column = line["points"].index(design.at)
+            shared = {
+                key: line.get(key) for key in ("data", "device", "versions", "commit", "date")
+            }
+            for index, seed in enumerate(line["seeds"]):
+                summary = shared | {"task": design.task, "norm": line["arm"], "seed": seed}
+                summary |= {"run": f"{design.task}/{line['arm']}/seed{seed}", "status": "finished"}
+                summary["wall_s"] = line["seconds"] / len(line["seeds"])
+                for name, array in design.figures.items():
+                    summary[name] = line[array][index][column]
+                config = line["config"] | {"norm": line["config"].get("controller")}
+                config.pop("controller", None)  # what the arms differ in
+                runs.append(Run(path, summary, config))
+    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise LedgerError(f"{path}: {type(error).__name__}: {error}") from None
+    return runs
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -765,7 +829,7 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
 def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     """Effects and p-value of one claim, without the correction."""
     design = evidence.ledger.design_of(claim)
-    if design.experiment is None:
+    if not design.made:
         outcomes = [Outcome(test, {}) for test in claim.tests]
         return Verdict(claim, UNDECIDED, "no design yet", outcomes, [], [])
     cells = {cell: evidence.cell(design, *cell) for cell in claim.cells}
@@ -790,6 +854,8 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
         for run in evidence.of_arm(design, design.arms[name])
     ):
         verdict.reason = "no runs yet"
+    elif design.record and any(set(found) != set(design.seeds) for found in cells.values()):
+        verdict.reason = f"missing: seeds of {design.record}"
     elif missing:
         searches = len(missing) - confirmatory
         parts = [f"{confirmatory} of {total} runs"] if confirmatory else []

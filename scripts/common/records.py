@@ -114,10 +114,10 @@ class Run:
         return self.summary["seed"]
 
     @property
-    def setting(self) -> str:
-        """`<gpus>x<images per GPU>` as run, whatever name the config had for it."""
-        setting = self.summary["setting"]
-        return f"{setting['gpus']}x{setting['images_per_gpu']}"
+    def setting(self) -> str | None:
+        """`<gpus>x<images per GPU>` as run, whatever name the config had; None: a task without."""
+        setting = self.summary.get("setting")
+        return setting and f"{setting['gpus']}x{setting['images_per_gpu']}"
 
     @property
     def diverged(self) -> bool:

@@ -500,6 +500,44 @@ def test_validation_loss_at_equal_training_loss(tmp_path):
 # --- a whole campaign, and run_claims.py
 
 
+def write_record(path, values, point=1000):
+    """A record of many seeds, `values` by arm: what the column of `point` holds."""
+    lines = [
+        {
+            **{"arm": arm, "config": {"controller": {"norm": arm}}, "points": [10, point]},
+            **{"seeds": list(range(201, 201 + len(column))), "seconds": 8.0},
+            "best_test": [[0.0, value] for value in column],
+        }
+        for arm, column in values.items()
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_record_of_many_seeds_is_judged_seed_by_seed(tmp_path, monkeypatch):
+    design = dataclasses.replace(LEDGER.designs["enas_nasbench201"], seeds=(201, 202, 203, 204))
+    claim = next(claim for claim in LEDGER.claims if claim.id == "C12")
+    ledger = small(designs={design.name: design}, claims=(claim,))
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    path = tmp_path / design.record
+    path.parent.mkdir(parents=True)
+
+    assert claims.judge(ledger, [])[0].reason == "no runs yet"
+    sn, ln, gn = [85.0, 86.0, 85.5, 86.5], [82.1, 83.0, 82.4, 83.6], [80.0, 81.1, 80.7, 81.5]
+    write_record(path, {"ln": ln, "gn": gn, "sn": sn})
+    verdict = claims.judge(ledger, [])[0]
+    assert verdict.verdict == "held" and verdict.minutes == pytest.approx(3 * 8 / 60)
+    for outcome, other in zip(verdict.outcomes, (ln, gn)):
+        test = stats.ttest_rel(sn, other)
+        assert outcome.interval == pytest.approx(test.confidence_interval())
+        assert outcome.p == pytest.approx(test.pvalue)
+
+    write_record(path, {"ln": ln, "gn": gn[:2], "sn": sn})
+    assert claims.judge(ledger, [])[0].reason.startswith("missing: seeds of results/")
+    path.write_text(json.dumps({"arm": "ln", "points": [10]}) + "\n")
+    with pytest.raises(claims.LedgerError, match=path.name):
+        claims.judge(ledger, [])
+
+
 def test_a_campaign_is_judged_claim_by_claim(tmp_path):
     claim_records.write_campaign(tmp_path, LEDGER)
     verdicts = {v.claim.id: v for v in claims.judge(LEDGER, load_runs(tmp_path))}
@@ -508,8 +546,8 @@ def test_a_campaign_is_judged_claim_by_claim(tmp_path):
     for name in ("C1", "C3", "C3-x10", "C6", "C18", "C5"):
         assert verdicts[name].verdict == "held", name
     assert verdicts["C2-table"].verdict == "not held"  # GN is below SN at (8,2) in these
-    assert {v.reason for name, v in verdicts.items() if LEDGER.designs[v.claim.design].experiment
-            is None} == {"no design yet"}  # fmt: skip
+    undesigned = [v for v in verdicts.values() if not LEDGER.designs[v.claim.design].made]
+    assert {v.reason for v in undesigned} == {"no design yet"}
 
 
 FAKE = """
