@@ -272,18 +272,20 @@ def test_blocks_of_layers():
 # --- pretraining
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn", "sn"])
-def test_weights_of_a_classifier(norm, tmp_path):
+@pytest.mark.parametrize(
+    "norm, name, width", [("bn", "resnet18", None), ("gn", "resnet10", 16), ("sn", "resnet10", 16)]
+)
+def test_weights_of_a_classifier(norm, name, width, tmp_path):
     """A train_imagenet.py checkpoint: everything but fc arrives."""
-    classifier = build_model("resnet18", "torchvision", 10, sn.make_norm(norm))
+    source = "thin" if width else "torchvision"
+    classifier = build_model(name, source, 10, sn.make_norm(norm), width=width)
     for tensor in classifier.state_dict().values():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5)
     torch.save({"model": classifier.state_dict(), "progress": {"epoch": 3}}, tmp_path / "c.pt")
-    weights = detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "c.pt"))
-    model = build_detector(
-        "faster_rcnn_fpn", 5, norms(norm), weights=weights, **SMALL | {"box_head": "mlp"}
-    )
+    weights = detectors.pretrained_weights("checkpoint", name, str(tmp_path / "c.pt"))
+    options = SMALL | {"box_head": "mlp", "backbone": name, "backbone_width": width}
+    model = build_detector("faster_rcnn_fpn", 5, norms(norm), weights=weights, **options)
     body = model.backbone.body.state_dict()
     expected = {k: v for k, v in classifier.state_dict().items() if not k.startswith("fc")}
     assert body.keys() == expected.keys()

@@ -43,7 +43,7 @@ class Model:
     """Arguments of `build_model`; null where they do not apply."""
 
     name: str = option(name=True)
-    source: str = option(choices=("cifar", "torchvision", "timm"))
+    source: str = option(choices=("cifar", "thin", "torchvision", "timm"))
     dropout: float = number(0, None, below=1)
     zero_init_residual: bool = option()
     width: int | None = whole(1, 4096, default=None, before=None)

@@ -316,14 +316,14 @@ def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def build_data(name: str, **options) -> ImageData:
-    """Load the data set `name`: digits, cifar10, or an ImageFolder under any other name.
+    """Load the data set `name`: digits, cifar10, digit_crops, or an ImageFolder of another name.
 
     Raises FileNotFoundError or ValueError, saying what layout is expected, if it is not there.
     """
     train_images = options.get("train_images")
     if train_images is not None and train_images < 1:
         raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
-    loaders = {"digits": load_digits, "cifar10": load_cifar10}
+    loaders = {"digits": load_digits, "cifar10": load_cifar10, "digit_crops": load_digit_crops}
     loader = loaders.get(name) or functools.partial(load_image_folder, name)
     known = inspect.signature(loader).parameters
     for key in options:
@@ -446,6 +446,30 @@ def _load_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if labels.dtype.kind not in "iu" or len(labels) and not 0 <= labels.min() <= labels.max() <= 9:
         raise ValueError(f"{path}: labels are not all whole numbers from 0 to 9")
     return images, labels
+
+
+def load_digit_crops(root: str, train_images: int | None = None) -> ImageData:
+    """Crops of drawn digits, `root`/{train,val}/<digit>/<image>, all of one size, in memory.
+
+    Written by `python -m sn.training.detection.digits`. Shifted by up to an eighth, never mirrored;
+    normalised as the detectors' images. Raises FileNotFoundError or ValueError without them.
+    """
+    parts = []
+    for part in ("train", "val"):
+        folder = _image_folder(Path(root) / part, root)
+        images = [np.asarray(read_image(path)) for path, _ in folder.samples]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"data.root={root}: the images of {part} differ in size")
+        parts.append((np.stack(images).transpose(0, 3, 1, 2), np.array(folder.targets)))
+    if train_images is not None:  # evenly over the classes, which come one after the other
+        if train_images > len(parts[0][1]):
+            raise ValueError(f"data.train_images={train_images}, but there are {len(parts[0][1])}")
+        chosen = [i * len(parts[0][1]) // train_images for i in range(train_images)]
+        parts[0] = tuple(array[chosen] for array in parts[0])
+    side = parts[0][0].shape[-1]
+    return _in_memory(
+        "digit_crops", parts[0], parts[1], None, IMAGENET_MEAN, IMAGENET_STD, padding=side // 8
+    )
 
 
 def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -> ImageData:

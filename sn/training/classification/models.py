@@ -21,6 +21,9 @@ CIFAR_RESNETS = {  # name -> (blocks per stage, width of the first stage, projec
 }
 
 
+THIN_RESNETS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}  # basic blocks per stage
+
+
 class PadShortcut(nn.Module):
     """Parameter-free shortcut: every second pixel, new channels zero (He et al. 2016, option A)."""
 
@@ -77,6 +80,30 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class ThinResNet(torchvision.models.ResNet):
+    """torchvision's ResNet of basic blocks with `width` channels in the first stage, not 64."""
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        width: int,
+        num_classes: int,
+        norm: Norm,
+        zero_init_residual: bool,
+    ):
+        self.width = width
+        super().__init__(BasicBlock, list(blocks), num_classes, zero_init_residual, norm_layer=norm)
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = norm(width)
+        self.fc = nn.Linear(8 * width, num_classes)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:  # the first stage: what the stem gives it
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+
 class DropoutLinear(nn.Linear):
     """nn.Linear with dropout on its input and the parameter names of nn.Linear."""
 
@@ -102,23 +129,24 @@ def build_model(
     """Build a classifier whose norm layers come from `norm`, with random weights.
 
     Args:
-        source: "cifar", "torchvision" or "timm".
+        source: "cifar", "thin" (torchvision's ResNets of another width), "torchvision" or "timm".
         dropout: before the classifier.
         zero_init_residual: the last gain of each residual block starts at 0, where the model can
             and the norm has a gain that learns.
         fused_activation: SN layers of residual blocks do the sum and ReLU too (`fuse_activations`).
-        width: channels of a CIFAR ResNet's first stage; None: its own.
+        width: channels of the first stage of a CIFAR ResNet (None: its own) or a thin one.
 
     Raises ValueError for an unknown name, or a model that cannot take the norm.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout={dropout}; expected 0 <= dropout < 1")
-    builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
+    builders = {"cifar": _cifar, "thin": _thin, "torchvision": _torchvision, "timm": _timm}
     if source not in builders:
         raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
-    if width is not None and source != "cifar":
-        raise ValueError(f"model.width={width}: only CIFAR ResNets take a width; use null")
-    options = {"width": width} if source == "cifar" else {}
+    takes_width = source in ("cifar", "thin")
+    if width is not None and not takes_width:
+        raise ValueError(f"model.width={width}: only CIFAR and thin ResNets have one; use null")
+    options = {"width": width} if takes_width else {}
     zero_init_residual = zero_init_residual and _gain_learns(norm)
     model = builders[source](name, num_classes, norm, dropout, zero_init_residual, **options)
     model = connect(model)
@@ -176,6 +204,17 @@ def _cifar(name, num_classes, norm, dropout, zero_init_residual, width) -> nn.Mo
         for module in model.modules():
             if isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
+    if dropout:
+        model.fc = DropoutLinear(model.fc, dropout)
+    return model
+
+
+def _thin(name, num_classes, norm, dropout, zero_init_residual, width) -> nn.Module:
+    if name not in THIN_RESNETS:
+        raise ValueError(f"unknown thin model {name!r}; choose one of {list(THIN_RESNETS)}")
+    if width is None or width % 8:
+        raise ValueError(f"width={width} of {name}; expected a multiple of 8, such as 16")
+    model = ThinResNet(THIN_RESNETS[name], width, num_classes, norm, zero_init_residual)
     if dropout:
         model.fc = DropoutLinear(model.fc, dropout)
     return model

@@ -40,6 +40,7 @@ class Model:
     architecture: str = option(choices=tuple(ARCHITECTURES))
     parts_name: str = option(name=True)
     backbone: str = option()
+    backbone_width: int | None = whole(8, 4096, default=None, before=None)
     freeze_at: int = whole(0, 5)
     zero_init_residual: bool = option()
     fpn_channels: int = whole(1, SIZE)

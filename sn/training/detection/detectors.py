@@ -108,6 +108,7 @@ def build_detector(
     num_classes: int,
     norms: Mapping[str, Norm | None],
     backbone: str = "resnet50",
+    backbone_width: int | None = None,
     weights: Mapping[str, Tensor] | None = None,
     freeze_at: int = 0,
     zero_init_residual: bool = True,
@@ -131,6 +132,7 @@ def build_detector(
         norms: callable(num_features) -> Module for each of `PARTS`, None for no norm. In C4 the
             box head is conv5.
         backbone: a torchvision ResNet.
+        backbone_width: channels of its first stage; None: torchvision's own.
         weights: what its state dict starts from, `fc` ignored; None: random weights.
         freeze_at: how many of stem, layer1, ..., layer4 are fixed, as in Detectron.
         fpn_channels: width of FPN, box head and mask head.
@@ -149,9 +151,10 @@ def build_detector(
     _check_choices(architecture, norms, box_head, freeze_at)
     norm = norms["backbone"] or NoNorm
     conv5_norm = norms["box_head"] if architecture == "faster_rcnn_c4" else None
-    resnet = _resnet(backbone, norm, zero_init_residual)
+    resnet = _resnet(backbone, backbone_width, norm, zero_init_residual)
     if architecture == "faster_rcnn_c4":
-        conv5 = _resnet(backbone, conv5_norm or NoNorm, zero_init_residual).layer4
+        conv5_norm = conv5_norm or NoNorm
+        conv5 = _resnet(backbone, backbone_width, conv5_norm, zero_init_residual).layer4
         resnet.layer4 = conv5
     if weights is not None:
         load_backbone(resnet, weights)
@@ -242,8 +245,11 @@ def _check_choices(architecture, norms, box_head, freeze_at) -> None:
         raise ValueError(f"model.freeze_at={freeze_at}; expected 0 to {stages} for {architecture}")
 
 
-def _resnet(name: str, norm: Norm, zero_init_residual: bool) -> nn.Module:
-    model = build_model(name, "torchvision", 1000, norm, zero_init_residual=zero_init_residual)
+def _resnet(name: str, width: int | None, norm: Norm, zero_init_residual: bool) -> nn.Module:
+    source = "torchvision" if width is None else "thin"
+    model = build_model(
+        name, source, 1000, norm, zero_init_residual=zero_init_residual, width=width
+    )
     if not isinstance(model, torchvision.models.ResNet):
         raise ValueError(f"model.backbone={name}: not a torchvision ResNet")
     return model
