@@ -65,6 +65,11 @@ OF_TASK = {
         **{"epochs": int, "retrained_val_top1?": float, "retrained_test_top1?": float},
         "test_images?": int,
     },
+    "darts": {
+        **{"operations": NAME, "gates": NAME, "norm": NAME, "statistics?": [str], "data": DATA},
+        **{"model": NAME, "scale": NAME, "top1?": float, "cell?": str, "cell_accuracy?": float},
+        **{"convolutions?": int, "skip_connections?": int},
+    },
 }
 SPENT = ("child_steps", "controller_updates", "images_seen", "images_scored")
 FINISHED = {  # what the records of finished runs hold beside that
