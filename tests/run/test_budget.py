@@ -118,7 +118,7 @@ def test_plan(root, tmp_path, capsys):
     printed = capsys.readouterr()
     assert not out.exists() and printed.err == ""
     rows = re.findall(
-        r"  (.+): (\S+) steps of (\S+) s \((\d+) measured\), .*, (\d+) times", printed.out
+        r"  (.+): (\S+) steps of (\S+) s \((\d+) measured\), \S+ x (\d+) = ", printed.out
     )
     names = [name for name, *_ in rows]
     assert names == [key.removesuffix("_step_s") for key in found if key.endswith("_step_s")]
@@ -135,8 +135,8 @@ def test_counts_of_a_plan(tmp_path, capsys):
     cfg = config(*overrides, "device=cpu", "plan=true", f"output_dir={tmp_path}/run")
     importlib.import_module("train_imagenet").train(cfg)
     printed = capsys.readouterr().out
-    assert re.search(r"  training: 6 steps of .* \(6 measured\), .*, 4 times", printed)
-    assert re.search(r"  validation: 2 steps of .*, 5 times", printed)
+    assert re.search(r"  training: 6 steps of .* \(6 measured\), \S+ x 4 = ", printed)
+    assert re.search(r"  validation: 2 steps of .* x 5 = ", printed)
 
 
 def test_what_does_not_fit_is_not_measured(tmp_path, monkeypatch, capsys):
