@@ -100,12 +100,8 @@ def test_pace(monkeypatch):
 
 
 def test_sizes():
-    assert [size(x) for x in (2e3, 1.23e6, 250e6, 12.34e9)] == [
-        "2 kB",
-        "1.2 MB",
-        "250 MB",
-        "12.3 GB",
-    ]
+    sizes = [size(x) for x in (2e3, 1.234e6, 250e6, 12.34e9)]
+    assert sizes == ["2 kB", "1.23 MB", "250 MB", "12.3 GB"]
 
 
 @pytest.mark.parametrize("root", RUNS)

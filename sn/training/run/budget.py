@@ -309,8 +309,9 @@ def workers_memory() -> tuple[int, float]:
 
 
 def size(count: float) -> str:
-    """`12.3 GB`."""
+    """`12.3 GB`: three digits."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
-            return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"
+            decimals = sum(count < limit * factor for limit in (10, 100))
+            return f"{count / factor:.{decimals}f} {unit}"
     return f"{count / 1e3:.0f} kB"
