@@ -88,16 +88,17 @@ class Need:
                 f"{self.workers_key}={max(1, cores // local_processes())} spares memory"
             )
         if not self.fits:
-            found.append(f"{self.describe()}; {self.change()}")
+            found.append(f"{self.describe()}; {self.change()} (plan=true says more)")
         return found
 
     def change(self) -> str:
-        return f"to make it fit: {', or '.join(self.advice)}; plan=true measures it"
+        return f"to make it fit: {', or '.join(self.advice)}"
 
     def describe(self) -> str:
         where = "" if self.on_host else " of the GPU"
+        images = f"{self.images} image{'' if self.images == 1 else 's'}"
         return (
-            f"a step needs about {size(self.step)}{where} (activations of {self.images} images "
+            f"a step needs about {size(self.step)}{where} (activations of {images} "
             f"{size(self.activations)}, gradients and optimizer {size(self.weights)}), "
             f"{self.workers} data workers {size(self.loading)}; "
             f"{size(self.free)}{where} {'is' if self.on_host else 'are'} free"
@@ -220,7 +221,7 @@ def plan(
         whole += seconds
         run.say(
             f"  {name}: {steps:,} steps of {pace.seconds:.3g} s ({pace.steps} measured), "
-            f"{clock(pace.seconds * steps)}, {passes} times: {clock(seconds)}"
+            f"{clock(pace.seconds * steps)} x {passes} = {clock(seconds)}"
         )
         found[f"{name}_step_s"] = pace.seconds
     run.say(f"  the run: {clock(whole)}")
@@ -308,8 +309,9 @@ def workers_memory() -> tuple[int, float]:
 
 
 def size(count: float) -> str:
-    """`12.3 GB`."""
+    """`12.3 GB`: three digits."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
-            return f"{count / factor:.{1 if count < 100 * factor else 0}f} {unit}"
+            decimals = sum(count < limit * factor for limit in (10, 100))
+            return f"{count / factor:.{decimals}f} {unit}"
     return f"{count / 1e3:.0f} kB"
