@@ -76,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = load_ledger(args.ledger)
         claims = chosen(ledger, args.claims)
         seeds = seed_range(args.seeds)
+        campaign = Campaign(ledger, claims, seeds, args.runs, args.jobs, overrides)
+        listing = "\n".join(campaign.listing()) if args.list else ""
     except (LedgerError, ValueError) as error:
         fail(str(error))
 
-    campaign = Campaign(ledger, claims, seeds, args.runs, args.jobs, overrides)
     if args.list:
-        print("\n".join(campaign.listing()))
+        print(listing)
         return 0
     args.runs.mkdir(parents=True, exist_ok=True)
     with open(args.runs / ".run_claims.lock", "w") as lock:
@@ -181,6 +182,7 @@ class Campaign:
         self.around: list[float] = []  # minutes that a run took beyond what it recorded
         self.signals = 0  # received
         self.devices = gpus()
+        self.prepared: set[str] = set()  # commands that were run before the first run of a design
 
     # --- what is missing
 
@@ -189,13 +191,24 @@ class Campaign:
         found: dict[str, Wanted] = {}
         for claim in self.claims:
             for wanted in self.evidence.wanted(claim, self.seeds):
+                first = self.evidence.pretraining(wanted)
+                if first and self.checkpoint(first) is None:  # records in results/ have none
+                    found.setdefault(first.name, first)
                 found.setdefault(wanted.name, wanted)
         return found
 
+    def checkpoint(self, wanted: Wanted) -> Path | None:
+        """That of a run which has ended; None if it is not there."""
+        found = (record.parent for record in self.root.rglob(f"{wanted.name}/summary.json"))
+        return next((p / "checkpoint.pt" for p in found if (p / "checkpoint.pt").is_file()), None)
+
     def next(self, missing: dict[str, Wanted]) -> Wanted | None:
-        """The most worthy run that can start: not one whose lr is not known yet."""
+        """The most worthy run that can start: its lr is known, its pretraining is done."""
         busy = {job.wanted.name for job in self.running} | set(self.failed) | set(self.skipped)
         for name, wanted in missing.items():
+            first = self.evidence.pretraining(wanted)
+            if first and self.checkpoint(first) is None:
+                continue
             if name not in busy and (wanted.lr is not None or wanted.design.search is None):
                 return wanted
         return None
@@ -218,7 +231,10 @@ class Campaign:
         for claim in self.claims:
             design = self.ledger.design_of(claim)
             if design.experiment is None:
-                yield f"{claim.id:<9} {'':>21}  {'no design yet':<26} {claim.claim}"
+                now = state(verdicts[claim.id])
+                yield f"{claim.id:<9} {'':>21}  {now:<26} {claim.claim}"
+                if design.command and verdicts[claim.id].reason:
+                    yield f"{'':<9} make it with: {design.command}"
                 continue
             wanted = self.evidence.wanted(claim, self.seeds)
             cost = sum(map(self.evidence.minutes, wanted))
@@ -238,7 +254,12 @@ class Campaign:
 
     def command(self, wanted: Wanted) -> list[str]:
         script, *options = wanted.arguments
-        options += [f"output_root={quoted(str(self.root))}", *self.overrides]
+        options += [f"output_root={quoted(str(self.root))}"]
+        without = tuple(f"{key}=" for key in wanted.design.without)
+        options += [option for option in self.overrides if not option.startswith(without)]
+        first = self.evidence.pretraining(wanted)
+        if first:
+            options += ["init=checkpoint", f"init.path={quoted(str(self.checkpoint(first)))}"]
         return [sys.executable, str(ROOT / script), *options]
 
     def make(self, budget: float | None) -> int:
@@ -300,7 +321,17 @@ class Campaign:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         log = self.root / "logs" / f"{wanted.run_name}_seed{wanted.seed}.log"
         command = self.command(wanted)
+        prepare = wanted.design.prepare
         with open(log, "a") as file:
+            if prepare and prepare not in self.prepared:
+                self.prepared.add(prepare)
+                subprocess.run(
+                    [sys.executable, "-m", *shlex.split(prepare)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment | {"PYTHONPATH": str(ROOT)},
+                )  # where it fails the run says what is missing
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
             process = subprocess.Popen(

@@ -177,7 +177,7 @@ def test_masks_and_divergence(script, tmp_path):
 def test_unlike_runs_are_not_averaged(script, tmp_path):
     write_run(tmp_path, ("sn",) * 3, "scratch", 0)
     folder = write_run(tmp_path, ("sn",) * 3, "scratch", 1, box_ap=20.0)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "log_steps": 7}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "momentum": 7}))
     assert row_of(tables(script, tmp_path), "sn-sn-sn")[3] == "12.0, 20.0 (runs unlike)"
 
 

@@ -15,8 +15,9 @@ from sn.training.run.stopping import Preempted
 CONFIG = OmegaConf.structured(
     RunConfig(
         seed=0, precision="fp32", channels_last=False, device="cpu", deterministic=False,
-        checkpoint_steps=0, keep_checkpoints=2, max_skipped_steps=0, timeout_minutes=30.0,
-        note=None, run_name="toy", output_root="outputs", output_dir="outputs/toy",
+        plan=False, log_steps=0, checkpoint_steps=0, keep_checkpoints=2,
+        max_skipped_steps=0, timeout_minutes=30.0, note=None, run_name="toy",
+        output_root="outputs", output_dir="outputs/toy",
     )
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """With a trained detector: the modes evaluate and predict of train_detection.py."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -114,7 +115,10 @@ def predict(config: DetectionConfig) -> list[dict]:
     precision = Precision(config.precision, processes.device, config.channels_last)
     model, state = trained_model(config, precision)
     out = Path(config.predict.out or f"{config.output_dir}/predictions")
+    if out.resolve() == files[0].parent.resolve():
+        raise ValueError(f"predict.out={out} is where the images are; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    stems = Counter(path.stem for path in files)
     results, errors = [], []
     for index in range(processes.rank, len(files), processes.world_size):
         try:
@@ -125,7 +129,9 @@ def predict(config: DetectionConfig) -> list[dict]:
             continue
         found = find(model, picture, precision)
         drawn = draw_detections(picture, found, state["classes"], config.evaluation.threshold)
-        save_picture(drawn, out / f"{files[index].name}.png")
+        stem, suffix = files[index].stem, files[index].suffix
+        name = stem if stems[stem] == 1 else f"{stem}_{suffix[1:]}"  # beside a.png: a_jpg.png
+        save_picture(drawn, out / f"{name}.png")
         rows = coco_results(found, index, state["category_ids"])
         labels = found["labels"].tolist()
         results += [
@@ -178,14 +184,15 @@ def find(model: nn.Module, picture: Tensor, precision: Precision) -> dict[str, T
 def draw_validation(
     config: DetectionConfig, model: nn.Module, images: CocoImages, precision: Precision
 ) -> Tensor | None:
-    """predictions.png: the first validation images with their detections; returned as well."""
+    """predictions.png: the first validation images, ground truth and detections; returned too."""
     drawn = []
     for index in range(min(config.evaluation.pictures, len(images))):
         picture = images.picture(index)
         if picture is not None:
             found = find(model, picture, precision)
-            threshold = config.evaluation.threshold
-            drawn.append(draw_detections(picture, found, images.file.names, threshold))
+            names, threshold = images.file.names, config.evaluation.threshold
+            truth = images.target(index)
+            drawn.append(draw_detections(picture, found, names, threshold, truth, most=640))
     if not drawn:
         return None
     sheet = grid(drawn)

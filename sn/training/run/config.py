@@ -100,6 +100,8 @@ class RunConfig:
     channels_last: bool = option()
     device: str = option(choices=("auto", "cpu", "cuda"), machine=True)
     deterministic: bool = option(machine=True)
+    plan: bool = option(machine=True)
+    log_steps: int = whole(machine=True)
     checkpoint_steps: int = whole(machine=True)
     keep_checkpoints: int = whole(2, 1000, machine=True)
     max_skipped_steps: int = whole(machine=True)
@@ -335,6 +337,18 @@ def field_of(schema: type, full_key: str) -> tuple[Any, typing.Mapping, list[str
             return None, {}, known
         hint, metadata = typing.get_type_hints(hint)[part], fields[part].metadata
     return hint, metadata, known
+
+
+def machine_keys(schema: type, prefix: str = "") -> set[str]:
+    """The dotted keys that no record holds; one of an earlier version may, which says nothing."""
+    found = set()
+    for field in dataclasses.fields(schema):
+        hint, key = typing.get_type_hints(schema)[field.name], f"{prefix}{field.name}"
+        if field.metadata.get("machine"):
+            found.add(key)
+        elif dataclasses.is_dataclass(hint):
+            found |= machine_keys(hint, f"{key}.")
+    return found
 
 
 def recorded(config: Any) -> dict:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -40,8 +41,13 @@ def progress_bar(total: int, done: int, label: str | None, visible: bool) -> tqd
         desc=label,
         unit="step",
         leave=False,
-        disable=not (visible and sys.stderr is not None and sys.stderr.isatty()),
+        disable=not (visible and is_terminal(sys.stderr)),
     )
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody watches; None: the stream was closed from the start."""
+    return stream is not None and stream.isatty()
 
 
 def line(values: dict[str, object]) -> str:

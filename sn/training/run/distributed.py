@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ... import kernels
 from ...batch_average import batch_statistics_layers, sum_over_processes
+from ...kernels import check
 from ...modules import set_virtual_gpus
 
 TORCHRUN = "start it with torchrun (scripts/launch.sh), or unset that"
@@ -63,6 +65,8 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).splitlines()[0]
             raise OSError(f"the {world_size} processes cannot meet at {place}: {reason}") from None
+    if use_cuda:
+        agree_on_kernels(chosen)
     return Processes(rank, world_size, chosen)
 
 
@@ -100,6 +104,12 @@ def stop() -> None:
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process; all of them must come here."""
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
+
+
+def agree_on_kernels(device: torch.device) -> None:
+    """Let all processes use the Triton kernels or none: at the first use on a machine a check."""
+    if kernels.chosen_by_check() and any_process(not check.proven(device), device):
+        check.refuse(device)
 
 
 def in_main(write: Callable[[], None], processes: Processes) -> None:
