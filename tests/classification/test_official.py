@@ -1,5 +1,6 @@
 """The authors' checkpoints: a network of their layer, written from its description, and ours."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -248,3 +249,61 @@ def test_empty_file_is_one_message(script, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert str(path) in result.stderr and not (tmp_path / "out.pt").exists()
+
+
+@pytest.fixture
+def load(load_script):
+    """What scripts/evaluate_checkpoint.py makes of a file: the network."""
+    script = load_script("evaluate_checkpoint")
+
+    def load(path, **options):
+        given = {"model": None, "source": "cifar", "norm": "sn", "data": "digits"} | options
+        return script.load(argparse.Namespace(checkpoint=path, **given))[0]
+
+    return load
+
+
+def a_checkpoint(prefix="", **changed):
+    build = {"name": "resnet8", "source": "cifar", "num_classes": 10, "width": 8}
+    model = build_model(**build, norm=sn.make_norm("sn"))
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    return {"build": build | changed, "norm": {"name": "sn"}, "model": state}, model
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])
+def test_wrapped_networks_are_evaluated(prefix, load, tmp_path):
+    content, model = a_checkpoint(prefix)
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(x)
+    torch.save(content, tmp_path / "c.pt")
+    assert torch.equal(load(tmp_path / "c.pt").eval()(x), expected)
+    content["build"].pop("width")  # as a run's checkpoint has it: beside its config
+    config = {"model": {"name": "resnet8", "source": "cifar", "width": 8}, "norm": {"name": "sn"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"data": {"name": "digits"}}))
+    torch.save({"model": content["model"]}, tmp_path / "c.pt")
+    assert torch.equal(load(tmp_path / "c.pt").eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"width": 10**7}, "model.width=10000000; expected a whole number, 1 to 4096"),
+        ({"num_classes": 10**12}, "size mismatch for fc.weight"),  # no memory is taken for it
+        ({"name": 3}, "unknown CIFAR model"),
+        ({"whidth": 8}, "whidth"),
+    ],
+    ids=str,
+)
+def test_options_in_a_file_are_checked(changed, message, load, tmp_path):
+    torch.save(a_checkpoint(**changed)[0], tmp_path / "c.pt")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "c.pt")
+    assert message in str(error.value) and str(tmp_path / "c.pt") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["model: &x {name: *x}", "- 1", "model: [1]", "a: ["])
+def test_config_beside_it_that_is_none(text, load, tmp_path):
+    torch.save({"model": a_checkpoint()[0]["model"]}, tmp_path / "c.pt")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load(tmp_path / "c.pt")

@@ -730,3 +730,14 @@ def test_overfits_eight_images(tmp_path):
         root="detection",
     )
     assert train_detection.train(cfg)["box_ap"] > 80
+
+
+def test_pictures_of_a_folder(tmp_path):
+    for name in ("b.png", "a.JPG", "._a.JPG", "text.txt", ".hidden.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "c.png").symlink_to("nowhere")  # named when it is read
+    names = [path.name for path in predict.picture_files(tmp_path)]
+    assert names == ["a.JPG", "b.png", "c.png"]
+    with pytest.raises(ValueError, match="no image"):
+        predict.picture_files(tmp_path / "folder.png")

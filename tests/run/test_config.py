@@ -314,6 +314,8 @@ def test_open_mappings():
         ({"momentum": 5}, "norm.momentum=5; expected a number, 0 to 1, or null"),
         ({"momentum": "abc"}, "norm.momentum=abc; expected a number"),
         ({"momentum": True}, "norm.momentum=True; expected a number"),
+        ({"affine": 3}, "norm.affine=3; expected true or false"),
+        ({"unbiased": "on"}, "norm.unbiased=on; expected true or false"),
     ):
         with pytest.raises(ValueError, match=message):
             check_open(values, "norm", NormKeys)

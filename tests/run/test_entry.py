@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from sn.training.run import entry
@@ -127,3 +128,20 @@ def test_deterministic_is_applied():
         entry.prepare(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("error", [RecursionError("maximum depth"), yaml.YAMLError("line 3")])
+def test_a_config_file_that_cannot_be_read(error, capsys, monkeypatch):
+    """One that refers to itself has no end. Once a run has begun, it would be a bug."""
+
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py"])
+    monkeypatch.setattr(entry, "_begun", False)
+    with pytest.raises(SystemExit) as end:
+        entry.start(main, "imagenet")
+    assert end.value.code == 2 and "cannot be read: " in capsys.readouterr().err
+    monkeypatch.setattr(entry, "_begun", True)
+    with pytest.raises(type(error)):
+        entry.start(main, "imagenet")

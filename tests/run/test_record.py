@@ -516,7 +516,7 @@ def test_lines_that_are_gone_are_missed(name, tmp_path):
     recorder.close()
     again = Recorder(tmp_path, CONFIG)
     again.count_lines(3, known)
-    assert again.lines == known
+    assert again.lines == known | {"steps.jsonl": 0}
     path = tmp_path / name
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(ValueError, match=f"{name} has only 2 of the 3 lines"):

@@ -567,6 +567,9 @@ if options.get("mode") == "wait":
     time.sleep(60)
 if options.get("mode") == "fail":
     sys.exit("no data here")
+if options.get("mode") == "busy":
+    print("out is in use by process 7")
+    sys.exit(73)
 folder.mkdir(parents=True)
 lr = float(options.get("schedule.lr_per_256", 0))
 start = options.get("init.path")
@@ -701,6 +704,13 @@ def test_a_used_budget_stops_the_runs_too(campaign):
     code, out, err = campaign("--budget", "0.01", "--", "mode=wait")
     assert code == 0 and "the budget is used" in out, out + err
     assert time.monotonic() - began < 50  # the run would go on for a minute
+
+
+def test_runs_in_other_hands_are_skipped(campaign):
+    code, out, err = campaign("--", "mode=busy")
+    assert code == 73 and len(campaign.calls()) == 4  # the lr search; what follows waits for it
+    assert out.count("skipped: another process has it in hand") == 4
+    assert err.count("skipped: ") == err.count("in use by process 7") == 4
 
 
 def test_when_the_first_runs_all_fail_the_script_gives_up(campaign):

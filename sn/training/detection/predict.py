@@ -110,14 +110,7 @@ def predict(config: DetectionConfig) -> list[dict]:
     """
     if config.predict.images is None:
         raise ValueError("mode=predict needs predict.images=..., an image or a folder of images")
-    source = Path(config.predict.images)
-    if source.is_dir():
-        inside = (path for path in source.iterdir() if not (path.is_dir() or is_hidden(path.name)))
-        files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
-    else:
-        files = [source]
-    if not files:
-        raise ValueError(f"predict.images={source}: no image ({', '.join(SUFFIXES)}) in it")
+    files = picture_files(Path(config.predict.images))
     processes = distributed.start(config.device, config.timeout_minutes + 5)
     precision = Precision(config.precision, processes.device, config.channels_last)
     model, state = trained_model(config, precision)
@@ -152,6 +145,17 @@ def predict(config: DetectionConfig) -> list[dict]:
     if errors:
         raise ValueError(f"{len(errors)} of {len(files)} images were left out: {errors[0]}")
     return results
+
+
+def picture_files(source: Path) -> list[Path]:
+    """The image `source`, or those of that folder. Raises ValueError if it has none."""
+    if not source.is_dir():
+        return [source]
+    inside = (path for path in source.iterdir() if not (path.is_dir() or is_hidden(path.name)))
+    files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"predict.images={source}: no image ({', '.join(SUFFIXES)}) in it")
+    return files
 
 
 def read_picture(path: Path, max_size: int) -> Tensor:

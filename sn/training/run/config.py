@@ -121,6 +121,10 @@ class NormKeys:
 
     name: str = option(name=True)
     momentum: float | None = number(0, 1)
+    affine: bool = option()
+    bias: bool = option()
+    track_running_stats: bool = option()
+    unbiased: bool = option()
 
 
 def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
@@ -129,8 +133,11 @@ def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
         key = field.name
         if key not in values:
             continue
+        node = OmegaConf.structured(schema)
+        _strict(node)
         try:
-            fits = _holds(field.metadata, OmegaConf.structured(schema(**{key: values[key]}))[key])
+            node[key] = values[key]
+            fits = _holds(field.metadata, node[key])
         except OmegaConfBaseException:
             fits = False
         if not fits:

@@ -96,7 +96,9 @@ def start(main: Callable[[], None], root: str) -> None:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         if TRACEBACKS or _begun:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
+        if isinstance(error, RecursionError):
+            reason = "a value in it refers to itself"
         end(f"a YAML file of the config cannot be read: {reason}", 2)
 
 

@@ -116,15 +116,17 @@ class Recorder:
             )
         return summary
 
-    def count_lines(self, count: int, expected: dict[str, int]) -> None:
+    def count_lines(self, count: int, expected: dict[str, int], step: int = 0) -> None:
         """Count the lines up to epoch or step `count`; ValueError if some of the `expected` lack.
 
-        Call it before `open`.
+        `step`: steps of the whole run done. Call it before `open`.
         """
-        for name in ("metrics.jsonl", "importance.jsonl"):
+        ends = {"metrics.jsonl": (self.unit, count), "importance.jsonl": (self.unit, count)}
+        ends["steps.jsonl"] = ("step", step)
+        for name, (unit, most) in ends.items():
             path = self.folder / name
-            lines = [line.get(self.unit) for line in read_jsonl(path)] if path.exists() else []
-            self.lines[name] = sum(isinstance(line, int) and line <= count for line in lines)
+            lines = [line.get(unit) for line in read_jsonl(path)] if path.exists() else []
+            self.lines[name] = sum(isinstance(line, int) and line <= most for line in lines)
             if self.lines[name] < expected.get(name, 0):
                 raise ValueError(
                     f"{path} has only {self.lines[name]} of the {expected[name]} lines that were "

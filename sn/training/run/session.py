@@ -183,7 +183,9 @@ class Session:
         self.guard.skipped = self.progress.skipped_steps
         self._facts, self._headline = facts, headline
         count = self._recorded(records_after_saving)
-        distributed.in_main(lambda: self.recorder.count_lines(count, self._lines), self.processes)
+        distributed.in_main(
+            lambda: self.recorder.count_lines(count, self._lines, self._done()), self.processes
+        )
         self.recorder.open(count, self._done(), steps)
         self._started = time.perf_counter() - self.progress.wall_s
         self._began, self._first = time.perf_counter(), self._done()
