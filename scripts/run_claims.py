@@ -9,7 +9,10 @@ and continues what was interrupted; records in results/ count as made. SIGTERM a
 on: the runs save, and the script ends. With GPUs each of the `--jobs` gets one of them in turn
 (CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides for every run.
 
-Exit code: 0 all made or the budget used, 1 some runs failed, 2 bad usage, 75 stopped by a signal.
+A run that another process has in hand is skipped.
+
+Exit code: 0 all made or the budget used, 1 some runs failed, 2 bad usage, 73 none failed, but some
+were skipped, 75 stopped by a signal.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from common.claims import (
 )
 from common.records import ROOT, Run, fail, load_runs
 
-DIVERGED, PREEMPTED = 3, 75  # exit codes of the entrypoints
+DIVERGED, BUSY, PREEMPTED = 3, 73, 75  # exit codes of the entrypoints
 FIRST_FAILURES = 3  # as many without a success: something is wrong with all of them
 
 
@@ -174,6 +177,7 @@ class Campaign:
         self.evidence = Evidence(ledger, self.runs)
         self.running: list[Job] = []
         self.failed: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # another process has them in hand
         self.finished = 0
         self.around: list[float] = []  # minutes that a run took beyond what it recorded
         self.signals = 0  # received
@@ -200,7 +204,7 @@ class Campaign:
 
     def next(self, missing: dict[str, Wanted]) -> Wanted | None:
         """The most worthy run that can start: its lr is known, its pretraining is done."""
-        busy = {job.wanted.name for job in self.running} | set(self.failed)
+        busy = {job.wanted.name for job in self.running} | set(self.failed) | set(self.skipped)
         for name, wanted in missing.items():
             first = self.evidence.pretraining(wanted)
             if first and self.checkpoint(first) is None:
@@ -213,7 +217,8 @@ class Campaign:
         """Minutes until everything is made, by the estimates."""
         start = sum(self.around) / max(1, len(self.around))
         foreseen = {n: self.evidence.minutes(w) + start for n, w in missing.items()}
-        total = sum(minutes for name, minutes in foreseen.items() if name not in self.failed)
+        gone = self.failed.keys() | self.skipped.keys()
+        total = sum(minutes for name, minutes in foreseen.items() if name not in gone)
         done = sum(min(job.minutes, foreseen.get(job.wanted.name, 0.0)) for job in self.running)
         return max(0.0, total - done) / self.jobs
 
@@ -299,11 +304,12 @@ class Campaign:
                 stopping = True
             if not ended:
                 time.sleep(0.1)
-        for name, reason in self.failed.items():
-            print(f"failed: {name}, {reason}", file=sys.stderr)
+        for what, runs in (("skipped", self.skipped), ("failed", self.failed)):
+            for name, reason in runs.items():
+                print(f"{what}: {name}, {reason}", file=sys.stderr)
         if self.failed:
             return 1
-        return PREEMPTED if self.signals else 0
+        return PREEMPTED if self.signals else BUSY if self.skipped else 0
 
     def start(self, wanted: Wanted) -> None:
         slots = {job.slot for job in self.running}
@@ -352,6 +358,8 @@ class Campaign:
                 self.finished += 1
                 return
             self.failed[name] = f"its record is not the one the ledger asks for; see {job.log}"
+        elif code == BUSY:
+            self.skipped[name] = last_line(job.log)
         elif not (stopping and code in (PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM)):
             self.failed[name] = f"exit code {code}, {job.log}: {last_line(job.log)}"
 
@@ -359,6 +367,8 @@ class Campaign:
         text = f"{job.wanted.name} "
         if job.wanted.name in self.failed:
             return text + "failed"
+        if job.wanted.name in self.skipped:
+            return text + "skipped: another process has it in hand"
         if job.process.returncode == DIVERGED:
             return text + "diverged"
         if job.process.returncode:

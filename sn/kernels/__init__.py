@@ -7,6 +7,7 @@ There are three of the formula: sn/functional.py, which is the reference; the CP
     autograd.cpp       the same for the usual call in C++, compiled for the installed PyTorch
     triton_kernels.py  the same on CUDA, in three kernels forward and three backward
     cuda.py            their launches as autograd function and custom operators
+    check.py           whether these are right and faster on a GPU, found out at its first use
     common.py          what both share
 
 Both read x twice forward, dy and x twice backward, and keep x. Between the passes everything is
@@ -66,9 +67,9 @@ def backend(name: str):
 
     `name` is one of auto, reference, native and triton. A backend that cannot take an input leaves
     it to the reference, the plain formula. The environment variable SN_BACKEND sets the outermost
-    one. auto is native on the CPU, if it was compiled, and the reference elsewhere: the Triton
-    kernels have not been run on a GPU yet. Under `torch.compile` auto is the plain formula and
-    triton the custom operators.
+    one. auto is native on the CPU, if it was compiled, triton on a GPU where the check at its first
+    use has found the kernels right and faster (`sn.kernels.check`), and the reference elsewhere.
+    Under `torch.compile` auto is the plain formula and triton the custom operators.
     """
     global _backend
     previous, _backend = _backend, _check_backend(name)
@@ -76,6 +77,11 @@ def backend(name: str):
         yield
     finally:
         _backend = previous
+
+
+def chosen_by_check() -> bool:
+    """Whether no backend is forced: on a GPU the check of its kernels decides."""
+    return _backend == "auto"
 
 
 def switch_norm(
@@ -195,10 +201,9 @@ def choose_backend(
             return "reference"
     if on_cpu and _backend in ("auto", "native") and takes(x, running_mean, running_var):
         return "native"
-    # Not auto: the kernels have been interpreted and compiled, but not yet run on a GPU.
-    if _backend != "triton" or x.dtype is torch.float64 or x.shape[1] > 16384:
+    if x.dtype is torch.float64 or x.shape[1] > 16384:
         return "reference"
-    return "triton" if _triton_works(x.device) else "reference"
+    return "triton" if _takes_triton(x.device) else "reference"
 
 
 def _seen_through() -> bool:
@@ -209,6 +214,15 @@ def _seen_through() -> bool:
         or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0  # such as fake tensors, counters of operations
     )
+
+
+def _takes_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels are forced, or by themselves right and faster on this GPU."""
+    if chosen_by_check() and device.type == "cuda":
+        from .check import proven
+
+        return proven(device) and _triton_works(device)
+    return _backend == "triton" and _triton_works(device)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,8 @@ from torch import nn
 
 import sn
 from sn.training.classification.models import build_model
-from sn.training.classification.official import convert_official, read_official, unfilled_statistics
+from sn.training.classification.official import convert_official, unfilled_statistics
+from sn.training.run.checkpoint import load_network
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def test_outputs_are_the_official_networks(name, using_bn, tmp_path):
     state = official_state(theirs)
     path = tmp_path / "model.pth"
     torch.save({"epoch": 3, "state_dict": state, "best_prec1": 76.9, "optimizer": {}}, path)
-    converted = convert_official(read_official(path))
+    converted = convert_official(load_network(path))
     assert converted["build"] == {"name": name, "source": "torchvision", "num_classes": 7}
     assert converted["norm"]["statistics"] == ["in", "ln", "bn"][: 2 + using_bn]
     model = ours(converted)
@@ -107,7 +108,7 @@ def test_outputs_are_the_official_networks(name, using_bn, tmp_path):
     for key in ("layer1.0.bn2.mean_weight", "layer1.0.bn2.weight"):
         expected = theirs.get_parameter(key)
         torch.testing.assert_close(model.get_parameter(key), expected.view(-1))
-    assert ours(convert_official(read_official(path), 0.997)).bn1.momentum == pytest.approx(0.003)
+    assert ours(convert_official(load_network(path), 0.997)).bn1.momentum == pytest.approx(0.003)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
@@ -115,7 +116,7 @@ def test_prefixes_and_unfilled_statistics(prefix, tmp_path):
     state = official_state(official_network("resnet18"), prefix)
     state[f"{prefix}layer2.0.sn1.running_var"].zero_()
     torch.save(state, tmp_path / "bare.pth")
-    converted = convert_official(read_official(tmp_path / "bare.pth"))
+    converted = convert_official(load_network(tmp_path / "bare.pth"))
     assert unfilled_statistics(converted["model"]) == ["layer2.0.bn1.running_var"]
 
 
@@ -147,14 +148,14 @@ class Surprise:
 
 def test_nothing_in_the_file_is_executed(tmp_path, capsys):
     torch.save({"state_dict": {"a": torch.zeros(1)}, "args": Surprise()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="bad.pth is not a checkpoint of plain tensors"):
-        read_official(tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="cannot read weights from .*bad.pth"):
+        load_network(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state"):
-        read_official(tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth: it holds a list, not a dictionary"):
+        load_network(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError):
-        read_official(tmp_path / "none.pth")
+        load_network(tmp_path / "none.pth")
 
 
 # --- the layer's option ---------------------------------------------------------------------------

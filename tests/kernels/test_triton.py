@@ -29,7 +29,8 @@ def test_under_the_interpreter():
     numpy, version = pytest.importorskip("numpy"), sys.modules["triton"].__version__
     if version < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_check.py"))]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -64,7 +65,10 @@ def test_every_statistic_and_mode(statistics, training, virtual_gpus):
     [(1, 3, 3, 1), (4, 6), (2, 4, 1, 1), (3, 5, 7), (2, 4, 3, 2, 5), (2, 70, 19, 17), (18, 2, 3)],
     ids=str,
 )
-def test_every_shape_and_layout(shape, layout):
+def test_every_shape_and_layout(shape, layout, monkeypatch):
+    from sn.kernels import cuda
+
+    monkeypatch.setattr(cuda, "SAMPLES", 16)  # 18 of them in two parts
     if layout == "sliced" and shape not in ((2, 4, 3, 2, 5), (2, 70, 19, 17)):
         return
     check(shape, ("in", "ln", "bn"), layout=layout)
@@ -214,6 +218,22 @@ def test_large_shapes(shape, dtype, layout):
     for training, virtual_gpus in ((True, 1), (False, 1)):
         options = {"training": training, "virtual_gpus": virtual_gpus}
         check(shape, ("in", "ln", "bn"), dtype, layout, **options)
+
+
+@on_cuda
+def test_more_elements_than_32_bits_count():
+    """20 GB of them; each sample by itself, so the last one can be held to the formula alone."""
+    x = torch.randn(2 * 1343, 64, 112, 112, dtype=torch.bfloat16, device=DEVICE)
+    assert x.numel() > 2**31
+    parameters = [t.to(DEVICE) for t in values((1, 64, 1), ("in", "ln"))[1:5]]
+    results = []
+    for name, part in (("triton", x), ("reference", x[-1:].clone())):
+        leaf = part.requires_grad_()
+        with sn.backend(name):
+            y = kernels.switch_norm(leaf, *parameters, statistics=("in", "ln"))
+        y.backward(y.detach())
+        results.append([y.detach()[-1:], leaf.grad[-1:]])
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
 @on_cuda

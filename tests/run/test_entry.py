@@ -14,8 +14,9 @@ from sn.training.run.stopping import Preempted
 CONFIG = OmegaConf.structured(
     RunConfig(
         seed=0, precision="fp32", channels_last=False, device="cpu", deterministic=False,
-        checkpoint_steps=0, keep_checkpoints=2, max_skipped_steps=0, timeout_minutes=30.0,
-        note=None, run_name="toy", output_root="outputs", output_dir="outputs/toy",
+        plan=False, log_steps=0, checkpoint_steps=0, keep_checkpoints=2,
+        max_skipped_steps=0, timeout_minutes=30.0, note=None, run_name="toy",
+        output_root="outputs", output_dir="outputs/toy",
     )
 )  # fmt: skip
 
@@ -45,11 +46,26 @@ def ends_with(error, capsys, monkeypatch, **environment):
         (KeyboardInterrupt(), 130, "goes on from the last checkpoint"),
         (torch.OutOfMemoryError("CUDA out of memory.\nlong"), 2, "CUDA out of memory. Use setting"),
         (ValueError(), 2, "ValueError"),
+        (ValueError("note=" + "x" * 5000), 2, "xxx... (5005 characters)"),
+        (ValueError("a b " * 5000), 2, "a b ... (20000 characters)"),
+        (OverflowError("math range error"), 2, "too large for this machine: math range error"),
+        (MemoryError(), 2, "too large for this machine: MemoryError; choose smaller"),
     ],
 )
 def test_known_errors_are_one_line(error, code, wanted, capsys, monkeypatch):
     found, text = ends_with(error, capsys, monkeypatch)
     assert found == code and wanted in text and text.count("\n") == 1
+
+
+def test_what_no_memory_can_hold_is_one_line(capsys, monkeypatch):
+    """What torch raises for it on this machine, not what we think it does."""
+    for sizes in ([2**50], [2**62, 2**62], [2**70]):
+        with pytest.raises((RuntimeError, TypeError)) as error:
+            torch.empty(sizes)
+        code, text = ends_with(error.value, capsys, monkeypatch)
+        assert code == 2 and text.count("\n") == 1 and "too large" in text, text
+    with pytest.raises(RuntimeError, match="a bug"):
+        entry.run(lambda config: (_ for _ in ()).throw(RuntimeError("a bug")), CONFIG)
 
 
 def test_rank_and_worker_errors(capsys, monkeypatch):

@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 Norm = Callable[[int], nn.Module]
+SOURCES = ("cifar", "thin", "torchvision", "timm")
 
 CIFAR_RESNETS = {  # name -> (blocks per stage, width of the first stage, projection shortcuts)
     "resnet8": ((1, 1, 1), 16, False),
@@ -141,16 +142,35 @@ def build_model(
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout={dropout}; expected 0 <= dropout < 1")
     builders = {"cifar": _cifar, "thin": _thin, "torchvision": _torchvision, "timm": _timm}
-    if source not in builders:
-        raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
-    takes_width = source in ("cifar", "thin")
-    if width is not None and not takes_width:
-        raise ValueError(f"model.width={width}: only CIFAR and thin ResNets have one; use null")
-    options = {"width": width} if takes_width else {}
+    _check_source(source, width)
+    options = {"width": width} if source in ("cifar", "thin") else {}
     zero_init_residual = zero_init_residual and _gain_learns(norm)
     model = builders[source](name, num_classes, norm, dropout, zero_init_residual, **options)
     model = connect(model)
     return fuse_activations(model) if fused_activation else model
+
+
+def _check_source(source: str, width: int | None) -> None:
+    if source not in SOURCES:
+        raise ValueError(f"unknown model.source={source!r}; choose one of {list(SOURCES)}")
+    if width is not None and source not in ("cifar", "thin"):
+        raise ValueError(f"model.width={width}: only CIFAR and thin ResNets have one; use null")
+
+
+def batch_norm_model(
+    name: str, source: str, num_classes: int, dropout: float = 0.0, width: int | None = None
+) -> nn.Module:
+    """Build a classifier with its library's own norm layers, for pretrained weights of batch norm.
+
+    Also those that `build_model` refuses since they take no norm. Arguments and errors as there.
+    """
+    _check_source(source, width)
+    if source in ("cifar", "thin"):
+        build = {"cifar": _cifar, "thin": _thin}[source]
+        return build(name, num_classes, nn.BatchNorm2d, dropout, False, width)
+    if source == "torchvision":
+        return _torchvision(name, num_classes, None, dropout, False)
+    return _timm(name, num_classes, None, dropout, False)
 
 
 def _gain_learns(norm: Norm) -> bool:
@@ -225,7 +245,7 @@ def _torchvision(name, num_classes, norm, dropout, zero_init_residual) -> nn.Mod
     if name not in names:
         raise ValueError(f"unknown torchvision model {name!r}; choose one of {names}")
     builder = inspect.unwrap(torchvision.models.get_model_builder(name))
-    options = {"norm_layer": norm}
+    options = {} if norm is None else {"norm_layer": norm}
     if _accepts(torchvision.models.ResNet, builder):
         options["zero_init_residual"] = zero_init_residual
     if name in ("googlenet", "inception_v3"):
@@ -255,8 +275,11 @@ def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name[:6]}*")[:10]
         raise ValueError(f"unknown timm model {name!r}; timm.list_models() has {close} ...")
+    options = {"num_classes": num_classes, "drop_rate": dropout}
+    if norm is None:
+        return timm.create_model(name, **options)
     check_timm_norm(name)
-    options = {"num_classes": num_classes, "norm_layer": norm, "drop_rate": dropout}
+    options["norm_layer"] = norm
     try:
         try:
             return timm.create_model(name, **options, zero_init_last=zero_init_residual)

@@ -5,7 +5,6 @@ Source: section 4.2 and Tables 4.2-4.4; layout of Detectron's R50-C4 and R50-FPN
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torchvision.ops.poolers import initLevelMapper
 from sn import NoNorm, connect_bkn, gates
 
 from ..classification.models import build_model
-from ..run.checkpoint import load_weights
+from ..classification.pretrained import misfits
 
 Norm = Callable[[int], nn.Module]
 
@@ -37,7 +36,6 @@ ARCHITECTURES = {  # name -> the parts it has
     "faster_rcnn_fpn": ("backbone", "fpn", "box_head"),
     "mask_rcnn_fpn": PARTS,
 }
-INITS = ("scratch", "checkpoint", "torchvision", "timm")
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -266,62 +264,11 @@ def load_backbone(resnet: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if not key.startswith("fc.")
         and not (key.endswith(".num_batches_tracked") and key.rpartition(".")[0] in frozen)
     }
-    shapes = [
-        f"{key} {tuple(theirs[key].shape)} instead of {tuple(ours[key].shape)}"
-        for key in ours.keys() & theirs.keys()
-        if theirs[key].shape != ours[key].shape
-    ]
-    problems = {
-        "missing": sorted(ours.keys() - theirs.keys()),
-        "unexpected": sorted(theirs.keys() - ours.keys()),
-        "of another shape": sorted(shapes),
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}"
-            for what, keys in problems.items()
-            if keys
+    if wrong := misfits(ours, theirs):
+        raise ValueError(
+            f"the pretrained weights do not fit this backbone and its norm: {'; '.join(wrong)}"
         )
-        raise ValueError(f"the pretrained weights do not fit this backbone and its norm: {listed}")
     resnet.load_state_dict(resnet.state_dict() | theirs)
-
-
-def pretrained_weights(name: str, backbone: str, path: str | None) -> dict[str, Tensor] | None:
-    """The classifier weights a detector starts from; None for "scratch".
-
-    "checkpoint": a file, of train_imagenet.py or any state dict of a torchvision or timm ResNet.
-    "torchvision", "timm": the library's own ImageNet weights of `backbone` (batch norm), which it
-    downloads unless they are in its cache.
-    """
-    if name not in INITS:
-        raise ValueError(f"unknown init.name={name!r}; choose one of {', '.join(INITS)}")
-    if name != "checkpoint" and path is not None:
-        raise ValueError(f"init.path={path} needs init=checkpoint, not {name}")
-    if name == "scratch":
-        return None
-    if name == "torchvision":
-        return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
-    if name == "timm":
-        import timm  # only here: it is slow to import
-
-        return timm.create_model(backbone, pretrained=True).state_dict()
-    if path is None:
-        raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
-    return load_classifier(path)
-
-
-def load_classifier(path: str | Path) -> dict[str, Tensor]:
-    """State dict in a file of plain tensors: ours, torchvision's, timm's.
-
-    Raises FileNotFoundError, or ValueError for a file that holds none.
-    """
-    state = load_weights(path)
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"init.path={path} holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def check_frozen(architecture: str, norms: Mapping[str, str], init: str, freeze_at: int) -> None:
