@@ -24,7 +24,7 @@ import sn
 from sn.training.classification.bilevel import ORDERS, gate_gradients, split_images
 from sn.training.classification.data import ImageData, build_data
 from sn.training.classification.evaluation import evaluate
-from sn.training.run import entry
+from sn.training.run import budget, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import lr_factor
 from sn.training.run.session import Session
@@ -60,6 +60,9 @@ def search(config: DartsConfig) -> dict:
             score="top1",
         )
         announce(task, run)
+        if config.plan:  # without the validations
+            loops = {"training": (lambda: train_one_epoch(task, run, 0), config.epochs)}
+            return budget.plan(run, task.model, None, loops)
         validation = None
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
@@ -182,7 +185,7 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
             control_step(task, run, batch, task.other.batch(places[1], augment))
         loss, correct, count = train_step(task, run, *batch)
         progress.add(loss=loss * count, correct=correct, images=count)
-        run.step_done(len(places[0]), show=loss)
+        run.step_done(len(places[0]), lr=lr, loss=loss if count else None)
     if not progress.sums["images"]:
         raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
     return {

@@ -260,7 +260,8 @@ class Campaign:
         first = self.evidence.pretraining(wanted)
         if first:
             options += ["init=checkpoint", f"init.path={quoted(str(self.checkpoint(first)))}"]
-        return [sys.executable, str(ROOT / script), *options]
+        program = script.split() if script.startswith("-m ") else [str(ROOT / script)]
+        return [sys.executable, *program, *options]
 
     def make(self, budget: float | None) -> int:
         """Make what is missing, `jobs` at a time; return the exit code."""

@@ -27,6 +27,7 @@ ENTRYPOINTS = {
     "enas.search": "enas",
     "enas.retrain": "enas_retrain",
     "enas.nasbench201": "nasbench201",
+    "enas.darts": "darts",
 }
 INSTALLED = {"tensorboard", "pip", "jupyter"}  # other people's programs
 

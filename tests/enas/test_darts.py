@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import workers
+from common import claims
+from common.records import Run
 from faults import ROOT, assert_same
 from test_enas_search import Crash, lines, record
 from torch import nn
@@ -21,6 +23,7 @@ from enas import darts
 from enas.benchmark import EDGES, OPERATIONS
 from enas.darts_network import Cell, Supernet, derive
 from sn.training.classification.data import build_data
+from sn.training.run.config import recorded
 from sn.training.run.session import Session
 
 TINY = [  # 2 epochs of 2 steps (joint: 4) on 32 images
@@ -468,8 +471,28 @@ def test_every_experiment_builds(name):
 
 def test_the_claims_design():
     config = composed("experiment=darts/cifar10_16px")
-    assert (config.data.image_size, config.data.train_images, config.epochs) == (16, 10_000, 30)
+    assert (config.data.image_size, config.data.train_images, config.epochs) == (16, 10_000, 20)
     assert config.output_dir == "outputs/darts/cifar10_1x8/sn_bilevel_gates_joint/seed0"
+
+
+def test_every_arm_of_the_claim_is_found_by_its_record():
+    """The ledger's command makes the run that it counts, and no other arm's."""
+    ledger = claims.load_ledger()
+    design = ledger.designs["darts"]
+    used = {term.arm for c in ledger.claims if c.id == "C16" for t in c.tests for term in t.terms}
+    assert used == set(design.arms)
+    for name, arm in design.arms.items():
+        script, *overrides = claims.Wanted(design, arm, None, 3, None).arguments
+        config = composed(*overrides)
+        assert script == "-m enas.darts"
+        assert config.output_dir == f"outputs/darts/cifar10_1x8/darts_{name}/seed3"
+        halves = 1 if {config.operations, config.gates} == {"joint"} else 2
+        assert config.data.train_images == 5000 * halves
+        written = recorded(config)
+        summary = {key: written[key] for key in ("operations", "gates")}
+        summary |= {"task": "darts", "model": "1x8", "norm": config.norm["name"], "data": {}}
+        run = Run(None, summary, written)
+        assert [n for n, a in design.arms.items() if claims.is_arm(run, design, a)] == [name]
 
 
 def test_run_folder_is_the_runs_own():

@@ -268,7 +268,12 @@ def test_experiment_files_are_checked(root, content, message, tmp_path):
         return
     if "setting" in content and "setting" not in base(root):
         content, message = {"child": {"filter": 1}}, "unknown key child.filter; did you mean filt"
-        if "child" not in base(root):
+        if "network" in base(root):
+            content, message = (
+                {"network": {"cell": 1}},
+                "unknown key network.cell; did you mean cel",
+            )
+        elif "child" not in base(root):
             content, message = {"schedule": {"step": 1}}, "unknown key schedule.step; did you mean"
     (tmp_path / "experiment").mkdir()
     text = f"# @package _global_\n{yaml.safe_dump(content)}"

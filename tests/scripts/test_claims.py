@@ -542,7 +542,7 @@ def test_a_record_of_many_seeds_is_judged_seed_by_seed(tmp_path, monkeypatch):
 def test_a_campaign_is_judged_claim_by_claim(tmp_path):
     claim_records.write_campaign(tmp_path, LEDGER)
     verdicts = {v.claim.id: v for v in claims.judge(LEDGER, load_runs(tmp_path))}
-    assert not any(v.missing for v in verdicts.values())
+    assert not any(v.missing for v in verdicts.values() if v.claim.design == DESIGN.name)
     assert not any(v.reason.startswith("refused") for v in verdicts.values())
     for name in ("C1", "C3", "C3-x10", "C6", "C18", "C5"):
         assert verdicts[name].verdict == "held", name
