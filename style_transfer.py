@@ -121,6 +121,9 @@ def build(config: StyleConfig, run: Session) -> Task:
         model.compile()
     lr = config.schedule.lr
     groups = sn.parameter_groups(model, lr, 0.0, config.optimizer.gate_lr_factor)
+    fused = (
+        run.device.type == "cuda" or None
+    )  # it can skip a step itself; the CPU's rounds otherwise
     with torch.no_grad():  # in full precision, whatever the run's
         features = vgg(run.to_device(style), config.loss.style_layers)
     return Task(
@@ -133,7 +136,7 @@ def build(config: StyleConfig, run: Session) -> Task:
         style_grams=[gram(features[layer]) for layer in config.loss.style_layers],
         weights=config.loss.weights(vgg.input),
         model=model,
-        optimizer=torch.optim.Adam(groups, lr=lr),
+        optimizer=torch.optim.Adam(groups, lr=lr, fused=fused),
     )
 
 
@@ -178,27 +181,29 @@ def train_steps(task: Task, run: Session) -> None:
     for _, images in run.steps(loader, steps):
         sn.begin_step(task.model, progress.step / steps)
         run.draw_from(config.seed, progress.step)
-        losses = train_step(task, run, run.to_device(images))
+        train_step(task, run, run.to_device(images))
         step = progress.step + 1
-        run.recorder.metrics(step, {f"train/{name}": loss for name, loss in losses.items()})
         if step == steps or step % config.importance_steps == 0:
             run.record_importance(step, figure=step == steps)
-        run.step_done(batch_size, **losses)
+        losses = run.latest
+        values = {"loss": sum(losses), **dict(zip(PARTS, losses))} if losses else {}
+        run.step_done(batch_size, **values)
 
 
-def train_step(task: Task, run: Session, images: Tensor) -> dict[str, float | None]:
-    """One update; return the weighted parts of the loss and their sum, None if it was skipped."""
+def train_step(task: Task, run: Session, images: Tensor) -> None:
+    """One update; its line of metrics has the weighted parts of the loss and their sum."""
     task.optimizer.zero_grad(set_to_none=True)
     run.guard.begin(task.model)
     parts = losses_of(task, run, images)
     run.scaler.scale(sum(parts.values())).backward()
     losses = torch.stack([part.detach().double() for part in parts.values()])
-    if not run.allows(losses, task.model, lambda: losses_of(task, run, images)):
-        return dict.fromkeys(("loss", *parts))
-    run.scaler.step(task.optimizer)
-    run.scaler.update()
-    values = losses.tolist()
-    return {"loss": sum(values)} | dict(zip(parts, values))
+    run.update(
+        task.optimizer,
+        losses,
+        task.model,
+        lambda: losses_of(task, run, images),
+        record=(run.progress.step + 1, PARTS),
+    )
 
 
 def losses_of(task: Task, run: Session, images: Tensor) -> dict[str, Tensor]:

@@ -154,8 +154,9 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         config.optimizer.gate_lr_factor,
         config.optimizer.gate_weight_decay,
     )
-    fused = run.device.type == "cpu" or None  # one call for all parameters; None: torch chooses
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.optimizer.momentum, fused=fused)
+    optimizer = torch.optim.SGD(  # fused: one call for all parameters, which can skip itself
+        groups, lr=lr, momentum=config.optimizer.momentum, fused=True
+    )
 
     def training_loader(images, seed: int) -> tuple[DataLoader, SettingSampler]:
         where = (processes.rank, processes.world_size)
@@ -232,18 +233,20 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
         if task.held_out is not None:
             control_step(task, run, (images, labels), map(run.to_device, next(held_out)))
         loss, correct, count = train_step(task, run, images, labels)
-        progress.add(loss=loss * count, correct=correct, images=count)
+        progress.add(loss=loss, correct=correct, images=count)
         lr = task.optimizer.param_groups[0]["lr"]
-        run.step_done(config.setting.total, lr=lr, loss=loss if count else None)
-    if not progress.sums["images"]:
+        run.step_done(config.setting.total, lr=lr, loss=run.latest[0] if run.latest else None)
+    run.settle()
+    sums = progress.totals()
+    if not sums["images"]:
         raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
     seconds = time.perf_counter() - began
     return {
         "step": (epoch + 1) * steps,
         "images_seen": progress.images_seen,
         "lr": task.optimizer.param_groups[0]["lr"],
-        "train/loss": progress.sums["loss"] / progress.sums["images"],
-        "train/top1": 100 * progress.sums["correct"] / progress.sums["images"],
+        "train/loss": sums["loss"] / sums["images"],
+        "train/top1": 100 * sums["correct"] / sums["images"],
         "images_per_s": (progress.images_seen - first_image) / seconds,
     }
 
@@ -257,10 +260,10 @@ def set_lr(task: Task, done: float) -> None:
         group["lr"] = lr * group["lr_factor"]
 
 
-def train_step(task: Task, run: Session, images: Tensor, labels: Tensor) -> tuple:
-    """One update; return (mean loss, number correct, images) over all processes.
+def train_step(task: Task, run: Session, images: Tensor, labels: Tensor) -> Tensor:
+    """One update; return (sum of the losses, number correct, images) over all processes.
 
-    A skipped update has no images.
+    On the device; zeros if the update was skipped.
     """
     config, model, optimizer = task.config, task.model, task.optimizer
     micro_batches = task.micro_batches
@@ -282,25 +285,22 @@ def train_step(task: Task, run: Session, images: Tensor, labels: Tensor) -> tupl
             totals[0] += loss.detach() / micro_batches
             totals[1] += (logits.argmax(1) == target).sum()
     totals[0] /= run.processes.world_size
-    totals = run.together(totals)
+    totals = run.together(totals, run.is_late(optimizer))
 
     def forward_again() -> None:
         with run.autocast():
             for x in images.chunk(micro_batches):
                 model(x)
 
-    if not run.allows(totals[:1], model, forward_again):
-        return 0.0, 0.0, 0
+    clip = None
     if task.held_out is not None:
         for gate in sn.gates(model):  # they have had their step
             gate.grad = None
     elif config.optimizer.gate_clip is not None:
-        run.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(sn.gates(model), config.optimizer.gate_clip)
-    run.scaler.step(optimizer)
-    run.scaler.update()
-    loss, correct = totals.tolist()
-    return loss, correct, len(labels) * run.processes.world_size
+        clip = sn.gates(model), config.optimizer.gate_clip
+    made = run.update(optimizer, totals[:1], model, forward_again, clip)
+    count = totals.new_full((), len(labels) * run.processes.world_size)
+    return torch.stack([totals[0] * count, totals[1], count]).masked_fill(~made, 0.0)
 
 
 def control_step(task: Task, run: Session, batch: tuple, held_out: Iterable) -> None:

@@ -1,71 +1,156 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in order of worth, within a time budget:
+# Everything that waits for a GPU, the most decisive first, within a time budget:
 #
-#   scripts/gpu_check.sh                    # 540 seconds, results in results/gpu
-#   BUDGET=3000 OUT=/somewhere scripts/gpu_check.sh
+#   python scripts/gpu_pack.py --root data      # before, where there is a network: gpu_pack/
+#   scripts/gpu_check.sh                        # 540 seconds, results in results/gpu
+#   BUDGET=200 OUT=/somewhere scripts/gpu_check.sh
+#   DRY=1 scripts/gpu_check.sh                  # on a CPU: every step, tiny; proves the script alone
 #
-# Resumable: a step that succeeded is not repeated, so call it again with the same OUT until it
-# prints that all is done. Needs torch with CUDA (and Triton), numpy and pytest; torchvision for the
-# networks. A line of scripts/gpu_pending.txt, if there is that file, is one more step (an
-# experiment, say; its head says what GPU_DATA must hold). Each step leaves <step>.log, and <step>.done or <step>.failed.
+# Resumable: a step that succeeded is not repeated. Call it again with the same OUT until it prints
+# that all is done; on another machine put rest.tar.gz of the last call into gpu_pack/ before. OUT
+# holds eight files at most, up to date after every step, so that a call can be cut off:
+#
+#   steps.txt log.txt                      what was done in how many seconds; what it printed
+#   kernels.json layers.json networks.json networks_compiled.json
+#   rest.tar.gz                            all of it, with the experiments' runs: what a resumption needs
+#
+# Needs torch with CUDA (and Triton), torchvision, numpy and pytest; more than one process for the
+# tests with pytest-xdist. gpu_pack/ brings Hydra and CIFAR-10 at 16 px: without them the steps that
+# need them fail by name. A line of scripts/gpu_pending.txt is one more step (its head says what
+# GPU_DATA must hold).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results/gpu}
+WORK=${WORK:-$OUT.work}
 BUDGET=${BUDGET:-540}
 PYTHON=${PYTHON:-python}
+DRY=${DRY:-}
 START=$SECONDS
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHON OUT GPU_DATA=${GPU_DATA:-data}
-mkdir -p "$OUT"
+mkdir -p "$OUT" "$WORK"
+OUT=$(cd "$OUT" && pwd) WORK=$(cd "$WORK" && pwd)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHON OUT=$OUT WORK
+export GPU_DATA=${GPU_DATA:-$WORK/data}
+export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$WORK/cache}
+for rest in "$OUT/rest.tar.gz" gpu_pack/rest.tar.gz; do
+    [[ -e $rest && ! -e $WORK/steps.txt ]] && tar -xzf "$rest" -C "$WORK"
+done
 
-step() { # name, most seconds, command...
-    local name=$1 most=$2 left=$((BUDGET - SECONDS + START))
+collect() { # what is there so far, into OUT
+    local name
+    for name in steps.txt kernels.json layers.json networks.json networks_compiled.json; do
+        [[ -e $WORK/$name ]] && cp "$WORK/$name" "$OUT/$name"
+    done
+    for name in "$WORK"/logs/*.log; do
+        echo "=== $(basename "$name" .log)"
+        tail -c 60000 "$name"
+    done >"$OUT/log.txt" 2>/dev/null
+    tar -czf "$OUT/.rest" -C "$WORK" --exclude=./data --exclude=./cache --exclude=./site . &&
+        mv "$OUT/.rest" "$OUT/rest.tar.gz"
+}
+
+step() { # name, most seconds, command...; a name that ends with + is never finished
+    local name=$1 most=$2 left=$((BUDGET - SECONDS + START)) begin=$SECONDS code
     shift 2
-    [[ -e $OUT/$name.done ]] && { echo "$name: done before"; return; }
-    if ((left < 20)); then
+    grep -q "^$name done" "$WORK/steps.txt" 2>/dev/null && { echo "$name: done before"; return; }
+    if ((left < 15)); then
         echo "$name: no time left"
         unfinished=1
         return
     fi
     ((most < left)) && left=$most
     echo "$name: up to $left s"
-    local begin=$SECONDS
-    rm -f "$OUT/$name.failed"
-    if timeout "$left" "$@" >"$OUT/$name.log" 2>&1; then
-        echo "$((SECONDS - begin)) s" >"$OUT/$name.done"
+    mkdir -p "$WORK/logs"
+    timeout --kill-after=5 "$left" "$@" >"$WORK/logs/${name%+}.log" 2>&1
+    code=$?
+    if ((code == 0)) && [[ $name != *+ ]]; then
+        echo "$name done in $((SECONDS - begin)) s" >>"$WORK/steps.txt"
     else
-        echo "exit $? after $((SECONDS - begin)) s" | tee "$OUT/$name.failed"
-        unfinished=1
+        echo "$name exit code $code after $((SECONDS - begin)) s" | tee -a "$WORK/steps.txt"
+        ((code == 0)) || unfinished=1
     fi
-    tail -n 3 "$OUT/$name.log" | cut -c1-160
+    tail -n 3 "$WORK/logs/${name%+}.log" | cut -c1-160
+    collect
 }
 
 unfinished=0
-# auto is the plain formula on CUDA until these kernels have proven themselves
-bench=(env "SN_BACKEND=${SN_BACKEND:-triton}" "$PYTHON" scripts/bench_norm.py --device cuda)
-plain=(env SN_BACKEND=auto "$PYTHON" scripts/bench_norm.py --device cuda)
-step environment 60 "$PYTHON" -c '
-import torch
-assert torch.cuda.is_available(), "no GPU"
-import triton
-print(torch.__version__, triton.__version__, torch.cuda.get_device_properties(0))'
-if [[ -e $OUT/environment.failed ]]; then
-    exit 1
+if ! "$PYTHON" -c 'import hydra' 2>/dev/null && compgen -G 'gpu_pack/wheels/*.whl' >/dev/null; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target "$WORK/site" gpu_pack/wheels/*.whl
+    export PYTHONPATH=$PYTHONPATH:$WORK/site
 fi
-step tests_triton 300 "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_triton.py
-step bench_bf16_last 240 "${bench[@]}" --dtype bfloat16 --sets resnet50 --layouts channels_last \
-    --quick --only sn sn+relu bn+relu gn --output "$OUT/bench_bf16_last"
-step networks_bf16 180 "${bench[@]}" --dtype bfloat16 --layouts channels_last --networks \
-    --output "$OUT/networks_bf16"
-step ddp_nccl 120 "$PYTHON" -m torch.distributed.run --standalone \
-    --nproc_per_node="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" \
+if [[ -e gpu_pack/cifar10_16px.npz && ! -e $GPU_DATA/cifar-10-batches-py ]]; then
+    "$PYTHON" scripts/gpu_pack.py --unpack "$GPU_DATA"
+fi
+
+device=cuda
+tests=(-m pytest -q --noconftest -p no:cacheprovider tests/kernels/test_triton.py)
+[[ -z $DRY ]] && "$PYTHON" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
+check=("$PYTHON" -m sn.kernels.check)
+layers=(--dtype bfloat16 --layouts channels_last --sets resnet50 --rounds 7 --quick
+    --only sn sn+relu bn+relu gn)
+networks=(--dtype bfloat16 --layouts channels_last --networks --only-networks ResNet-50 --rounds 5
+    --only sn sn+relu)
+gpus=1 jobs=8
+if [[ -n $DRY ]]; then
+    device=cpu jobs=1
+    export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+    tests+=(-k weight_or_bias)
+    check=("$PYTHON" -m sn.kernels.check --child cpu)
+    layers=(--layouts channels_last --sets cifar --rounds 1 --quick --only sn)
+    networks=(--layouts channels_last --networks --only-networks ResNet-20 --rounds 1 --only sn)
+else
+    gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+fi
+norm=("$PYTHON" scripts/bench_norm.py --device "$device")
+kernels=auto # later: forced, so that a refusal by the check is measured, not hidden by the formula
+[[ -z $DRY ]] && kernels=triton
+
+step environment 60 "$PYTHON" - "$device" <<'END'
+import sys, torch, triton
+print(torch.__version__, triton.__version__)
+if sys.argv[1] == "cuda":
+    print(torch.cuda.get_device_properties(0))
+    x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    for event in (start, start, end):  # the first round warms up
+        event.record()
+        y = [x.clone() for _ in range(8)]
+        del y
+    end.record()
+    torch.cuda.synchronize()
+    print(f"copy: {16 * 2 * x.nbytes / start.elapsed_time(end) / 1e9:.2f} TB/s, read and written")
+END
+grep -q '^environment done' "$WORK/steps.txt" || exit 1
+step tests_kernels 150 "$PYTHON" "${tests[@]}"
+step first_use_check 150 bash -c '"$@" >"$WORK/kernels.json"; code=$?; tail -c 3000 "$WORK/kernels.json"; exit $code' - "${check[@]}"
+step layers 150 env SN_BACKEND=$kernels "${norm[@]}" "${layers[@]}" --output "$WORK/layers"
+step networks 90 env SN_BACKEND=$kernels "${norm[@]}" "${networks[@]}" --output "$WORK/networks"
+step networks_compiled 200 env SN_BACKEND=auto "${norm[@]}" "${networks[@]}" --compile \
+    --output "$WORK/networks_compiled"
+# what the check has found on another machine of this kind need not be found again
+[[ -z $DRY ]] && grep -qs '"works": true' "$WORK/kernels.json" && export SN_BACKEND=triton
+step steps_without_sync 90 "$PYTHON" scripts/gpu_sync_free.py "$device"
+step ddp 60 "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
     scripts/gpu_ddp_smoke.py
-step networks_bf16_compiled 300 "${plain[@]}" --dtype bfloat16 --layouts channels_last --networks \
-    --compile --output "$OUT/networks_bf16_compiled"
-step networks_bf16_compiled_operators 300 "${bench[@]}" --dtype bfloat16 \
-    --layouts channels_last --networks --compile --output "$OUT/networks_bf16_compiled_operators"
-step bench_fp32 300 "${bench[@]}" --batch 64 --sets resnet50 batch2 --quick --output "$OUT/bench_fp32"
-step bench_small 300 "${bench[@]}" --dtype bfloat16 --sets cifar detection --output "$OUT/bench_small"
-if [[ -e scripts/gpu_pending.txt ]]; then
+if [[ -z $DRY ]]; then
+    step layers_fp32 120 env SN_BACKEND=triton "${norm[@]}" --batch 64 --sets resnet50 --rounds 5 \
+        --layouts contiguous_format --quick --only sn sn+relu gn --output "$WORK/layers_fp32"
+    step style 90 "$PYTHON" scripts/bench_style.py --device cuda --size 256 --batch 4 --rounds 15 \
+        --output "$WORK/style"
+fi
+left=$((BUDGET - SECONDS + START))
+claims=("$PYTHON" scripts/run_claims.py C1 --jobs "$jobs" --runs "$WORK/runs")
+if [[ -n $DRY ]]; then
+    claims+=(--list)
+elif ((left > 60)); then # runs that are left save when the time is over
+    claims+=(--budget "$("$PYTHON" -c "print(($left - 30) / 60)")")
+fi
+if ((left > 60)); then
+    step claims+ "$left" "${claims[@]}" -- data.root="$GPU_DATA" device="$device"
+else
+    unfinished=1
+fi
+if [[ -z $DRY && -e scripts/gpu_pending.txt ]]; then
     number=0
     while IFS= read -r line; do
         [[ -z $line || $line == \#* ]] && continue
@@ -73,7 +158,7 @@ if [[ -e scripts/gpu_pending.txt ]]; then
         step "pending_$number" "$BUDGET" bash -c "$line"
     done <scripts/gpu_pending.txt
 fi
-tar -czf "$OUT.tar.gz" -C "$(dirname "$OUT")" "$(basename "$OUT")"
+collect
 if ((unfinished)); then
     echo "not everything is done: run it again ($OUT)"
     exit 2

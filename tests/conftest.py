@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from workers import PRELOAD, processes
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
@@ -42,3 +44,53 @@ def script(load_script):
 def no_git(monkeypatch):
     """Records without the commit, which costs two processes each."""
     monkeypatch.setattr("sn.training.run.record.commit", lambda: None)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The device decides on updates and the host learns of it a step later, as on CUDA."""
+    from sn.training.run.guard import can_decide
+    from sn.training.run.session import Session
+
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, lr, fused: adam(groups, lr, fused=True))
+    monkeypatch.setattr(Session, "is_late", lambda run, optimizer: can_decide(optimizer))
+
+
+@pytest.fixture
+def synchronisations():
+    """`with synchronisations() as found:` collects the calls for which a host waits on CUDA."""
+    return Synchronisations
+
+
+class Synchronisations(TorchFunctionMode):
+    WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in self.WAITING:
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.found = []
+        self.below = _Dispatched(self.found)
+        self.below.__enter__()
+        super().__enter__()
+        return self.found
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.below.__exit__(*error)
+
+
+class _Dispatched(TorchDispatchMode):
+    """Those from within C++, too."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))

@@ -457,8 +457,14 @@ def poison(monkeypatch, step, what):
     monkeypatch.setattr(F, "cross_entropy", poisoned)
 
 
+@pytest.fixture(params=["host", "device"])
+def decides(request):
+    """Who decides whether an update is made."""
+    return request.getfixturevalue("late") if request.param == "device" else None
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_not_finite_stops_before_the_update(what, tmp_path, tiny, monkeypatch):
+def test_not_finite_stops_before_the_update(what, decides, tmp_path, tiny, monkeypatch):
     """The last checkpoint is that of the step before, whole and finite."""
     poison(monkeypatch, 7, what)
     with pytest.raises(FloatingPointError, match=f"{what} is not finite at epoch 2, step 3 of 4"):
@@ -471,7 +477,9 @@ def test_not_finite_stops_before_the_update(what, tmp_path, tiny, monkeypatch):
 @pytest.mark.parametrize(
     "what, emulation", [("loss", "grouped"), ("gradient", "accumulated")], ids=str
 )
-def test_a_skipped_step_changes_nothing_but_the_count(what, emulation, tmp_path, tiny, monkeypatch):
+def test_a_skipped_step_changes_nothing_but_the_count(
+    what, emulation, decides, tmp_path, tiny, monkeypatch
+):
     options = ["max_skipped_steps=1", f"setting.emulation={emulation}", "schedule.epochs=1"]
     before, after = [], []
     step = train_imagenet.train_step
@@ -493,6 +501,68 @@ def test_a_skipped_step_changes_nothing_but_the_count(what, emulation, tmp_path,
     assert summary["skipped_steps"] == 1 and summary["status"] == "finished"
     assert summary["images_seen"] == 32
     assert math.isfinite(lines(tmp_path / "metrics.jsonl")[0]["train/loss"])
+
+
+def test_a_decision_of_the_device_is_known_a_step_later(tmp_path, tiny, late, monkeypatch):
+    """Between checkpoints: the step is named, the weights are those of before it."""
+    seen, step = [], train_imagenet.train_step
+
+    def watched(task, run, *args):
+        seen.append(copy.deepcopy(task.model.state_dict()))
+        return step(task, run, *args)
+
+    monkeypatch.setattr(train_imagenet, "train_step", watched)
+    poison(monkeypatch, 2, "gradient")
+    with pytest.raises(FloatingPointError) as error:
+        train(tmp_path, "checkpoint_steps=0")
+    assert "gradient is not finite at epoch 1, step 2 of 4" in str(error.value)
+    assert "the gradient of" in str(error.value)  # that of step 2, though step 3 has made its own
+    assert len(seen) == 3  # and no fourth
+    for name, value in seen[1].items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(value, seen[2][name]), name
+
+
+def test_who_decides_changes_no_bit(tmp_path, tiny, request):
+    for name in ("host", "device"):
+        train(tmp_path / name, "checkpoint_steps=3", "optimizer.gate_clip=0.1")
+        request.getfixturevalue("late")
+    states = [torch.load(tmp_path / name / "checkpoint.pt") for name in ("host", "device")]
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    metrics = [lines(tmp_path / name / "metrics.jsonl") for name in ("host", "device")]
+    for ours, theirs in zip(*metrics):
+        assert ours | {"images_per_s": 0} == theirs | {"images_per_s": 0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["norm=sn", "optimizer.gate_clip=0.1", "max_skipped_steps=1"],
+        ["norm=bn", "setting.emulation=accumulated"],
+    ],
+    ids=" ".join,
+)
+def test_a_step_waits_for_nothing(options, tmp_path, tiny, late, monkeypatch, synchronisations):
+    """Nothing of a step asks the device for a number; the first one may."""
+    counts = {}
+
+    def counting(owner, name):
+        function, found = getattr(owner, name), counts.setdefault(name, [])
+
+        def counted(*args, **kwargs):
+            with synchronisations() as waits:
+                result = function(*args, **kwargs)
+            found.append(list(waits))
+            return result
+
+        monkeypatch.setattr(owner, name, counted)
+
+    counting(train_imagenet, "train_step")
+    counting(session.Session, "step_done")
+    train(tmp_path, "checkpoint_steps=0", "schedule.epochs=1", *options)
+    assert len(counts["train_step"]) == 4 and counts["train_step"][1:] == [[]] * 3
+    assert counts["step_done"][:-1] == [[]] * 3  # the last one saves
 
 
 def test_bad_images_of_a_run_are_counted(tmp_path, capsys):

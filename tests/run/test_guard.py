@@ -84,3 +84,17 @@ def test_skips_up_to_the_limit_and_restores_the_statistics():
             assert torch.equal(buffer, before[name]), name
     with pytest.raises(FloatingPointError, match="2 steps were skipped before"):
         guard.allows(torch.tensor(NAN), model, "here")
+
+
+def test_what_counts_as_waiting(synchronisations):
+    """The counter of tests that a step waits for nothing sees every way to ask for a number."""
+    one = torch.ones(1)
+    ways = [one.item, one.tolist, one.__bool__, one.__float__, one.__int__, one.cpu, one.nonzero]
+    ways.append(lambda: [][one.long()] if one > 2 else torch.isfinite(one).all().item())
+    for way in ways:
+        with synchronisations() as found:
+            way()
+        assert found, way
+    with synchronisations() as found:
+        torch.where(one > 0, one, one + 1).sum()
+    assert not found

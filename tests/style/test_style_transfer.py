@@ -422,8 +422,13 @@ def test_a_corrupt_photo_is_named_and_passed_over(tmp_path, train, photos, capsy
         train(tmp_path / "strict", "photos.max_bad_images=0", photos=folder)
 
 
-def test_skipped_steps_are_counted_and_change_nothing(tmp_path, train, monkeypatch, capsys):
+@pytest.mark.parametrize("decides", ["host", "device"])
+def test_skipped_steps_are_counted_and_change_nothing(
+    decides, tmp_path, train, monkeypatch, capsys, request
+):
     """One step's loss is not finite: no update, no trace in the running statistics, a null line."""
+    if decides == "device":
+        request.getfixturevalue("late")
     losses_of, calls = style_transfer.losses_of, []
 
     def poisoned(task, run, images):
@@ -437,6 +442,41 @@ def test_skipped_steps_are_counted_and_change_nothing(tmp_path, train, monkeypat
     metrics = lines(tmp_path / "metrics.jsonl")
     assert metrics[2]["train/loss"] is None and metrics[3]["train/loss"] > 0
     assert "step 3 of 6, step skipped" in capsys.readouterr().err
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_waits_for_nothing(tmp_path, train, monkeypatch, late, synchronisations):
+    """Nothing of a step asks the device for a number; the first one may."""
+    step, found = style_transfer.train_step, []
+
+    def counted(*args):
+        with synchronisations() as waits:
+            step(*args)
+        found.append(list(waits))
+
+    monkeypatch.setattr(style_transfer, "train_step", counted)
+    train(tmp_path, "norm=sn", "max_skipped_steps=1", "checkpoint_steps=0")
+    assert len(found) == 6 and found[1:] == [[]] * 5, found
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_host_waits_for_nothing_but_the_optimizers_own_counts(
+    tmp_path, train, monkeypatch, synchronisations
+):
+    """On the CPU Adam is not fused: for the rounding of recorded runs, it counts by itself."""
+    step, found = style_transfer.train_step, []
+
+    def counted(task, *args):
+        with synchronisations() as waits:
+            step(task, *args)
+        found.append(waits.count("aten._local_scalar_dense.default"))
+        with synchronisations() as waits:
+            task.optimizer.step()
+        found.append(waits.count("aten._local_scalar_dense.default"))
+
+    monkeypatch.setattr(style_transfer, "train_step", counted)
+    train(tmp_path, "schedule.steps=2", "evaluation.images=0")
+    assert found[0] == found[1] and found[2] == found[3]
 
 
 # --- stylizing

@@ -1,6 +1,12 @@
-"""The guard before every update: finite loss, finite gradients, or no update."""
+"""The guard before every update: finite loss, finite gradients, or no update.
 
+The host decides (`allows`), or the device does (`update`) and the host learns of it later, without
+waiting: a fused optimizer leaves everything as it is where its `found_inf` is 1.
+"""
+
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,26 +40,99 @@ class FiniteGuard:
         Raises FloatingPointError, naming the first layer gone bad, when no skip is left. `again`
         repeats the forward pass to find that layer.
         """
-        if torch.isfinite(values).all():
+        if all_finite(to_host(values)):
             return True
         if self.skipped < self.max_skips:
-            self.skipped += 1
             for buffer, before in self._before or ():
                 buffer.copy_(before)
-            return False
-        raise FloatingPointError(describe(values, model, where, again) + self._skips())
+        self.refuse(values, model, where, again)
+        return False
+
+    def update(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
+        """The optimizer's step unless `values` are not finite; whether it was made, on the device.
+
+        For fused optimizers that have made a step before. `refuse` is to follow for a step that
+        was not made.
+        """
+        finite = torch.isfinite(values).all()
+        fused: Any = optimizer  # what torch.amp.GradScaler tells it, it reads from attributes
+        fused.grad_scale, fused.found_inf = None, (~finite).float()
+        try:
+            fused.step()
+        finally:
+            del fused.grad_scale, fused.found_inf
+        for buffer, before in self._before or ():
+            buffer.copy_(torch.where(finite, buffer, before))
+        return finite
+
+    def refuse(
+        self,
+        values: Tensor,
+        model: nn.Module,
+        where: str,
+        again: Callable | None = None,
+        norms: Tensor | None = None,
+    ) -> None:
+        """Count a skipped update; FloatingPointError if none is left.
+
+        `norms`: those of the step's gradients, if there are others by now.
+        """
+        if self.skipped >= self.max_skips:
+            raise FloatingPointError(describe(values, model, where, again, norms) + self._skips())
+        self.skipped += 1
 
     def _skips(self) -> str:
         return f" ({self.skipped} steps were skipped before)" if self.skipped else ""
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of all gradients together, in float32 or wider: not finite if one of them is not."""
+def can_decide(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `FiniteGuard.update` can leave the decision to the device: fused, not the first step.
+
+    A first step that is not made would leave SGD's momentum uninitialised.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and len(optimizer.state) > 0
+
+
+class ToHost:
+    """A tensor on its way to the host, in float64; `read` waits for it."""
+
+    def __init__(self, values: Tensor):
+        values = values.detach().double()
+        self._event = None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._values = values
+
+    def read(self) -> list[float]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.numpy().tolist()  # not torch's, which counts as a synchronisation
+
+
+def to_host(values: Tensor) -> list[float]:
+    return ToHost(values.reshape(-1)).read()
+
+
+def all_finite(values: list[float]) -> bool:
+    return all(map(math.isfinite, values))
+
+
+def gradient_norms(model: nn.Module) -> Tensor:
+    """Norm of each parameter's gradient, of those that have one, in float32 or wider."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if not grads:
-        return torch.zeros(())
-    norms = torch._foreach_norm([g.float() if g.dtype.itemsize < 4 else g for g in grads])
-    return torch.stack(norms).double().norm()
+        return torch.zeros(0)
+    return torch.stack(
+        torch._foreach_norm([g.float() if g.dtype.itemsize < 4 else g for g in grads])
+    ).double()
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm of all gradients together, in float32 or wider: not finite if one of them is not."""
+    return gradient_norms(model).norm()
 
 
 def check_finite(
@@ -63,7 +142,13 @@ def check_finite(
     FiniteGuard().allows(values, model, where, again)
 
 
-def describe(values: Tensor, model: nn.Module, where: str, again: Callable | None = None) -> str:
+def describe(
+    values: Tensor,
+    model: nn.Module,
+    where: str,
+    again: Callable | None = None,
+    norms: Tensor | None = None,
+) -> str:
     """What is not finite, and the first place that can be found."""
     what = "loss" if not torch.isfinite(values.flatten()[0]) else "gradient"
     bad = _first_bad_tensor(model.named_buffers()) or _first_bad_tensor(model.named_parameters())
@@ -71,8 +156,9 @@ def describe(values: Tensor, model: nn.Module, where: str, again: Callable | Non
         layer = first_bad_layer(model, again)
         bad = layer and f"the output of {layer}"
     if bad is None:
-        grads = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-        bad = _first_bad_tensor(grads)
+        names = [n for n, p in model.named_parameters() if p.grad is not None]
+        norms = gradient_norms(model) if norms is None else norms
+        bad = _first_bad_tensor(zip(names, norms))
         bad = bad and f"the gradient of {bad}"
     if bad is None:
         return f"{what} is not finite at {where}, though all weights are"

@@ -17,7 +17,14 @@ from .budget import Need, Pace
 from .checkpoint import fitting, keep_best, newest_checkpoint, put, restore, save_checkpoint
 from .config import RunConfig, machine_keys, number, recorded, whole
 from .display import clock, is_terminal, line, progress_bar, say
-from .guard import FiniteGuard, gradient_norm
+from .guard import (
+    FiniteGuard,
+    ToHost,
+    can_decide,
+    gradient_norm,
+    gradient_norms,
+    to_host,
+)
 from .lock import Busy, FolderLock
 from .precision import Precision
 from .record import Recorder, differences, environment
@@ -31,7 +38,7 @@ class Progress:
 
     epoch: int = whole(default=0)  # epochs done
     step: int = whole(default=0)  # steps done of the next epoch; of all, in a run without epochs
-    sums: dict[str, float] = field(default_factory=dict)  # over the steps since the last metrics
+    sums: dict[str, Any] = field(default_factory=dict)  # over the steps since the last metrics
     logged: dict[str, list] = field(default_factory=dict)  # [sum, count] since steps' last line
     images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
     skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
@@ -43,15 +50,33 @@ class Progress:
         """Steps of any kind done of the next epoch."""
         return self.step
 
-    def add(self, **values: float) -> None:
+    def add(self, **values: float | Tensor) -> None:
+        """Add to the sums; tensors stay where they are until `totals` are asked for."""
         for key, value in values.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def totals(self) -> dict[str, float]:
+        """The sums as numbers; waits for the device."""
+        return {key: float(value) for key, value in self.sums.items()}
 
     def begin_epoch(self) -> None:
         """One more epoch is done."""
         self.epoch += 1
         self.step = 0
         self.sums, self.logged = {}, {}
+
+
+@dataclass
+class LateStep:
+    """An update that the device has decided on, or will; what to do once its figures are there."""
+
+    figures: ToHost  # losses, whether all was finite, whether a process has been told to stop
+    losses: Tensor
+    norms: Tensor
+    model: nn.Module
+    where: str
+    again: Callable | None
+    record: tuple[int, tuple[str, ...]] | None
 
 
 class Session:
@@ -88,6 +113,9 @@ class Session:
         self.stopping = False  # some process has been told to stop
         self.where = "the start"
         self.pace: Pace | None = None  # measures a loop, in a plan
+        self.latest: list[float] | None = None  # losses of the newest step known, None if skipped
+        self._late: list[LateStep] = []
+        self._stop_sum: Tensor | None = None
         self._facts: dict | Callable[[], dict] | None = None
         self._stack = contextlib.ExitStack()
 
@@ -103,6 +131,7 @@ class Session:
                 "start it without torchrun"
             )
         self.device, self.is_main = self.processes.device, self.processes.is_main
+        self.late = self.device.type == "cuda"  # where the host should not wait for the device
         self.recorder = Recorder(
             config.output_dir, recorded(config), self.is_main, self.unit, machine_keys(type(config))
         )
@@ -357,12 +386,14 @@ class Session:
 
     def save(self, best: bool = False, **contents: Any) -> None:
         """Write the checkpoint; all processes take part, the main one writes."""
+        self.settle()
+        self.progress.skipped_steps = self.guard.skipped
         for part in self._parts.values():
             if isinstance(part, nn.Module):
                 distributed.average_running_statistics(part)
         self.progress.wall_s = self.wall_s
         progress = vars(self.progress).copy()
-        progress["sums"] = dict(self.progress.sums)
+        progress["sums"] = self.progress.totals()
         progress["logged"] = {
             name: [float(total), n] for name, (total, n) in self.progress.logged.items()
         }
@@ -414,14 +445,20 @@ class Session:
         else:
             torch.manual_seed(seed)
 
-    def together(self, totals: Tensor) -> Tensor:
-        """Sum a vector over all processes, in place; they agree here on whether to stop."""
+    def together(self, totals: Tensor, late: bool = False) -> Tensor:
+        """Sum a vector over all processes, in place; they agree here on whether to stop.
+
+        `late`: they learn of it when `update` does.
+        """
         if self.processes.world_size == 1:
             return totals
-        stop = totals.new_tensor([float(self.stop.requested)])
+        stop = totals.new_full((1,), float(self.stop.requested))
         both = torch.cat([totals, stop])
         distributed.sum_over_processes(both)
-        self.stopping = bool(both[-1] > 0)
+        if late:
+            self._stop_sum = both[-1:]
+        else:
+            self.stopping = to_host(both[-1:]) != [0.0]
         return both[:-1]
 
     def allows(self, losses: Tensor, model: nn.Module, again: Callable | None = None) -> bool:
@@ -434,9 +471,81 @@ class Session:
         if not self.scaler.is_enabled():  # which sees to infinite gradients itself
             values = torch.cat([values, gradient_norm(model).to(values).view(1)])
         allowed = self.guard.allows(values, model, self.where, again)
-        if not allowed and self.is_main:
-            say(f"warning: not finite at {self.where}, step skipped", error=True)
+        if not allowed:
+            self._say_skipped(self.where)
         return allowed
+
+    def is_late(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the device decides on this step, without the host: not on the CPU or in fp16."""
+        return self.late and can_decide(optimizer) and not self.scaler.is_enabled()
+
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        losses: Tensor,
+        model: nn.Module,
+        again: Callable | None = None,
+        clip: tuple[list[nn.Parameter], float] | None = None,
+        record: tuple[int, tuple[str, ...]] | None = None,
+    ) -> Tensor:
+        """The optimizer's step, if `losses` and the model's gradients are finite; whether it was.
+
+        As `allows`, but where `is_late` the host does not wait: it learns a step later, or before
+        the next checkpoint, whether the step was skipped, ends the run or was made. Meanwhile the
+        weights are as before. `latest` holds the losses that it knows.
+
+        Args:
+            losses: (n,), the same in all processes.
+            clip: parameters and the largest norm of their gradients together.
+            record: number of the step and names of the losses, for a line of metrics; their sum is
+                `loss`.
+        """
+        late, losses = self.is_late(optimizer), losses.detach().double().view(-1)
+        made = torch.ones((), dtype=torch.bool, device=losses.device)
+        if not late and not self.allows(losses, model, again):
+            self._note(None, record)
+            return ~made
+        norms = gradient_norms(model) if late else None
+        if clip is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(*clip)
+        if not late:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            self._note(to_host(losses), record)
+            return made
+        assert norms is not None
+        made = self.guard.update(optimizer, torch.cat([losses, norms.norm().to(losses).view(1)]))
+        stop = losses.new_zeros(1) if self._stop_sum is None else self._stop_sum.to(losses)
+        figures = ToHost(torch.cat([losses, made.to(losses).view(1), stop]))
+        self._late.append(LateStep(figures, losses, norms, model, self.where, again, record))
+        self.settle(keep=1)
+        return made
+
+    def settle(self, keep: int = 0) -> None:
+        """Take note of the steps that the device decided on, of all but the last `keep`."""
+        while len(self._late) > keep:
+            step = self._late.pop(0)
+            *losses, made, stop = step.figures.read()
+            self.stopping = self.stopping or stop > 0
+            if not made:
+                values = torch.cat([step.losses, step.norms.norm().to(step.losses).view(1)])
+                self.guard.refuse(values, step.model, step.where, step.again, step.norms)
+                self._say_skipped(step.where)
+            self._note(losses if made else None, step.record)
+
+    def _note(self, losses: list[float] | None, record: tuple[int, tuple[str, ...]] | None) -> None:
+        self.latest = losses
+        if record is not None:
+            step, names = record
+            values = dict.fromkeys(("loss", *names))
+            if losses is not None:
+                values = {"loss": sum(losses), **dict(zip(names, losses))}
+            self.recorder.metrics(step, {f"train/{name}": value for name, value in values.items()})
+
+    def _say_skipped(self, where: str) -> None:
+        if self.is_main:
+            say(f"warning: not finite at {where}, step skipped", error=True)
 
     def evaluating(self, batches: Iterable, where: str = "evaluation") -> Iterator:
         """Batches outside training, each a sign of life. A signal ends them early.
