@@ -19,7 +19,7 @@ from . import distributed
 from .display import clock
 
 LEAST_STEPS, MOST_STEPS, SECONDS = 2, 20, 10.0  # measured, after one that warms up
-WORKER = 0.1e9  # bytes of a data worker beside its batches; docs/imagenet.md has measured ones
+WORKER = 0.05e9  # bytes of a data worker beside its batches, generously; docs/imagenet.md
 SLOTS = {torch.optim.SGD: 1, torch.optim.Adam: 2}  # tensors per parameter that an optimizer keeps
 
 
