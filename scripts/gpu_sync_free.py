@@ -28,7 +28,8 @@ STEPS = 20
 RUNS = {
     "train_imagenet.py": (
         "imagenet",
-        ["setting=4x8", "model=resnet20", "schedule.epochs=1", f"data.train_images={32 * 23}"],
+        ["setting.gpus=4", "setting.images_per_gpu=8", "model=resnet20", "schedule.epochs=1",
+         f"data.train_images={32 * 23}"],
     ),
     "style_transfer.py": (
         "style_transfer",
