@@ -7,7 +7,8 @@
 Each run is a fresh process of its entrypoint. The same command again goes on with what is missing
 and continues what was interrupted; records in results/ count as made. SIGTERM and Ctrl-C are passed
 on: the runs save, and the script ends. With GPUs each of the `--jobs` gets one of them in turn
-(CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides for every run.
+(CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides for every run; those that only some
+designs have (`takes` in the ledger, such as data.root) are kept from the others.
 
 A run that another process has in hand is skipped.
 
@@ -255,8 +256,9 @@ class Campaign:
     def command(self, wanted: Wanted) -> list[str]:
         script, *options = wanted.arguments
         options += [f"output_root={quoted(str(self.root))}"]
-        without = tuple(f"{key}=" for key in wanted.design.without)
-        options += [option for option in self.overrides if not option.startswith(without)]
+        some = {key for design in self.ledger.designs.values() for key in design.takes}
+        foreign = tuple(f"{key}=" for key in some - set(wanted.design.takes))
+        options += [option for option in self.overrides if not option.startswith(foreign)]
         first = self.evidence.pretraining(wanted)
         if first:
             options += ["init=checkpoint", f"init.path={quoted(str(self.checkpoint(first)))}"]

@@ -143,7 +143,7 @@ class Design:
     at: int | None = None  # the point whose column counts
     prefix: str = ""  # of its runs' names, which must differ from other designs'
     prepare: str = ""  # module and arguments, run before the first of its runs
-    without: tuple[str, ...] = ()  # keys that it sets itself: not taken from the command line
+    takes: tuple[str, ...] = ()  # keys of the command line that not every design has
     pretraining: "Design | None" = None  # whose runs its own start from
     pretrained_at: str | None = None  # the setting of those
 
@@ -231,7 +231,7 @@ def _design(name: str, entry: Any, others: Mapping[str, Design]) -> Design:
         entry,
         needed | (more if made or recorded else {}),
         {"origin": str, "search": dict, "prefix": str, "pretraining": dict}
-        | {"prepare": str, "without": list}
+        | {"prepare": str, "takes": list}
         | ({} if made or recorded else more),
     )
     seeds = _seeds(where, entry["seeds"])
@@ -310,7 +310,7 @@ def _design(name: str, entry: Any, others: Mapping[str, Design]) -> Design:
         entry.get("at"),
         entry.get("prefix", ""),
         entry.get("prepare", ""),
-        tuple(entry.get("without", ())),
+        tuple(entry.get("takes", ())),
         pretraining,
         pretrained_at,
     )

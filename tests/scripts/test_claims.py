@@ -642,9 +642,14 @@ def test_pretraining_comes_first_and_again_where_its_checkpoint_is_gone(campaign
     ledger = campaign.out.parent / "claims.yaml"
     data = yaml.safe_load(ledger.read_text())
     pretraining = data["designs"]["cifar10_16px"] | {"prefix": "pre_", "prepare": "this.shows it"}
+    pretraining["takes"] = ["data.root"]
     del pretraining["search"]
-    tuned = pretraining | {"prefix": "tuned_", "pretraining": {"design": "pre", "setting": "8x32"}}
-    tuned |= {"without": ["data.root"], "facts": {}}
+    tuned = pretraining | {
+        "prefix": "tuned_",
+        "takes": [],
+        "pretraining": {"design": "pre", "setting": "8x32"},
+    }
+    tuned |= {"facts": {}}
     tuned["arms"] = {
         "frozen": {
             "norm": "frozen_bn",
