@@ -7,7 +7,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-color -c constraints.txt
 STAMP := .venv/.installed
 
 .PHONY: install demo lint test test-slow
@@ -16,9 +16,12 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard sn/kernels/*.[ch] sn/kernels/*.cpp)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make install PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
-	$(INSTALL) 'setuptools>=77' torch
-	$(INSTALL) --no-build-isolation -e '.[dev]'
+	@echo "1 of 3: the environment .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "2 of 3: PyTorch, most of about 6 GB where there is a build for CUDA"
+	@$(INSTALL) 'setuptools>=77' torch
+	@echo "3 of 3: the other packages, and this one with its kernels compiled"
+	@$(INSTALL) --no-build-isolation -e '.[dev]'
 	@$(BIN)/python -c 'from sn.kernels.native import extension, library; print("compiled kernels for the CPU:", "yes" if extension() else "without C++ (g++, clang++ and Python.h); small maps are slower" if library() else "no, there was no C compiler (gcc, clang): a training step of a ResNet takes 1.24 to 1.28 of the time with batch norm, channels_last 1.42 to 1.50, instead of about 1")'
 	@touch $@
 

@@ -9,19 +9,19 @@ Section 4.3; Fig 5(a) expects the training loss of SN below IN's below BN's. The
 resumes a run that was interrupted. See configs/style_transfer.yaml for every option.
 """
 
-import time
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import sn
-from sn.training.run import distributed, entry
-from sn.training.run.display import line, say
+from sn.training.run import budget, distributed, entry
+from sn.training.run.display import say
 from sn.training.run.guard import check_finite
 from sn.training.run.images import BadImages
 from sn.training.run.session import Session
@@ -64,6 +64,7 @@ def train(config: StyleConfig) -> dict:
         if run.summary is not None and run.summary.get("steps", 0) >= config.schedule.steps:
             return run.has_ended("loss", "loss")
         task = build(config, run)
+        need = run.warn_of(lambda: needs(task, run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
             identity={"identity": identity(task)},
@@ -75,6 +76,10 @@ def train(config: StyleConfig) -> dict:
             blocks=layer_blocks(task.model),
         )
         announce(task, run)
+        if config.plan:
+            training = (lambda: train_steps(task, run), 1)
+            loops = {"training": training, "evaluation": (lambda: evaluate(task, run), 1)}
+            return budget.plan(run, task.model, need, loops)
         train_steps(task, run)
         summary = run.finish(evaluate(task, run))
         loss = "no" if summary["loss"] is None else f"{summary['loss']:.4g}"
@@ -135,18 +140,43 @@ def build(config: StyleConfig, run: Session) -> Task:
     )
 
 
+def needs(task: Task, run: Session) -> budget.Need:
+    """What a step needs, from the losses of one crop."""
+    images, pixels = task.config.schedule.batch_size, task.config.photos.image_size
+
+    def forward(model: nn.Module) -> tuple[dict[str, Tensor], int]:
+        crop = run.to_device(torch.rand(1, 3, pixels, pixels))
+        return losses_of(dataclasses.replace(task, model=model.train()), run, crop), 1
+
+    return budget.estimate(
+        task.model,
+        forward,
+        images,
+        task.optimizer,
+        photo_loader(task, run, 0),
+        batch_bytes=4 * 3 * pixels**2 * images,
+        device=run.device,
+        workers_key="photos.workers",
+    )
+
+
+def photo_loader(task: Task, run: Session, first_step: int) -> DataLoader:
+    """The batches of the steps that are left."""
+    schedule = task.config.schedule
+    return DataLoader(
+        task.crops,
+        batch_sampler=style_data.batches(schedule.batch_size, first_step, schedule.steps),
+        num_workers=task.config.photos.workers,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
 def train_steps(task: Task, run: Session) -> None:
     """Train from the first step that is left to the last, recording every one."""
     config, steps, progress = task.config, task.config.schedule.steps, run.progress
     batch_size = config.schedule.batch_size
     progress.images_seen = progress.step * batch_size  # older checkpoints do not say
-    loader = DataLoader(
-        task.crops,
-        batch_sampler=style_data.batches(batch_size, progress.step, steps),
-        num_workers=config.photos.workers,
-        pin_memory=run.device.type == "cuda",
-    )
-    began, first_step = time.perf_counter(), progress.step
+    loader = photo_loader(task, run, progress.step)
     task.model.train()
     for _, images in run.steps(loader, steps):
         sn.begin_step(task.model, progress.step / steps)
@@ -155,13 +185,9 @@ def train_steps(task: Task, run: Session) -> None:
         step = progress.step + 1
         if step == steps or step % config.importance_steps == 0:
             run.record_importance(step, figure=step == steps)
-        run.step_done(batch_size, show=None if run.latest is None else sum(run.latest))
-        if step == steps or step % max(1, steps // 20) == 0:
-            run.settle()
-            seconds = (time.perf_counter() - began) / (step - first_step)
-            losses = run.latest or []
-            figures = line({"loss": sum(losses), **dict(zip(PARTS, losses))} if losses else {})
-            run.say(f"step {step}/{steps}  {figures}  {seconds:.3g} s/step  {run.time_left()} left")
+        losses = run.latest
+        values = {"loss": sum(losses), **dict(zip(PARTS, losses))} if losses else {}
+        run.step_done(batch_size, **values)
 
 
 def train_step(task: Task, run: Session, images: Tensor) -> None:

@@ -10,8 +10,7 @@ resumes a run that was interrupted. See configs/detection.yaml for every option.
 """
 
 import contextlib
-import hashlib
-import time
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import sn
+from sn.training.classification.pretrained import pretrained_weights, sha256
 from sn.training.detection import detectors
 from sn.training.detection.config import DetectionConfig
 from sn.training.detection.data import (
@@ -46,7 +46,7 @@ from sn.training.detection.predict import (
     predict,
     write_predictions,
 )
-from sn.training.run import distributed, entry
+from sn.training.run import budget, distributed, entry
 from sn.training.run.schedule import lr_factor_by_images
 from sn.training.run.session import Session
 
@@ -66,6 +66,7 @@ def train(config: DetectionConfig) -> dict:
         if run.summary is not None:
             return run.has_ended("box AP", "box_ap")
         task = build(config, run)
+        need = run.warn_of(lambda: needs(task, run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
             identity={"data": task.data.describe(), "init": task.init},
@@ -83,6 +84,11 @@ def train(config: DetectionConfig) -> dict:
             records_after_saving=True,
         )
         announce(task, run)
+        if config.plan:
+            evaluations = sum(map(task.evaluates_after, range(1, task.sampler.steps + 1)))
+            evaluation = (lambda: evaluate(task, run), evaluations)
+            loops = {"training": (lambda: train_steps(task, run), 1), "evaluation": evaluation}
+            return budget.plan(run, task.model, need, loops)
         ap = train_steps(task, run)
         bad_images = {"bad_images": len(task.data.train.bad.lines())}
         summary = run.finish(ap | bad_images)
@@ -114,16 +120,13 @@ class Task:
         period = every and max(1, round(every / self.config.setting.total))
         return step == self.sampler.steps or bool(period and step % period == 0)
 
-    def logs_after(self, step: int) -> bool:
-        return step % self.config.log_steps == 0 or self.evaluates_after(step)
-
 
 def build(config: DetectionConfig, run: Session) -> Task:
     """Model, data and optimizer of the config, on this process's device."""
     setting, processes = config.setting, run.processes
     data = load_data(config)
     init, backbone = config.init, config.model.backbone
-    weights = detectors.pretrained_weights(init.name, backbone, init.path)
+    weights = pretrained_weights(init.name, backbone, init.path)
     torch.manual_seed(config.seed)
     model = detectors.build_detector(
         num_classes=len(data.names), weights=weights, **config.detector()
@@ -165,22 +168,39 @@ def build(config: DetectionConfig, run: Session) -> Task:
     )
 
 
-def sha256(weights: dict[str, Tensor]) -> str:
-    """Hash of names and values."""
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(key.encode())
-        digest.update(weights[key].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def needs(task: Task, run: Session) -> budget.Need:
+    """What a step needs, from a forward pass of one virtual GPU with the largest images."""
+    data, setting = task.config.data, task.config.setting
+    short = min(max(data.sizes), data.max_size)
+    shape = (3, short, min(data.max_size, short * 4 // 3))
+    target = {
+        "boxes": torch.tensor([[0.0, 0.0, short / 2, short / 2]]),
+        "labels": torch.ones(1, dtype=torch.long),
+        "masks": torch.ones((1, *shape[1:]), dtype=torch.uint8),
+    }
+
+    def forward(model: nn.Module) -> tuple[dict[str, Tensor], int]:
+        images = [run.to_device(torch.rand(shape)) for _ in range(setting.images_per_gpu)]
+        targets = [{key: run.to_device(value) for key, value in target.items()} for _ in images]
+        with run.autocast():
+            return model.train()(images, targets), len(images)
+
+    return budget.estimate(
+        task.model,
+        forward,
+        setting.images_per_gpu,
+        task.optimizer,
+        task.loader,
+        batch_bytes=4 * math.prod(shape) * setting.images_per_gpu * task.micro_batches,
+        device=run.device,
+    )
 
 
 def train_steps(task: Task, run: Session) -> dict[str, float | None]:
     """Train from the first step that is left to the end; return the last evaluation's AP."""
     config, progress, steps = task.config, run.progress, task.sampler.steps
-    first, began, ap = progress.step, time.perf_counter(), {}
-    if first and task.logs_after(first):  # saved, but perhaps not recorded
-        ap = record(task, run, None)
-    task.sampler.first_step = first
+    ap = record(task, run) if progress.step else {}  # saved, but perhaps not recorded
+    task.sampler.first_step = progress.step
     task.parallel.train()
     for _, (images, targets) in run.steps(task.loader, steps):
         set_lr(task, progress.step * config.setting.total)
@@ -188,10 +208,9 @@ def train_steps(task: Task, run: Session) -> dict[str, float | None]:
         losses = train_step(task, run, images, targets)
         progress.add(**losses, steps=bool(losses))
         evaluates = task.evaluates_after(progress.step + 1)
-        run.step_done(config.setting.total, evaluates, show=losses.get("loss"))
-        if task.logs_after(progress.step):
-            speed = (progress.step - first) / (time.perf_counter() - began)
-            ap = record(task, run, speed)
+        lr = task.optimizer.param_groups[0]["lr"]
+        run.step_done(config.setting.total, evaluates, lr=lr, **losses)
+        ap = record(task, run)
     return ap
 
 
@@ -253,9 +272,14 @@ def train_step(
     return dict(zip(["loss", *losses], totals.tolist()))
 
 
-def record(task: Task, run: Session, speed: float | None) -> dict[str, float | None]:
-    """Write the metrics since the last line, and AP where it is due; return AP."""
+def record(task: Task, run: Session) -> dict[str, float | None]:
+    """Where they are due: importance weights, and AP with the means since the last one."""
     progress, step, steps = run.progress, run.progress.step, task.sampler.steps
+    evaluates = task.evaluates_after(step)
+    if evaluates or step % max(1, steps // 10) == 0:
+        run.record_importance(step, figure=True)
+    if not evaluates:
+        return {}
     sums = dict(progress.sums)
     count = sums.pop("steps")
     if not count:
@@ -264,15 +288,9 @@ def record(task: Task, run: Session, speed: float | None) -> dict[str, float | N
     losses = {name: total / count for name, total in sums.items()}
     metrics = {f"train/{name}": loss for name, loss in losses.items()}
     metrics |= {"lr": task.optimizer.param_groups[0]["lr"], "images_seen": progress.images_seen}
-    metrics["steps_per_s"] = speed
-    ap = evaluate(task, run) if task.evaluates_after(step) else {}
-    if ap or step % max(1, steps // 10) == 0:
-        run.record_importance(step, figure=True)
+    ap = evaluate(task, run)
     run.recorder.metrics(step, metrics | {f"val/{key}": value for key, value in ap.items()})
-    shown = "  ".join(f"{name.removeprefix('loss_')} {loss:.3f}" for name, loss in losses.items())
-    run.say(f"step {step}/{steps}  {shown}  {run.time_left()} left")
-    if ap:
-        run.say(describe_ap(ap))
+    run.say(f"step {step}/{steps}  {describe_ap(ap)}")
     return ap
 
 

@@ -25,6 +25,7 @@ from sn.batch_average import batch_statistics_layers
 from sn.training.classification import bilevel
 from sn.training.classification.config import ImagenetConfig
 from sn.training.classification.data import (
+    ArrayImages,
     BadImages,
     ImageData,
     SettingSampler,
@@ -36,7 +37,8 @@ from sn.training.classification.data import (
 )
 from sn.training.classification.evaluation import batch_averaged, evaluate
 from sn.training.classification.models import build_model
-from sn.training.run import distributed, entry
+from sn.training.classification.pretrained import pretrained_model, pretrained_weights, sha256
+from sn.training.run import budget, distributed, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import lr_factor, mix_seed
 from sn.training.run.session import Session
@@ -55,9 +57,10 @@ def train(config: ImagenetConfig) -> dict:
         if run.summary is not None:
             return run.has_ended("top-1", "top1")
         task = build(config, run)
+        need = run.warn_of(lambda: needs(task, run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
-            identity={"data": task.data.describe()},
+            identity={"data": task.data.describe()} | ({"init": task.init} if task.init else {}),
             facts=facts(task, run),
             headline=("top1", "top5", "top1_batch_average"),
             epochs=config.schedule.epochs,
@@ -66,6 +69,12 @@ def train(config: ImagenetConfig) -> dict:
             score="top1",
         )
         announce(task, run)
+        if config.plan:
+            passes = config.schedule.epochs
+            training = (lambda: train_one_epoch(task, run, 0), passes)
+            evaluations = (lambda: validate(task, run), passes + 1)
+            loops = {"training": training, "validation": evaluations}
+            return budget.plan(run, task.model, need, loops)
         validation = None
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
@@ -99,19 +108,32 @@ class Task:
     emulation: str
     micro_batches: int
     bad_images: BadImages
+    init: dict  # name and hash of the pretrained weights; empty without
+    start: str  # what became of these weights
 
 
 def build(config: ImagenetConfig, run: Session) -> Task:
     """Norm, model, data and optimizer of the config, on this process's device."""
-    setting, processes = config.setting, run.processes
+    setting, processes, init = config.setting, run.processes, config.init
+    weights = pretrained_weights(init.name, config.model.name, init.path)
+    if weights is None and config.norm["name"] == "frozen_bn":
+        raise ValueError(
+            "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "
+            "loaded; choose another norm, or init=checkpoint init.path=..."
+        )
     torch.manual_seed(config.seed)
     bad_images = BadImages(f"{config.output_dir}/bad_images.txt", config.data.max_bad_images or 0)
     options = config.data.options()
     if config.data.last_crop is not None:
         options |= {"last_fraction": config.schedule.last_fraction, "bad": bad_images}
     data = build_data(**options)
-    norm = sn.make_norm(**config.norm)
-    model = build_model(**vars(config.model), num_classes=data.num_classes, norm=norm)
+    norm, start = sn.make_norm(**config.norm), ""
+    if weights is None:
+        model = build_model(**vars(config.model), num_classes=data.num_classes, norm=norm)
+    else:
+        model, start = pretrained_model(
+            weights, config.norm, data.num_classes, init.gate_start, **vars(config.model)
+        )
     emulation, micro_batches = distributed.prepare_setting(
         model.to(run.device),
         setting.gpus,
@@ -164,6 +186,32 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         emulation=emulation,
         micro_batches=micro_batches,
         bad_images=bad_images,
+        init={} if weights is None else {"name": init.name, "sha256": sha256(weights)},
+        start=start,
+    )
+
+
+def needs(task: Task, run: Session) -> budget.Need:
+    """What a step needs, from a forward pass with two images per virtual GPU or fewer."""
+    setting, world_size = task.config.setting, run.processes.world_size
+    images = setting.total // world_size // task.micro_batches
+    groups = setting.gpus // world_size if task.emulation == "grouped" else 1
+    train, pixels = task.data.train, task.config.data.image_size or 224
+    if isinstance(train, ArrayImages):
+        pixels = train.batch([0])[0].shape[-1]
+    tried = groups * min(2, images // groups)
+
+    def forward(model: nn.Module) -> tuple[Tensor, int]:
+        model.train()
+        with run.autocast():
+            x = run.to_device(torch.rand(tried, 3, pixels, pixels))
+            labels = torch.zeros(tried, dtype=torch.long, device=x.device)
+            return F.cross_entropy(model(x), labels), tried
+
+    batch_bytes = 4 * 3 * pixels**2 * setting.total / world_size
+    optimizer, loader = task.optimizer, task.loader
+    return budget.estimate(
+        task.model, forward, images, optimizer, loader, batch_bytes, run.device, groups
     )
 
 
@@ -186,7 +234,8 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
             control_step(task, run, (images, labels), map(run.to_device, next(held_out)))
         loss, correct, count = train_step(task, run, images, labels)
         progress.add(loss=loss, correct=correct, images=count)
-        run.step_done(config.setting.total, show=run.latest[0] if run.latest else None)
+        lr = task.optimizer.param_groups[0]["lr"]
+        run.step_done(config.setting.total, lr=lr, loss=run.latest[0] if run.latest else None)
     run.settle()
     sums = progress.totals()
     if not sums["images"]:
@@ -316,7 +365,8 @@ def facts(task: Task, run: Session) -> dict:
     complete = (data["train_images"], data["val_images"]) == IMAGENET_SIZE
     layers = sn.importance_weights(task.model).values()
     name = f"{config.data.name}_{config.model.name}"
-    return {
+    init = {"init": task.init} if task.init else {}
+    return init | {
         "task": "imagenet",
         "run": f"imagenet/{name}/{config.run_name}/seed{config.seed}",
         "norm": config.norm["name"],
@@ -345,6 +395,9 @@ def announce(task: Task, run: Session) -> None:
     if setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):
         run.say("note: with one image per GPU bn equals in during training; the paper drops it "
                 "there (norm=sn_in_ln)")  # fmt: skip
+    if task.init and not run.resumed:
+        source = config.init.path or f"{config.init.name}'s {config.model.name}"
+        run.say(f"starts from {source}: {task.start}")
     foreign = [
         name
         for name, layer in batch_statistics_layers(task.model).items()

@@ -18,6 +18,7 @@ import numpy as np
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # (from, to), as a cell is written
 CELL = re.compile(r"\|(\w+)~0\|\+\|(\w+)~0\|(\w+)~1\|\+\|(\w+)~0\|(\w+)~1\|(\w+)~2\|")
+LARGEST = 2**28  # bytes of a table, unpacked
 DATASETS = {"cifar10": "cifar10", "cifar100": "cifar100", "imagenet16": "imagenet16_120"}
 
 
@@ -84,8 +85,11 @@ def read_table(path: str | Path, dataset: str) -> Table:
     found: dict[tuple[str, ...], tuple[int, float, float]] = {}
     line = 0
     try:
-        content = path.read_bytes()
-        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes")
+        text = content.decode()
         rows = csv.reader(text.splitlines(), strict=True)
         for row in rows:
             line = rows.line_num

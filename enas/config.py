@@ -1,12 +1,22 @@
-"""The configs of enas.search, enas.retrain and enas.nasbench201."""
+"""The configs of enas.search, enas.retrain, enas.nasbench201 and enas.darts."""
 
 import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from sn.recurrent import LSTM_NORMS, LSTM_PLACES
+from sn.training.classification.bilevel import ORDERS
 from sn.training.classification.config import ImageData
-from sn.training.run.config import SIZE, RunConfig, number, option, register, whole
+from sn.training.run.config import (
+    SIZE,
+    NormKeys,
+    RunConfig,
+    check_open,
+    number,
+    option,
+    register,
+    whole,
+)
 
 from .benchmark import DATASETS
 from .controller import Controller
@@ -140,6 +150,7 @@ class Evolution:
 class CellSearchConfig(RunConfig):
     precision: str = option(choices=("fp32", "fp64"))
     device: str = option(choices=("cpu",), machine=True)
+    plan: bool = option(choices=(False,), machine=True, expected="false: it takes seconds")
     table: str = option(machine=True)  # its hash stands in the summary
     dataset: str = option(choices=tuple(DATASETS))
     sampler: str = option(choices=("controller", "random", "evolution"))
@@ -157,6 +168,62 @@ class CellSearchConfig(RunConfig):
             )
 
 
+@dataclass
+class DartsNetwork:
+    """Arguments of `enas.darts_network.Supernet`."""
+
+    cells: int = whole(1, LAYERS)
+    channels: int = whole(1, WIDTH)
+
+
+@dataclass
+class DartsOptimizer:
+    """Of the weights: SGD with momentum, the lr a cosine over the epochs."""
+
+    batch_size: int = whole(1, SIZE)
+    momentum: float = number(0, 1)
+    weight_decay: float = number()
+    max_lr: float = number()
+    min_lr: float = number()
+    gate_lr_factor: float = number()
+    grad_clip: float | None = number(None, above=0)
+
+
+@dataclass
+class OperationsOptimizer:
+    """Of the operations' control parameters: Adam."""
+
+    lr: float = number()
+    beta1: float = number(below=1)
+    beta2: float = number(below=1)
+    weight_decay: float = number()
+
+
+@dataclass
+class DartsConfig(RunConfig):
+    precision: str = option(choices=("fp32", "bf16", "fp64"))
+    norm: dict[str, Any] = option()  # arguments of sn.make_norm
+    data: ImageData = option(ImageData)
+    operations: str = option(choices=("joint", *ORDERS))
+    gates: str = option(choices=("joint", *ORDERS))
+    epochs: int = whole(1)
+    network: DartsNetwork = option(DartsNetwork)
+    optimizer: DartsOptimizer = option(DartsOptimizer)
+    operations_optimizer: OperationsOptimizer = option(OperationsOptimizer)
+    evaluation: RetrainEvaluation = option(RetrainEvaluation)
+    table: str | None = option(machine=True)  # its hash stands in the summary
+    dataset: str = option(choices=tuple(DATASETS))
+
+    def check(self) -> None:
+        check_open(self.norm, "norm", NormKeys)
+        if self.optimizer.min_lr > self.optimizer.max_lr:
+            raise ValueError(
+                f"optimizer.min_lr={self.optimizer.min_lr}; expected at most "
+                f"optimizer.max_lr={self.optimizer.max_lr}"
+            )
+
+
 register("enas", SearchConfig)
 register("enas_retrain", RetrainConfig)
 register("nasbench201", CellSearchConfig)
+register("darts", DartsConfig)

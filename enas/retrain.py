@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sn.training.classification.data import ImageData, build_data, load_cifar10_test
 from sn.training.classification.evaluation import evaluate
-from sn.training.run import entry
+from sn.training.run import budget, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import cosine_restarts, mix_seed
 from sn.training.run.session import Session
@@ -53,6 +53,9 @@ def retrain(config: RetrainConfig) -> dict:
             score="retrained_val_top1",
         )
         announce(task, run)
+        if config.plan:  # without the validations
+            loops = {"training": (lambda: train_one_epoch(task, run, 0), config.epochs)}
+            return budget.plan(run, task.model, None, loops)
         validation = None
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
@@ -156,7 +159,7 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
         done = (epoch + step / task.steps) / config.epochs
         loss, correct, count = train_step(task, run, images, labels, done)
         progress.add(loss=loss * count, correct=correct, images=count)
-        run.step_done(len(labels), show=loss)
+        run.step_done(len(labels), lr=lr, loss=loss if count else None)
     if not progress.sums["images"]:
         raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
     return {

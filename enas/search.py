@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import sn
 from sn.training.classification.data import ImageData, build_data
-from sn.training.run import entry
+from sn.training.run import budget, entry
+from sn.training.run.config import number, whole
 from sn.training.run.guard import check_finite, gradient_norm
 from sn.training.run.schedule import cosine_restarts
 from sn.training.run.session import Progress, Session
@@ -63,6 +64,11 @@ def search(config: SearchConfig) -> dict:
             blocks=task.controller and task.controller.places_of_norms(),
         )
         announce(task, run)
+        if config.plan:  # without the validations
+            child = (lambda: train_child(task, run, 0), config.epochs)
+            controller = (lambda: train_controller(task, run, 0), config.epochs)
+            loops = {"child's training": child, "controller's training": controller}
+            return budget.plan(run, task.child, None, loops)
         for epoch in run.epochs():
             began, seen = time.perf_counter(), run.progress.images_seen
             train_child(task, run, epoch)
@@ -91,10 +97,10 @@ def search(config: SearchConfig) -> dict:
 class SearchProgress(Progress):
     """`step` counts the child's steps."""
 
-    update: int = 0  # controller updates done of the next epoch
+    update: int = whole(default=0)  # controller updates done of the next epoch
     last: dict[str, float] = field(default_factory=dict)  # results of the last epoch done
-    baseline: float = 0.0
-    images_scored: int = 0  # for rewards, in all
+    baseline: float = number(None, default=0.0)
+    images_scored: int = whole(0, 2**62, default=0)  # for rewards, in all
 
     @property
     def done(self) -> int:
@@ -202,7 +208,7 @@ def train_child(task: Task, run: Session, epoch: int) -> None:
         done = (epoch + step / task.steps) / config.epochs
         loss, correct, count = child_step(task, run, images, labels, architecture, done)
         progress.add(loss=loss * count, correct=correct, images=count)
-        run.step_done(len(labels), show=loss)
+        run.step_done(len(labels), lr=lr, loss=loss if count else None)
     if not progress.sums["images"]:
         raise FloatingPointError(f"every child step of epoch {epoch + 1} was skipped")
 
@@ -259,7 +265,7 @@ def train_controller(task: Task, run: Session, epoch: int) -> None:
         progress.add(accuracy=accuracy, reward=reward, entropy=entropy, log_prob=log_prob)
         progress.add(gradient_norm=norm)
         progress.images_scored += len(labels)
-        run.step_done(show=reward)
+        run.step_done(reward=reward, accuracy=accuracy, entropy=entropy)
 
 
 def controller_step(

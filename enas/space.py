@@ -111,12 +111,12 @@ def read_architecture(path: str | Path) -> Architecture:
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
+    if not Path(path).is_file():  # to open a pipe would wait for ever
+        raise FileNotFoundError(f"no architecture file {path}")
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(values, dict):
             values = values.get("architecture", values)
         return from_json(values)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no architecture file {path}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -10,8 +10,8 @@ that build the network with the official layer's unbiased variances.
 import argparse
 import sys
 
-from sn.training.classification.official import convert_official, read_official, unfilled_statistics
-from sn.training.run.checkpoint import save_checkpoint
+from sn.training.classification.official import convert_official, unfilled_statistics
+from sn.training.run.checkpoint import load_network, save_checkpoint
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        converted = convert_official(read_official(args.official), args.keep_factor)
+        converted = convert_official(load_network(args.official), args.keep_factor)
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         sys.exit(2)

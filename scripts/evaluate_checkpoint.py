@@ -12,14 +12,16 @@ itself. Prints one line of JSON. The file is left as it is.
 
 import argparse
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
-import yaml
-from torch import nn
+import torch
+from common.records import read_config
+from torch import Tensor, nn
 
 import sn
 from sn.batch_average import batch_statistics_layers
+from sn.training.classification.config import Model
 from sn.training.classification.data import (
     ImageData,
     TransformedImages,
@@ -30,9 +32,9 @@ from sn.training.classification.data import (
 )
 from sn.training.classification.evaluation import evaluate
 from sn.training.classification.models import build_model
-from sn.training.classification.official import read_official
-from sn.training.run import distributed
-from sn.training.run.checkpoint import load_weights
+from sn.training.run import distributed, entry
+from sn.training.run.checkpoint import load_network, load_weights
+from sn.training.run.config import NormKeys, check_open, short
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,31 +62,47 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
     config = args.checkpoint.with_name("config.yaml")
     data = {"name": args.data}
     if {"build", "norm", "model"} <= content.keys():
-        build, norm, state = content["build"], content["norm"], content["model"]
+        build, norm = content["build"], content["norm"]
     elif args.model is None and config.exists() and "model" in content:
-        recorded = yaml.safe_load(config.read_text())
-        build, norm, state = recorded["model"], recorded["norm"], content["model"]
-        if args.data in (None, recorded["data"]["name"]):
-            data = recorded["data"]
+        recorded = read_config(config)
+        build, norm = recorded.get("model"), recorded.get("norm")
+        own = recorded.get("data")
+        if isinstance(own, dict) and args.data in (None, own.get("name")):
+            data = own
     elif args.model is not None:
         build, norm = {"name": args.model, "source": args.source}, {"name": args.norm}
-        state = read_official(args.checkpoint)
-        state = {key.removeprefix("module."): value for key, value in state.items()}
     else:
         raise ValueError(f"{args.checkpoint} has no config.yaml beside it; give --model and --norm")
-    if data["name"] is None:
+    if data.get("name") is None:
         raise ValueError("which data? give --data")
+    state = load_network(args.checkpoint)
+    try:
+        return build_and_load(build, norm, state), data
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{args.checkpoint} does not fit: {error}") from None
+
+
+def build_and_load(build: Any, norm: Any, state: dict[str, Tensor]) -> nn.Module:
+    """The network of these options with this state; it is held to the state before it is made.
+
+    Raises ValueError, TypeError or RuntimeError if it does not fit.
+    """
+    for key, values in (("model", build), ("norm", norm)):
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}={short(values)}; expected options by name")
+    check_open(build, "model", Model)
+    check_open(norm, "norm", NormKeys)
     if "num_classes" not in build:
         ends = [k for k in ("fc.weight", "classifier.weight", "head.weight") if k in state]
         if not ends:
             raise ValueError("the state has no fc, classifier or head to tell the classes from")
-        build = build | {"num_classes": state[ends[0]].shape[0]}
+        build = build | {"num_classes": len(state[ends[0]])}
+    with torch.device("meta"):  # takes no memory, whatever the file asks for
+        sketch = build_model(**build, norm=sn.make_norm(**norm))
+    sketch.load_state_dict({key: value.to("meta") for key, value in state.items()})
     model = build_model(**build, norm=sn.make_norm(**norm))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{args.checkpoint} does not fit: {error}") from None
-    return model, data
+    model.load_state_dict(state)
+    return model
 
 
 def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[str, float | int]:
@@ -128,9 +146,10 @@ def main() -> None:
         data = build_data(**{key: value for key, value in options.items() if key != "workers"})
         model.to(processes.device)
         results = evaluate_both(model, data, args, processes)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"evaluate_checkpoint.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        if not entry.is_known(error):
+            raise
+        entry.end(entry.message(error), 2)
     finally:
         distributed.stop()
     if processes.is_main:

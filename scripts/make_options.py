@@ -18,6 +18,7 @@ ROOTS = {  # root config -> (module of its schema, title)
     "enas": ("enas.config", "python -m enas.search"),
     "enas_retrain": ("enas.config", "python -m enas.retrain"),
     "nasbench201": ("enas.config", "python -m enas.nasbench201"),
+    "darts": ("enas.config", "python -m enas.darts"),
 }
 HEAD = """# Options
 

@@ -87,12 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = args.out or args.runs / "report.html", args.markdown or args.runs / "claims.md"
     try:
         ledger, runs = load_ledger(), load_runs(args.runs, task=None)
+        for file in files:
+            if not file.parent.is_dir():
+                fail(f"no folder {file.parent}")
+        report = Report(ledger, runs, load_paper(), files[0].parent)
     except (LedgerError, FileNotFoundError) as error:
         fail(str(error))
-    for file in files:
-        if not file.parent.is_dir():
-            fail(f"no folder {file.parent}")
-    report = Report(ledger, runs, load_paper(), files[0].parent)
     for file, content in zip(files, (report.html(), report.markdown())):
         part = file.with_name(file.name + ".part")
         part.write_text(content, encoding="utf-8")
@@ -119,7 +119,8 @@ class Report:
 
     def record(self, run: Run) -> str:
         """The way from the page to a run's record."""
-        target = os.path.relpath((run.path / "summary.json").resolve(), self.folder.resolve())
+        file = run.path if run.path.is_file() else run.path / "summary.json"
+        target = os.path.relpath(file.resolve(), self.folder.resolve())
         return Path(target).as_posix()
 
     # --- the page
@@ -214,8 +215,10 @@ class Report:
     def runs_of(self, verdict: Verdict) -> str:
         """Command, cost, hardware, and every run's figures with a link to its record."""
         design = self.ledger.design_of(verdict.claim)
-        if design.experiment is None:
+        if not design.made:
             return f'<p class="small">Design to come: {escape(design.what)}.</p>'
+        if design.record:
+            return self.record_of(verdict, design)
         lines = [f"<p>All: <code>python scripts/run_claims.py {verdict.claim.id}</code></p>"]
         name, setting = verdict.claim.cells[0]
         arm = design.arms[name]
@@ -235,16 +238,40 @@ class Report:
         title = "Command, cost, hardware, runs"
         return f'<div id="{verdict.claim.id}-runs">{details_html(title, lines)}</div>'
 
+    def record_of(self, verdict: Verdict, design: Design) -> str:
+        """Command, cost and hardware of a design that one command makes; its arms' means."""
+        lines = [f"<p>All: <code>{escape(design.command)}</code></p>"]
+        cost = f"{len(verdict.runs)} runs, {verdict.minutes:.0f} minutes of one process"
+        record = link(escape(design.record), self.record(verdict.runs[0])) if verdict.runs else ""
+        lines.append(f"<p>Cost: {cost}. {escape(hardware(verdict.runs))} Record: {record}</p>")
+        names = list(design.figures)
+        rows = [["mean [95 %] over seeds", *map(escape, names)]]
+        for arm in dict.fromkeys(arm for arm, _ in verdict.claim.cells):
+            found = self.evidence.cell(design, arm, None)
+            row = [arm]
+            for name in names:
+                values = [value for runs in found.values() if (value := figure(runs[0], name))]
+                row.append(
+                    f"{mean_and_sd(values)[0]:.3f} {span(t_interval(values))}"
+                    if len(values) > 1
+                    else ""
+                )
+            rows.append(row)
+        lines.append(table(rows))
+        title = "Command, cost, hardware, runs"
+        return f'<div id="{verdict.claim.id}-runs">{details_html(title, lines)}</div>'
+
     def run_table(self, verdict: Verdict, design: Design, name: str) -> str:
         """A figure of every run of a claim: arms and settings by seeds, linked."""
         cells = {cell: self.evidence.cell(design, *cell) for cell in verdict.claim.cells}
         seeds = sorted({seed for found in cells.values() for seed in found})
         rows = [[escape(name), *(f"seed {seed}" for seed in seeds)]]
         arms = list(dict.fromkeys(arm for arm, _ in cells))
-        order = sorted(cells, key=lambda c: (arms.index(c[0]), FIGURE_SETTINGS.index(c[1])))
+        known = (*FIGURE_SETTINGS, None)
+        order = sorted(cells, key=lambda c: (arms.index(c[0]), known.index(c[1])))
         for arm, setting in order:
             found = cells[arm, setting]
-            row = [f"{arm} {setting_label(setting)}"]
+            row = [f"{arm} {setting_label(setting)}" if setting else arm]
             for seed in seeds:
                 runs = found.get(seed, [])
                 shown = (link(plain(run, name), self.record(run)) for run in runs)
@@ -422,9 +449,11 @@ class Report:
         parts = ["<h2>Designs</h2>"]
         for design in self.ledger.designs.values():
             known = f"<code>experiment={escape(design.experiment or '')}</code>"
+            if design.record:
+                known = f"<code>{escape(design.command)}</code>"
             parts.append(
                 f'<h3>{design.name}</h3><p class="small">{escape(design.what.rstrip("."))}. '
-                f"{escape(design.origin)} {known if design.experiment else 'No design yet.'}</p>"
+                f"{escape(design.origin)} {known if design.made else 'No design yet.'}</p>"
             )
             if design.search is None:
                 continue

@@ -7,9 +7,13 @@
 Each run is a fresh process of its entrypoint. The same command again goes on with what is missing
 and continues what was interrupted; records in results/ count as made. SIGTERM and Ctrl-C are passed
 on: the runs save, and the script ends. With GPUs each of the `--jobs` gets one of them in turn
-(CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides for every run.
+(CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides for every run; those that only some
+designs have (`takes` in the ledger, such as data.root) are kept from the others.
 
-Exit code: 0 all made or the budget used, 1 some runs failed, 2 bad usage, 75 stopped by a signal.
+A run that another process has in hand is skipped.
+
+Exit code: 0 all made or the budget used, 1 some runs failed, 2 bad usage, 73 none failed, but some
+were skipped, 75 stopped by a signal.
 """
 
 import argparse
@@ -39,7 +43,7 @@ from common.claims import (
 )
 from common.records import ROOT, Run, fail, load_runs
 
-DIVERGED, PREEMPTED = 3, 75  # exit codes of the entrypoints
+DIVERGED, BUSY, PREEMPTED = 3, 73, 75  # exit codes of the entrypoints
 FIRST_FAILURES = 3  # as many without a success: something is wrong with all of them
 
 
@@ -73,12 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         ledger = load_ledger(args.ledger)
         claims = chosen(ledger, args.claims)
         seeds = seed_range(args.seeds)
+        campaign = Campaign(ledger, claims, seeds, args.runs, args.jobs, overrides)
+        listing = "\n".join(campaign.listing()) if args.list else ""
     except (LedgerError, ValueError) as error:
         fail(str(error))
 
-    campaign = Campaign(ledger, claims, seeds, args.runs, args.jobs, overrides)
     if args.list:
-        print("\n".join(campaign.listing()))
+        print(listing)
         return 0
     args.runs.mkdir(parents=True, exist_ok=True)
     with open(args.runs / ".run_claims.lock", "w") as lock:
@@ -173,10 +178,12 @@ class Campaign:
         self.evidence = Evidence(ledger, self.runs)
         self.running: list[Job] = []
         self.failed: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}  # another process has them in hand
         self.finished = 0
         self.around: list[float] = []  # minutes that a run took beyond what it recorded
         self.signals = 0  # received
         self.devices = gpus()
+        self.prepared: set[str] = set()  # commands that were run before the first run of a design
 
     # --- what is missing
 
@@ -185,13 +192,24 @@ class Campaign:
         found: dict[str, Wanted] = {}
         for claim in self.claims:
             for wanted in self.evidence.wanted(claim, self.seeds):
+                first = self.evidence.pretraining(wanted)
+                if first and self.checkpoint(first) is None:  # records in results/ have none
+                    found.setdefault(first.name, first)
                 found.setdefault(wanted.name, wanted)
         return found
 
+    def checkpoint(self, wanted: Wanted) -> Path | None:
+        """That of a run which has ended; None if it is not there."""
+        found = (record.parent for record in self.root.rglob(f"{wanted.name}/summary.json"))
+        return next((p / "checkpoint.pt" for p in found if (p / "checkpoint.pt").is_file()), None)
+
     def next(self, missing: dict[str, Wanted]) -> Wanted | None:
-        """The most worthy run that can start: not one whose lr is not known yet."""
-        busy = {job.wanted.name for job in self.running} | set(self.failed)
+        """The most worthy run that can start: its lr is known, its pretraining is done."""
+        busy = {job.wanted.name for job in self.running} | set(self.failed) | set(self.skipped)
         for name, wanted in missing.items():
+            first = self.evidence.pretraining(wanted)
+            if first and self.checkpoint(first) is None:
+                continue
             if name not in busy and (wanted.lr is not None or wanted.design.search is None):
                 return wanted
         return None
@@ -200,7 +218,8 @@ class Campaign:
         """Minutes until everything is made, by the estimates."""
         start = sum(self.around) / max(1, len(self.around))
         foreseen = {n: self.evidence.minutes(w) + start for n, w in missing.items()}
-        total = sum(minutes for name, minutes in foreseen.items() if name not in self.failed)
+        gone = self.failed.keys() | self.skipped.keys()
+        total = sum(minutes for name, minutes in foreseen.items() if name not in gone)
         done = sum(min(job.minutes, foreseen.get(job.wanted.name, 0.0)) for job in self.running)
         return max(0.0, total - done) / self.jobs
 
@@ -213,7 +232,10 @@ class Campaign:
         for claim in self.claims:
             design = self.ledger.design_of(claim)
             if design.experiment is None:
-                yield f"{claim.id:<9} {'':>21}  {'no design yet':<26} {claim.claim}"
+                now = state(verdicts[claim.id])
+                yield f"{claim.id:<9} {'':>21}  {now:<26} {claim.claim}"
+                if design.command and verdicts[claim.id].reason:
+                    yield f"{'':<9} make it with: {design.command}"
                 continue
             wanted = self.evidence.wanted(claim, self.seeds)
             cost = sum(map(self.evidence.minutes, wanted))
@@ -233,8 +255,15 @@ class Campaign:
 
     def command(self, wanted: Wanted) -> list[str]:
         script, *options = wanted.arguments
-        options += [f"output_root={quoted(str(self.root))}", *self.overrides]
-        return [sys.executable, str(ROOT / script), *options]
+        options += [f"output_root={quoted(str(self.root))}"]
+        some = {key for design in self.ledger.designs.values() for key in design.takes}
+        foreign = tuple(f"{key}=" for key in some - set(wanted.design.takes))
+        options += [option for option in self.overrides if not option.startswith(foreign)]
+        first = self.evidence.pretraining(wanted)
+        if first:
+            options += ["init=checkpoint", f"init.path={quoted(str(self.checkpoint(first)))}"]
+        program = script.split() if script.startswith("-m ") else [str(ROOT / script)]
+        return [sys.executable, *program, *options]
 
     def make(self, budget: float | None) -> int:
         """Make what is missing, `jobs` at a time; return the exit code."""
@@ -277,11 +306,12 @@ class Campaign:
                 stopping = True
             if not ended:
                 time.sleep(0.1)
-        for name, reason in self.failed.items():
-            print(f"failed: {name}, {reason}", file=sys.stderr)
+        for what, runs in (("skipped", self.skipped), ("failed", self.failed)):
+            for name, reason in runs.items():
+                print(f"{what}: {name}, {reason}", file=sys.stderr)
         if self.failed:
             return 1
-        return PREEMPTED if self.signals else 0
+        return PREEMPTED if self.signals else BUSY if self.skipped else 0
 
     def start(self, wanted: Wanted) -> None:
         slots = {job.slot for job in self.running}
@@ -294,7 +324,17 @@ class Campaign:
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         log = self.root / "logs" / f"{wanted.run_name}_seed{wanted.seed}.log"
         command = self.command(wanted)
+        prepare = wanted.design.prepare
         with open(log, "a") as file:
+            if prepare and prepare not in self.prepared:
+                self.prepared.add(prepare)
+                subprocess.run(
+                    [sys.executable, "-m", *shlex.split(prepare)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment | {"PYTHONPATH": str(ROOT)},
+                )  # where it fails the run says what is missing
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
             process = subprocess.Popen(
@@ -320,6 +360,8 @@ class Campaign:
                 self.finished += 1
                 return
             self.failed[name] = f"its record is not the one the ledger asks for; see {job.log}"
+        elif code == BUSY:
+            self.skipped[name] = last_line(job.log)
         elif not (stopping and code in (PREEMPTED, -signal.SIGTERM, 128 + signal.SIGTERM)):
             self.failed[name] = f"exit code {code}, {job.log}: {last_line(job.log)}"
 
@@ -327,6 +369,8 @@ class Campaign:
         text = f"{job.wanted.name} "
         if job.wanted.name in self.failed:
             return text + "failed"
+        if job.wanted.name in self.skipped:
+            return text + "skipped: another process has it in hand"
         if job.process.returncode == DIVERGED:
             return text + "diverged"
         if job.process.returncode:

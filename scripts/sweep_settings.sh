@@ -15,7 +15,8 @@
 #   -- ...         Hydra overrides for every run
 #
 # At one image per GPU `sn` means `sn_in_ln`, as in the paper; the record says so.
-# Exit code: 0 all finished (or diverged, which is a result), 1 some failed, 2 bad usage.
+# A run that another process has in hand is skipped. Exit code: 0 all finished (or diverged, which is
+# a result), 1 some failed, 2 bad usage, 73 none failed, but some were skipped: the same line later.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -27,7 +28,7 @@ processes=1
 jobs=1
 dry_run=""
 usage() {
-    sed -n '2,20s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
     [ $# -eq 0 ] || echo "sweep_settings.sh: $1" >&2
     exit 2
 }
@@ -68,26 +69,34 @@ done
 
 logs=$output/logs
 [ -n "$dry_run" ] || mkdir -p "$logs"
-failed=$(mktemp)
-trap 'rm -f "$failed"; kill $(jobs -p) 2>/dev/null || true' EXIT
+failed=$(mktemp) skipped=$(mktemp)
+trap 'rm -f "$failed" "$skipped"; kill $(jobs -p) 2>/dev/null || true' EXIT
 
 run_one() { # name, command...
-    local name=$1 code=0
+    local name=$1 code=0 log=$logs/$1.log before=0
     shift
+    [ ! -f "$log" ] || before=$(wc -c <"$log") # another sweep may be writing there: append
     if [ "$jobs" -eq 1 ]; then
         echo "== $name"
-        "$@" 2>&1 | tee "$logs/$name.log" || code=${PIPESTATUS[0]}
+        "$@" 2>&1 | tee -a "$log" || code=${PIPESTATUS[0]}
     else
-        "$@" >"$logs/$name.log" 2>&1 || code=$?
-        echo "== $name: $(grep -v '^$' "$logs/$name.log" | tail -n 1)"
+        "$@" >>"$log" 2>&1 || code=$?
+        echo "== $name: $(grep -v '^$' "$log" | tail -n 1)"
     fi
-    # torchrun makes every exit code a 1
-    if [ "$code" -eq 1 ] && grep -q 'train_imagenet.py.*loss is not finite' "$logs/$name.log"; then
-        code=3
+    if [ "$code" -eq 1 ]; then # torchrun makes every exit code a 1
+        said=$(tail -c "+$((before + 1))" "$log" | grep 'train_imagenet.py' || true)
+        case $said in
+        *'loss is not finite'* | *'it diverged'*) code=3 ;;
+        *' is in use by '* | *' has ended meanwhile'*) code=73 ;;
+        esac
     fi
     case $code in
     0) ;;
     3) echo "== $name diverged" ;;
+    73)
+        echo "== $name skipped: another process has it in hand"
+        echo "$name" >>"$skipped"
+        ;;
     *) echo "$name (exit code $code, $logs/$name.log)" >>"$failed" ;;
     esac
 }
@@ -131,4 +140,9 @@ if [ -s "$failed" ]; then
     echo "failed:" >&2
     sed 's/^/  /' "$failed" >&2
     exit 1
+fi
+if [ -s "$skipped" ]; then
+    echo "skipped, another process has them in hand:" >&2
+    sed 's/^/  /' "$skipped" >&2
+    exit 73
 fi

@@ -113,7 +113,7 @@ def write_campaign(root, ledger, seeds=None, spread=0.5):
     """Every run that the made-up campaign of the ledger's designs has, in the paper's spirit."""
     chance = random.Random(0)
     for design in ledger.designs.values():
-        if design.experiment is None:
+        if design.search is None or design.task != "imagenet":
             continue
         cells = {cell for claim in ledger.claims if claim.design == design.name
                  for cell in claim.cells}  # fmt: skip

@@ -1,7 +1,9 @@
 """What the tests under fault share: tiny runs of every entrypoint, and killing them."""
 
 import atexit
+import contextlib
 import datetime
+import functools
 import gc
 import itertools
 import json
@@ -18,11 +20,12 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 from workers import processes
 
 from sn.training.run.checkpoint import load_checkpoint
-from sn.training.run.record import environment
+from sn.training.run.record import Recorder, environment
 from sn.training.run.stopping import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +37,7 @@ RUNS = {
         "train_imagenet",
         *("norm=sn", "setting.gpus=2", "setting.images_per_gpu=4", "schedule.epochs=4"),
         *("data.train_images=48", "evaluation.batch_average.batches=2", "checkpoint_steps=1"),
-        *("model.name=resnet8", "model.width=8"),
+        *("model.name=resnet8", "model.width=8", "log_steps=2"),
     ),
     "detection": (
         "train_detection",
@@ -50,7 +53,7 @@ RUNS = {
         *("norm=sn", "vgg.weights=random", "model.width=4", "model.residual_blocks=1"),
         *("photos.image_size=16", "photos.workers=0", "style.size=24", "schedule.steps=24"),
         *("loss.style_layers=[relu1_2,relu2_2]", "schedule.batch_size=2", "evaluation.images=2"),
-        *("importance_steps=5", "checkpoint_steps=1"),
+        *("importance_steps=5", "checkpoint_steps=1", "log_steps=3"),
     ),
     "enas": (
         "enas.search",
@@ -58,12 +61,12 @@ RUNS = {
         *("controller.hidden_size=8", "controller.num_groups=2", "child.layers=1"),
         *("child.filters=4", "child.nodes=2", "optimizer.batch_size=8"),
         *("evaluation.batch_size=8", "evaluation.images=20", "evaluation.candidates=2"),
-        "checkpoint_steps=1",
+        *("checkpoint_steps=1", "log_steps=2"),
     ),
     "enas_retrain": (
         "enas.retrain",
         *("data.train_images=48", "epochs=4", "child.layers=1", "child.filters=4", "arch=random"),
-        *("optimizer.batch_size=8", "arch_nodes=2", "checkpoint_steps=1"),
+        *("optimizer.batch_size=8", "arch_nodes=2", "checkpoint_steps=1", "log_steps=2"),
     ),
 }
 TIMES = {"wall_s", "images_per_s", "steps_per_s", "date", "commit", "device", "seconds"}
@@ -77,6 +80,43 @@ LONG = {
     "enas": ("epochs=400",),
     "enas_retrain": ("epochs=450",),
 }
+
+
+class Crash(Exception):
+    """What a crash raises: nothing in the code catches it."""
+
+
+@contextlib.contextmanager
+def crash_at(event, calls):
+    """Raise Crash at a moment just before or after one of `calls`, (owner, names of its functions).
+
+    `event` is the moment's number, or (its name, which of these). Yields the names of the moments
+    passed, so that a run with None counts them.
+    """
+    passed = []
+
+    def moment(name):
+        passed.append(name)
+        if event in (len(passed) - 1, (name, passed.count(name))):
+            raise Crash(name)
+
+    def wrap(owner, name):
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def wrapped(*args, **kwargs):
+            moment(f"before {name}")
+            result = function(*args, **kwargs)
+            moment(f"after {name}")
+            return result
+
+        patch.setattr(owner, name, wrapped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, names in (*calls, (Recorder, ("open", "metrics", "importance", "finish"))):
+            for name in names:
+                wrap(owner, name)
+        yield passed
 
 
 def start(module: str, *overrides: str, errors: Path | None = None) -> BaseProcess:
@@ -145,7 +185,7 @@ def outcome(folder: Path) -> dict:
     found = {"checkpoint": load_checkpoint(folder / "checkpoint.pt")}
     if (folder / "checkpoint_best.pt").exists():
         found["best"] = load_checkpoint(folder / "checkpoint_best.pt")
-    for name in ("metrics.jsonl", "importance.jsonl"):
+    for name in ("metrics.jsonl", "importance.jsonl", "steps.jsonl"):
         if (folder / name).exists():
             found[name] = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     found["summary"] = json.loads((folder / "summary.json").read_text())

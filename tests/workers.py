@@ -29,6 +29,7 @@ SCHEMAS = {  # root config -> module of its schema
     "enas": "enas.config",
     "enas_retrain": "enas.config",
     "nasbench201": "enas.config",
+    "darts": "enas.config",
 }
 
 

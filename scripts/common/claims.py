@@ -101,6 +101,10 @@ class Arm:
     lr_of: str  # the arm whose lr search counts
     set: Mapping[str, Any]
     cost: float
+    options: tuple[str, ...] = ()  # overrides in place of norm=
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what these are recorded as
+    settings: Mapping[str, str] = field(default_factory=dict)  # setting -> as it is run
+    pretrained: str | None = None  # arm of the design's `pretraining`
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,17 @@ class Search:
     seed: int
     key: str
     values: tuple[float, ...]
-    settings: tuple[str, ...]
+    settings: tuple[str | None, ...]
     chosen: str
+    of: str = "top1"  # the figure that chooses
 
 
 @dataclass(frozen=True)
 class Design:
-    """How the runs of some claims are made; `experiment` None: not designed yet."""
+    """How the runs of some claims are made: by an `experiment`, run by run, or by one command.
+
+    Neither `experiment` nor `record`: not designed yet.
+    """
 
     name: str
     task: str
@@ -128,7 +136,20 @@ class Design:
     facts: Mapping[str, Any] = field(default_factory=dict)
     search: Search | None = None
     arms: Mapping[str, Arm] = field(default_factory=dict)
-    minutes: Mapping[str, float] = field(default_factory=dict)
+    minutes: Mapping[str | None, float] = field(default_factory=dict)
+    record: str = ""  # JSONL below the clone: a line for each arm, arrays of seeds x points
+    command: str = ""  # that makes the record
+    figures: Mapping[str, str] = field(default_factory=dict)  # name -> array of the record
+    at: int | None = None  # the point whose column counts
+    prefix: str = ""  # of its runs' names, which must differ from other designs'
+    prepare: str = ""  # module and arguments, run before the first of its runs
+    takes: tuple[str, ...] = ()  # keys of the command line that not every design has
+    pretraining: "Design | None" = None  # whose runs its own start from
+    pretrained_at: str | None = None  # the setting of those
+
+    @property
+    def made(self) -> bool:
+        return self.experiment is not None or bool(self.record)
 
 
 @dataclass(frozen=True)
@@ -184,7 +205,9 @@ def _ledger(path: Path, data: Any) -> Ledger:
     for kind, keys in (("figures", ("unit", "what")), ("marks", ("kind", "what"))):
         for name, entry in top[kind].items():
             _fields(f"{kind}: {name}", entry, dict.fromkeys(keys, str))
-    designs = {name: _design(name, entry) for name, entry in top["designs"].items()}
+    designs: dict[str, Design] = {}
+    for name, entry in top["designs"].items():
+        designs[name] = _design(name, entry, designs)
     claims = [_claim(entry, number, top, designs) for number, entry in enumerate(top["claims"], 1)]
     ids = [claim.id for claim in claims]
     twice = next((name for name in ids if ids.count(name) > 1), None)
@@ -193,57 +216,117 @@ def _ledger(path: Path, data: Any) -> Ledger:
     return Ledger(path, top["judging"], top["figures"], designs, tuple(claims), top["marks"], *rest)
 
 
-def _design(name: str, entry: Any) -> Design:
+def _design(name: str, entry: Any, others: Mapping[str, Design]) -> Design:
     where = f"design {name}"
-    needed = {"task": str, "what": str, "experiment": str | None, "seeds": list}
+    needed = {"task": str, "what": str, "experiment": str | None, "seeds": list | str}
     made = isinstance(entry, dict) and entry.get("experiment") is not None
-    more = {"script": str, "facts": dict, "arms": dict, "minutes": dict}
+    recorded = isinstance(entry, dict) and "record" in entry
+    more = {"script": str, "facts": dict, "arms": dict, "minutes": dict | int | float}
+    if recorded:
+        more = {"record": str, "command": str, "figures": dict, "at": int} | {
+            key: more[key] for key in ("facts", "arms")
+        }
     entry = _fields(
         where,
         entry,
-        needed | (more if made else {}),
-        {"origin": str, "search": dict} | ({} if made else more),
+        needed | (more if made or recorded else {}),
+        {"origin": str, "search": dict, "prefix": str, "pretraining": dict}
+        | {"prepare": str, "takes": list}
+        | ({} if made or recorded else more),
     )
-    seeds = entry["seeds"]
-    _need(all(type(s) is int for s in seeds), f"{where}: seeds {seeds} are not whole numbers")
-    if not made:
+    seeds = _seeds(where, entry["seeds"])
+    if not (made or recorded):
         return Design(name, entry["task"], entry["what"], None, tuple(seeds))
     _need(len(seeds) >= 2, f"{where}: an interval needs two seeds or more, not {seeds}")
+    pretraining, pretrained_at = None, None
+    if "pretraining" in entry:
+        found = _fields(
+            f"{where}, pretraining", entry["pretraining"], {"design": str, "setting": str}
+        )
+        pretraining, pretrained_at = others.get(found["design"]), found["setting"]
+        known = pretraining and pretrained_at in pretraining.minutes
+        _need(known, f"{where}: pretraining {found} is of no design above it")
     arms = {}
     for arm, options in entry["arms"].items():
         place = f"{where}, arm {arm}"
-        options = _fields(
-            place, options, {"norm": str}, {"lr_of": str, "set": dict, "cost": int | float}
+        optional = {"lr_of": str, "set": dict, "cost": int | float, "options": list}
+        optional |= {"facts": dict, "settings": dict, "pretrained": str}
+        options = _fields(place, options, {"norm": str}, optional)
+        _need(
+            ("options" in options) == ("facts" in options),
+            f"{place}: `options` and `facts`, what they are recorded as, go together",
+        )
+        start = options.get("pretrained")
+        _need(
+            start is None or (pretraining and start in pretraining.arms),
+            f"{place}: pretrained {start!r} is no arm of the design's pretraining",
         )
         for key in options.get("set", {}):  # or its runs would count as those of other arms, too
             known = key in entry["facts"] or key.startswith("norm.")
             _need(known, f"{place}: {key!r} is not among the design's facts; add its usual value")
         lr_of = options.get("lr_of", arm)
         _need(lr_of in entry["arms"], f"{place}: lr_of {lr_of!r} is no arm of the design")
-        arms[arm] = Arm(arm, options["norm"], lr_of, options.get("set", {}), options.get("cost", 1))
+        arms[arm] = Arm(
+            arm,
+            options["norm"],
+            lr_of,
+            options.get("set", {}),
+            options.get("cost", 1),
+            tuple(options.get("options", ())),
+            options.get("facts", {}),
+            options.get("settings", {}),
+            start,
+        )
     search = None
     if "search" in entry:
         kinds = {"seed": int, "key": str, "values": list, "settings": list, "chosen": str}
-        found = _fields(f"{where}, search", entry["search"], kinds)
+        found = _fields(f"{where}, search", entry["search"], kinds, {"of": str})
         _need(
             found["seed"] not in seeds,
             f"{where}: the search's seed {found['seed']} is a confirmatory one, too",
         )
         values, settings = tuple(found["values"]), tuple(found["settings"])
-        search = Search(found["seed"], found["key"], values, settings, found["chosen"])
+        search = Search(
+            found["seed"], found["key"], values, settings, found["chosen"], found.get("of", "top1")
+        )
+    minutes = entry.get("minutes", 0)
+    if not isinstance(minutes, dict):  # a task without settings
+        minutes = {None: float(minutes)}
     return Design(
         name,
         entry["task"],
         entry["what"],
         entry["experiment"],
         tuple(seeds),
-        entry["script"],
+        entry.get("script", ""),
         entry.get("origin", ""),
         entry["facts"],
         search,
         arms,
-        entry["minutes"],
+        minutes,
+        entry.get("record", ""),
+        entry.get("command", ""),
+        entry.get("figures", {}),
+        entry.get("at"),
+        entry.get("prefix", ""),
+        entry.get("prepare", ""),
+        tuple(entry.get("takes", ())),
+        pretraining,
+        pretrained_at,
     )
+
+
+def _seeds(where: str, seeds: list | str) -> list[int]:
+    """A list of seeds, or a range such as 201-400."""
+    if isinstance(seeds, str):
+        first, _, last = seeds.partition("-")
+        _need(
+            first.isdigit() and last.isdigit() and int(first) < int(last),
+            f"{where}: seeds {seeds!r} are no range such as 1-5",
+        )
+        return list(range(int(first), int(last) + 1))
+    _need(all(type(s) is int for s in seeds), f"{where}: seeds {seeds} are not whole numbers")
+    return seeds
 
 
 def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Claim:
@@ -302,7 +385,7 @@ def _tests(
         for term in terms:
             name = term.figure.split(".")[0]
             _need(name in figures, f"{where}: unknown figure {name!r}; there are {_names(figures)}")
-            if design.experiment is not None:
+            if design.made:
                 _need(
                     term.arm in design.arms,
                     f"{where}: unknown arm {term.arm!r}; {design.name} has {_names(design.arms)}",
@@ -310,7 +393,7 @@ def _tests(
                 _need(
                     term.setting in design.minutes,
                     f"{where}: setting {term.setting!r} of {term.arm} has no minutes in "
-                    f"{design.name}; it has {_names(design.minutes)}",
+                    f"{design.name}; it has {_names(map(str, design.minutes))}",
                 )
         rest = math.fsum(term.weight for term in terms)
         single = len(terms) == 1 and rule == "equivalence"
@@ -388,14 +471,16 @@ class Wanted:
 
     design: Design
     arm: Arm
-    setting: str
+    setting: str | None
     seed: int
     lr: float | None
     search: bool = False
 
     @property
     def run_name(self) -> str:
-        return f"{self.arm.name}_{self.setting}" + (f"_lr{self.lr:g}" if self.search else "")
+        name = f"{self.design.prefix}{self.arm.name}"
+        name += f"_{self.setting}" if self.setting else ""
+        return name + (f"_lr{self.lr:g}" if self.search else "")
 
     @property
     def name(self) -> str:
@@ -408,14 +493,14 @@ class Wanted:
 
     @property
     def arguments(self) -> list[str]:
-        """The entrypoint and its overrides, without `output_root`."""
-        options = {
-            "experiment": self.design.experiment,
-            "norm": self.arm.norm,
-            "setting": self.setting,
-            "seed": self.seed,
-            "run_name": self.run_name,
-        }
+        """The entrypoint and its overrides, without `output_root` and `init.path`."""
+        options = {"experiment": self.design.experiment}
+        options |= dict(option.split("=", 1) for option in self.arm.options)
+        if not self.arm.options:
+            options["norm"] = self.arm.norm
+        if self.setting:
+            options["setting"] = self.arm.settings.get(self.setting, self.setting)
+        options |= {"seed": self.seed, "run_name": self.run_name}
         if self.design.search and self.lr is not None:
             options[self.design.search.key] = self.lr
         options |= self.arm.set
@@ -445,9 +530,10 @@ def fact(run: Run, key: str) -> Any:
 
 def is_arm(run: Run, design: Design, arm: Arm) -> bool:
     """Whether a run is of this design and arm, at any setting, seed and lr."""
-    if run.summary["task"] != design.task or run.summary.get("norm") != arm.norm:
+    if run.summary["task"] != design.task:
         return False
-    return all(fact(run, key) == value for key, value in (design.facts | arm.set).items())
+    own = arm.facts or {"norm": arm.norm}
+    return all(fact(run, key) == value for key, value in (design.facts | own | arm.set).items())
 
 
 @dataclass(frozen=True)
@@ -474,7 +560,8 @@ class Evidence:
     def of_arm(self, design: Design, arm: Arm) -> list[Run]:
         key = design.name, arm.name
         if key not in self._of_arm:
-            self._of_arm[key] = [run for run in self.runs if is_arm(run, design, arm)]
+            runs = read_record(design) if design.record else self.runs
+            self._of_arm[key] = [run for run in runs if is_arm(run, design, arm)]
         return self._of_arm[key]
 
     def choice(self, design: Design, arm: Arm) -> Choice | None:
@@ -493,10 +580,12 @@ class Evidence:
                     run
                     for run in self.of_arm(design, arm)
                     if run.seed == search.seed
-                    and run.setting == setting
+                    and run.setting == _as_run(arm, setting)
                     and _equal(fact(run, search.key), value)
                 ]
-                top1 = figure(found[0], "top1") if found else None
+                top1 = figure(found[0], search.of) if found else None
+                if found and found[0].diverged and top1 is None:
+                    top1 = 0.0
                 if top1 is None:
                     missing.append(Wanted(design, arm, setting, search.seed, value, search=True))
                 else:
@@ -515,7 +604,9 @@ class Evidence:
         choice = self.choice(design, arm)
         seeds = {}
         for run in self.of_arm(design, arm):
-            if run.setting != setting or (design.search and run.seed == design.search.seed):
+            if run.setting != _as_run(arm, setting):
+                continue
+            if design.search and run.seed == design.search.seed:
                 continue
             if choice is not None and not _equal(fact(run, design.search.key), choice.lr):
                 continue
@@ -525,7 +616,7 @@ class Evidence:
     def wanted(self, claim: Claim, seeds: Sequence[int] | None = None) -> list[Wanted]:
         """What a claim still needs: searches first, then its runs, seed by seed."""
         design = self.ledger.design_of(claim)
-        if design.experiment is None:
+        if design.experiment is None:  # none yet, or one command makes all of them
             return []
         searches, runs = [], []
         for name, _ in claim.cells:
@@ -538,7 +629,20 @@ class Evidence:
                 lr = choice.lr if choice else None
                 if seed not in self.cell(design, name, setting):
                     runs.append(Wanted(design, arm, setting, seed, lr))
-        return list({wanted.name: wanted for wanted in [*searches, *runs]}.values())
+        every: dict[str, Wanted] = {}
+        for wanted in [*searches, *runs]:
+            first = self.pretraining(wanted)
+            if first and first.seed not in self.cell(first.design, first.arm.name, first.setting):
+                every.setdefault(first.name, first)
+            every.setdefault(wanted.name, wanted)
+        return list(every.values())
+
+    def pretraining(self, wanted: Wanted) -> Wanted | None:
+        """The run whose checkpoint a run starts from, made or not."""
+        before, name = wanted.design.pretraining, wanted.arm.pretrained
+        if before is None or name is None:
+            return None
+        return Wanted(before, before.arms[name], wanted.design.pretrained_at, wanted.seed, None)
 
     def minutes(self, wanted: Wanted) -> float:
         """What a run will take: the mean of its like, or else the estimate at the design's pace.
@@ -556,11 +660,45 @@ class Evidence:
                     continue
                 took += wall / 60
                 estimated += design.minutes[run.setting] * arm.cost
-                if (arm.name, run.setting) == (wanted.arm.name, wanted.setting):
+                same = run.setting == _as_run(arm, wanted.setting)
+                if arm.name == wanted.arm.name and same:
                     alike.append(wall / 60)
         if alike:
             return math.fsum(alike) / len(alike)
         return wanted.minutes * (took / estimated if estimated else 1.0)
+
+
+def read_record(design: Design) -> list[Run]:
+    """The runs of a design that one command makes: one for each arm and seed of its record.
+
+    A record that is not there has none. Raises LedgerError for a broken one.
+    """
+    path = ROOT / design.record
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        runs = []
+        for line in map(json.loads, lines):
+            column = line["points"].index(design.at)
+            shared = {
+                key: line.get(key) for key in ("data", "device", "versions", "commit", "date")
+            }
+            for index, seed in enumerate(line["seeds"]):
+                summary = shared | {"task": design.task, "norm": line["arm"], "seed": seed}
+                summary |= {"run": f"{design.task}/{line['arm']}/seed{seed}", "status": "finished"}
+                summary["wall_s"] = line["seconds"] / len(line["seeds"])
+                for name, array in design.figures.items():
+                    summary[name] = line[array][index][column]
+                config = line["config"] | {"norm": line["config"].get("controller")}
+                config.pop("controller", None)  # what the arms differ in
+                runs.append(Run(path, summary, config))
+    except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise LedgerError(f"{path}: {type(error).__name__}: {error}") from None
+    return runs
+
+
+def _as_run(arm: Arm, setting: str | None) -> str | None:
+    """The setting that an arm's runs at `setting` have."""
+    return setting if setting is None else arm.settings.get(setting, setting)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -765,7 +903,7 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
 def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     """Effects and p-value of one claim, without the correction."""
     design = evidence.ledger.design_of(claim)
-    if design.experiment is None:
+    if not design.made:
         outcomes = [Outcome(test, {}) for test in claim.tests]
         return Verdict(claim, UNDECIDED, "no design yet", outcomes, [], [])
     cells = {cell: evidence.cell(design, *cell) for cell in claim.cells}
@@ -775,7 +913,7 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     verdict = Verdict(claim, UNDECIDED, "", outcomes, runs, missing)
     verdict.diverged = sum(run.diverged for run in runs)
     total = len(claim.cells) * len(design.seeds)
-    confirmatory = sum(not wanted.search for wanted in missing)
+    confirmatory = sum(not wanted.search and wanted.design is design for wanted in missing)
     twice = [f"{name} {setting} seed {seed}"
              for (name, setting), seeds in cells.items()
              for seed, found in seeds.items() if len(found) > 1]  # fmt: skip
@@ -790,8 +928,10 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
         for run in evidence.of_arm(design, design.arms[name])
     ):
         verdict.reason = "no runs yet"
+    elif design.record and any(set(found) != set(design.seeds) for found in cells.values()):
+        verdict.reason = f"missing: seeds of {design.record}"
     elif missing:
-        searches = len(missing) - confirmatory
+        searches = sum(wanted.search for wanted in missing)
         parts = [f"{confirmatory} of {total} runs"] if confirmatory else []
         parts += [f"{searches} of its lr searches"] if searches else []
         verdict.reason = f"missing: {' and '.join(parts)}"

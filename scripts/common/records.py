@@ -28,8 +28,8 @@ STATISTICS = ("in", "ln", "gn", "bn")
 FIGURE_SETTINGS = ("8x32", "8x16", "8x8", "8x4", "8x2", "8x1", "1x8", "1x16", "1x32")
 # Keys of config.yaml that do not change what a run computes, or that a table's cell fixes.
 NOT_RECIPE = {"seed", "output_dir", "run_name", "hydra", "root", "workers", "num_workers"}
-NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "backend"}
-NOT_RECIPE |= {"experiment", "scale", "emulation", "world_size", "parts_name"}
+NOT_RECIPE |= {"device", "progress", "resume", "download", "tensorboard", "log_every", "log_steps"}
+NOT_RECIPE |= {"backend", "experiment", "scale", "emulation", "world_size", "parts_name"}
 
 # What a summary holds, key by key: a type (float: any finite number, [x]: a list of x, a
 # dictionary: the same within). A key that ends in ? may be null or missing.
@@ -64,6 +64,11 @@ OF_TASK = {
         **{"name": str, "data": DATA, "model": NAME, "scale": NAME, "parameters": int},
         **{"epochs": int, "retrained_val_top1?": float, "retrained_test_top1?": float},
         "test_images?": int,
+    },
+    "darts": {
+        **{"operations": NAME, "gates": NAME, "norm": NAME, "statistics?": [str], "data": DATA},
+        **{"model": NAME, "scale": NAME, "top1?": float, "cell?": str, "cell_accuracy?": float},
+        **{"convolutions?": int, "skip_connections?": int},
     },
 }
 SPENT = ("child_steps", "controller_updates", "images_seen", "images_scored")
@@ -109,10 +114,10 @@ class Run:
         return self.summary["seed"]
 
     @property
-    def setting(self) -> str:
-        """`<gpus>x<images per GPU>` as run, whatever name the config had for it."""
-        setting = self.summary["setting"]
-        return f"{setting['gpus']}x{setting['images_per_gpu']}"
+    def setting(self) -> str | None:
+        """`<gpus>x<images per GPU>` as run, whatever name the config had; None: a task without."""
+        setting = self.summary.get("setting")
+        return setting and f"{setting['gpus']}x{setting['images_per_gpu']}"
 
     @property
     def diverged(self) -> bool:
@@ -198,8 +203,7 @@ def read_run(folder: Path, task: str | None = None) -> Run | None:
         if task is not None and summary["task"] != task:
             return None
         path = folder / "config.yaml"
-        config = _parse(_text(path), yaml.safe_load)
-        _check_config(config)
+        config = _config(path)
         path = folder / "importance.jsonl"
         importance = _read_lines(path)
         finite = summary["status"] != "diverged"
@@ -211,6 +215,20 @@ def read_run(folder: Path, task: str | None = None) -> Run | None:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Run(folder, summary, config, importance, metrics)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml. Raises ValueError, with its path first, if it is no tree of mappings."""
+    try:
+        return _config(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    config = _parse(_text(path), yaml.safe_load)
+    _check_config(config)
+    return config
 
 
 def _text(path: Path) -> str:

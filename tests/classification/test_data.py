@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 import struct
 from collections import Counter
 
@@ -942,3 +943,35 @@ def test_exif_rotation_is_left_as_stored(tmp_path):
     exif[274] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
     assert read_image(tmp_path / "x.jpg").size == (6, 4)
+
+
+def test_hidden_folders_and_files_are_no_data(tmp_path):
+    """Notebooks, macOS and network drives leave them; a link to nothing is a bad image."""
+    root = folder_with_bad_images(tmp_path, bad=0)
+    before = load_image_folder("x", str(root), image_size=8, resize=8)
+    for part in ("train", "val"):
+        for name in (".ipynb_checkpoints", "__MACOSX", "a/.ipynb_checkpoints"):
+            (root / part / name).mkdir()
+            Image.new("RGB", (9, 9)).save(root / part / name / "0.png")
+        (root / part / "a" / "._0.png").write_bytes(b"no image")
+    data = load_image_folder("x", str(root), image_size=8, resize=8)
+    assert data.num_classes == 2 and data.describe() == before.describe()
+    odd = b"\xff.png".decode("utf-8", "surrogateescape")
+    (root / "train" / "a" / odd).symlink_to("nowhere")
+    bad = BadImages(tmp_path / "bad_images.txt", limit=3)
+    images = load_image_folder("x", str(root), image_size=8, resize=8, bad=bad).train
+    assert len(images) == 9 and all(images[index][0].size == (9, 9) for index in range(9))
+    (line,) = bad.lines()
+    assert r"\udcff.png: a link to nothing" in line
+
+
+def test_a_single_class_is_refused(tmp_path):
+    root = folder_with_bad_images(tmp_path, bad=0)
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "b")
+        (root / part / ".hidden").mkdir()
+    with pytest.raises(ValueError, match="train has one class alone, a; expected <root>/train/"):
+        load_image_folder("x", str(root), image_size=8, resize=8)
+    shutil.rmtree(root / "train" / "a")
+    with pytest.raises(FileNotFoundError, match="no folders of classes in .*train"):
+        load_image_folder("x", str(root), image_size=8, resize=8)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import workers
 import yaml
-from faults import assert_same
+from faults import Crash, assert_same, crash_at
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -244,43 +244,13 @@ def test_metrics_of_a_padded_epoch(tmp_path, tiny):
 # --- resumption
 
 
-class Crash(Exception):
-    """What a crash raises: nothing in the code catches it."""
-
-
-@contextlib.contextmanager
-def crash_at(event: int | None):
-    """Raise Crash at the `event`-th moment just before or after a call that matters.
-
-    Yields the list of moments passed, so that a run with None counts them.
-    """
-    passed = []
-
-    def moment(name):
-        passed.append(name)
-        if len(passed) - 1 == event:
-            raise Crash(name)
-
-    def wrap(owner, name):
-        function = getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            moment(f"before {name}")
-            result = function(*args, **kwargs)
-            moment(f"after {name}")
-            return result
-
-        patch.setattr(owner, name, wrapped)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("train_step", "validate", "train_one_epoch"):
-            wrap(train_imagenet, name)
-        wrap(session, "save_checkpoint")
-        for name in ("open", "metrics", "importance", "finish"):
-            wrap(session.Recorder, name)
-        wrap(train_imagenet.sn, "batch_average")
-        wrap(torch, "save")
-        yield passed
+CALLS = (
+    (train_imagenet, ("train_step", "validate", "train_one_epoch")),
+    (session, ("save_checkpoint",)),
+    (train_imagenet.sn, ("batch_average",)),
+    (torch, ("save",)),
+)
+crash_at = functools.partial(crash_at, calls=CALLS)
 
 
 RESUMED = {

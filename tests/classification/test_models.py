@@ -88,6 +88,29 @@ def test_small_cifar_resnets(name, blocks, width):
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
+@pytest.mark.parametrize("norm", ["bn", "sn"])
+def test_thin_resnets(norm):
+    """Of width 64 torchvision's ResNet-18; of width 16 the same with a quarter of the channels."""
+    ours = build("resnet18", "thin", norm, 10, "cpu", width=64).eval()
+    theirs = build("resnet18", "torchvision", norm, 10, "cpu").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 33, 40)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    thin = build("resnet18", "thin", norm, 10, "cpu", width=16).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        quarter = [max(1, n // 4) if n >= 64 else n for n in tensor.shape]
+        assert list(thin[name].shape) == quarter, name
+    ten = build("resnet10", "thin", norm, 10, "cpu", width=8)
+    assert sum(isinstance(m, nn.Conv2d) for m in ten.modules()) == 9 + 3  # and projections
+    assert ten(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name, width", [("resnet34", 16), ("resnet10", None), ("resnet10", 12)])
+def test_impossible_thin_resnet(name, width):
+    with pytest.raises(ValueError, match=f"{name}"):
+        build(name, "thin", width=width)
+
+
 def test_width_of_a_foreign_model():
     with pytest.raises(ValueError, match="model.width=8.*use null"):
         build("resnet50", width=8)

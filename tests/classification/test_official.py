@@ -1,5 +1,6 @@
 """The authors' checkpoints: a network of their layer, written from its description, and ours."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from torch import nn
 
 import sn
 from sn.training.classification.models import build_model
-from sn.training.classification.official import convert_official, read_official, unfilled_statistics
+from sn.training.classification.official import convert_official, unfilled_statistics
+from sn.training.run.checkpoint import load_network
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).parents[2]
@@ -93,7 +95,7 @@ def test_outputs_are_the_official_networks(name, using_bn, tmp_path):
     state = official_state(theirs)
     path = tmp_path / "model.pth"
     torch.save({"epoch": 3, "state_dict": state, "best_prec1": 76.9, "optimizer": {}}, path)
-    converted = convert_official(read_official(path))
+    converted = convert_official(load_network(path))
     assert converted["build"] == {"name": name, "source": "torchvision", "num_classes": 7}
     assert converted["norm"]["statistics"] == ["in", "ln", "bn"][: 2 + using_bn]
     model = ours(converted)
@@ -107,7 +109,7 @@ def test_outputs_are_the_official_networks(name, using_bn, tmp_path):
     for key in ("layer1.0.bn2.mean_weight", "layer1.0.bn2.weight"):
         expected = theirs.get_parameter(key)
         torch.testing.assert_close(model.get_parameter(key), expected.view(-1))
-    assert ours(convert_official(read_official(path), 0.997)).bn1.momentum == pytest.approx(0.003)
+    assert ours(convert_official(load_network(path), 0.997)).bn1.momentum == pytest.approx(0.003)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
@@ -115,7 +117,7 @@ def test_prefixes_and_unfilled_statistics(prefix, tmp_path):
     state = official_state(official_network("resnet18"), prefix)
     state[f"{prefix}layer2.0.sn1.running_var"].zero_()
     torch.save(state, tmp_path / "bare.pth")
-    converted = convert_official(read_official(tmp_path / "bare.pth"))
+    converted = convert_official(load_network(tmp_path / "bare.pth"))
     assert unfilled_statistics(converted["model"]) == ["layer2.0.bn1.running_var"]
 
 
@@ -147,14 +149,14 @@ class Surprise:
 
 def test_nothing_in_the_file_is_executed(tmp_path, capsys):
     torch.save({"state_dict": {"a": torch.zeros(1)}, "args": Surprise()}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="bad.pth is not a checkpoint of plain tensors"):
-        read_official(tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="cannot read weights from .*bad.pth"):
+        load_network(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds no state"):
-        read_official(tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="list.pth: it holds a list, not a dictionary"):
+        load_network(tmp_path / "list.pth")
     with pytest.raises(FileNotFoundError):
-        read_official(tmp_path / "none.pth")
+        load_network(tmp_path / "none.pth")
 
 
 # --- the layer's option ---------------------------------------------------------------------------
@@ -247,3 +249,61 @@ def test_empty_file_is_one_message(script, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert str(path) in result.stderr and not (tmp_path / "out.pt").exists()
+
+
+@pytest.fixture
+def load(load_script):
+    """What scripts/evaluate_checkpoint.py makes of a file: the network."""
+    script = load_script("evaluate_checkpoint")
+
+    def load(path, **options):
+        given = {"model": None, "source": "cifar", "norm": "sn", "data": "digits"} | options
+        return script.load(argparse.Namespace(checkpoint=path, **given))[0]
+
+    return load
+
+
+def a_checkpoint(prefix="", **changed):
+    build = {"name": "resnet8", "source": "cifar", "num_classes": 10, "width": 8}
+    model = build_model(**build, norm=sn.make_norm("sn"))
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    return {"build": build | changed, "norm": {"name": "sn"}, "model": state}, model
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])
+def test_wrapped_networks_are_evaluated(prefix, load, tmp_path):
+    content, model = a_checkpoint(prefix)
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(x)
+    torch.save(content, tmp_path / "c.pt")
+    assert torch.equal(load(tmp_path / "c.pt").eval()(x), expected)
+    content["build"].pop("width")  # as a run's checkpoint has it: beside its config
+    config = {"model": {"name": "resnet8", "source": "cifar", "width": 8}, "norm": {"name": "sn"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"data": {"name": "digits"}}))
+    torch.save({"model": content["model"]}, tmp_path / "c.pt")
+    assert torch.equal(load(tmp_path / "c.pt").eval()(x), expected)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"width": 10**7}, "model.width=10000000; expected a whole number, 1 to 4096"),
+        ({"num_classes": 10**12}, "size mismatch for fc.weight"),  # no memory is taken for it
+        ({"name": 3}, "unknown CIFAR model"),
+        ({"whidth": 8}, "whidth"),
+    ],
+    ids=str,
+)
+def test_options_in_a_file_are_checked(changed, message, load, tmp_path):
+    torch.save(a_checkpoint(**changed)[0], tmp_path / "c.pt")
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "c.pt")
+    assert message in str(error.value) and str(tmp_path / "c.pt") in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["model: &x {name: *x}", "- 1", "model: [1]", "a: ["])
+def test_config_beside_it_that_is_none(text, load, tmp_path):
+    torch.save({"model": a_checkpoint()[0]["model"]}, tmp_path / "c.pt")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load(tmp_path / "c.pt")

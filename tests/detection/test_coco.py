@@ -14,6 +14,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import datasets
 
+from sn.training.classification.data import IMAGENET_MEAN, IMAGENET_STD, build_data
 from sn.training.detection import digits
 from sn.training.detection.data import (
     GroupedSampler,
@@ -23,7 +24,7 @@ from sn.training.detection.data import (
     load_coco,
     read_run_lengths,
 )
-from sn.training.detection.digits import write_digits_coco
+from sn.training.detection.digits import write_digit_crops, write_digits_coco
 from sn.training.detection.evaluation import evaluate_detections
 from sn.training.detection.predict import read_picture
 
@@ -432,6 +433,48 @@ def test_augmentation_moves_boxes_and_masks_together(tmp_path):
                 extent = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
                 assert np.abs(np.array(extent) - box).max() <= 2
     assert {64, 96, 160} <= shapes and max(shapes) == 160  # shorter where 200 is the limit
+
+
+def test_crops_of_the_digits(tmp_path):
+    """One a digit, in its class's folder: the square of twice the box around its centre."""
+    root = tmp_path / "digits"
+    write_digits_coco(root, 12, 12, size=96)
+    folder = write_digit_crops(root, 32)
+    assert write_digit_crops(root, 32) == folder == root / "crops"
+    whole = 0
+    for split in ("train", "val"):
+        content = json.loads((root / f"annotations/instances_{split}2017.json").read_text())
+        crops = sorted((folder / split).rglob("*.png"), key=lambda path: path.stem[-6:])
+        assert len(crops) == len(content["annotations"]) > 20
+        for path, found in zip(crops, content["annotations"]):
+            assert path.parent.name == str(found["category_id"] - 1)
+            picture = Image.open(root / f"{split}2017" / f"{found['image_id']:06d}.png")
+            x, y, width, height = found["bbox"]
+            side = max(width, height)
+            left, top = x + width // 2 - side, y + height // 2 - side
+            square = (left, top, left + 2 * side, top + 2 * side)
+            if min(square) >= 0 and square[2] <= picture.width and square[3] <= picture.height:
+                expected = picture.crop(square).resize((32, 32), Image.BICUBIC)
+                assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
+                whole += 1
+    assert whole > 5
+
+    data = build_data("digit_crops", root=str(folder))
+    assert len(data.train) == len(list((folder / "train").rglob("*.png")))
+    image, label = data.val[0]  # the first image of the first class
+    assert label == 0 and image.shape == (3, 32, 32)
+    first = min((folder / "val" / "0").iterdir())
+    expected = (np.asarray(Image.open(first)).transpose(2, 0, 1) / 255).astype(np.float32)
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    shown = data.evaluation.usual(image)
+    np.testing.assert_allclose(shown.numpy(), (expected - mean) / std, atol=1e-5)
+    assert not data.augmentation.usual.flip and data.augmentation.usual.padding == 4
+    assert len(build_data("digit_crops", root=str(folder), train_images=7).train) == 7
+    with pytest.raises(ValueError, match="data.train_images=999, but there are"):
+        build_data("digit_crops", root=str(folder), train_images=999)
+    Image.new("RGB", (8, 8)).save(folder / "val" / "0" / "other.png")
+    with pytest.raises(ValueError, match="of val differ in size"):
+        build_data("digit_crops", root=str(folder))
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from coco_files import write
-from faults import assert_same
+from faults import Crash, assert_same, crash_at
 from PIL import Image
 from workers import composed, config, run_in_group
 
@@ -102,9 +102,9 @@ def record(folder):
     """What a run leaves, without timing: everything that must not depend on interruptions."""
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     state["progress"].pop("wall_s")
-    metrics = lines(folder / "metrics.jsonl")
-    for line in metrics:
-        line.pop("steps_per_s")
+    steps = lines(folder / "steps.jsonl")
+    for line in steps:
+        assert line.pop("steps_per_s") > 0 and line.pop("images_per_s") > 0
     summary = json.loads((folder / "summary.json").read_text())
     for key in ("wall_s", "date", "commit", "device"):
         summary.pop(key)
@@ -112,7 +112,8 @@ def record(folder):
     best = torch.load(folder / "checkpoint_best.pt", weights_only=True)
     best["progress"].pop("wall_s")
     return {
-        "metrics": metrics,
+        "metrics": lines(folder / "metrics.jsonl"),
+        "steps": steps,
         "importance": lines(importance) if importance.exists() else None,
         "summary": summary,
         "config": (folder / "config.yaml").read_text(),
@@ -337,39 +338,11 @@ def test_lr_by_images(digits, tmp_path, monkeypatch):
 # --- resumption
 
 
-class Crash(Exception):
-    """What a crash raises: nothing in the code catches it."""
-
-
-@contextlib.contextmanager
-def crash_at(event):
-    """Raise Crash at the `event`-th moment just before or after a call that matters."""
-    passed = []
-
-    def moment(name):
-        passed.append(name)
-        if len(passed) - 1 == event:
-            raise Crash(name)
-
-    def wrap(owner, name):
-        function = getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            moment(f"before {name}")
-            result = function(*args, **kwargs)
-            moment(f"after {name}")
-            return result
-
-        patch.setattr(owner, name, wrapped)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("train_step", "evaluate", "write_predictions"):
-            wrap(train_detection, name)
-        for name in ("save_checkpoint", "keep_best"):
-            wrap(session, name)
-        for name in ("open", "metrics", "importance", "finish"):
-            wrap(session.Recorder, name)
-        yield passed
+CALLS = (
+    (train_detection, ("train_step", "evaluate", "write_predictions")),
+    (session, ("save_checkpoint", "keep_best")),
+)
+crash_at = functools.partial(crash_at, calls=CALLS)
 
 
 # lines of metrics after steps 2 and 4, evaluations with them; a checkpoint after every step
@@ -579,10 +552,11 @@ def test_predict_mode(trained, digits, tmp_path):
     out = tmp_path / "out"
     results = predicted(trained, digits / "val2017", out)
     assert json.loads((out / "predictions.json").read_text()) == results
-    assert {path.name for path in out.glob("*.png")} == {f"{i:06d}.png.png" for i in (1, 2, 3)}
+    assert {path.name for path in out.glob("*.png")} == {f"{i:06d}.png" for i in (1, 2, 3)}
     for result in results:
         assert result["category"] in "0123456789" and result["file_name"].endswith(".png")
         assert "segmentation" in result
+    assert max(Image.open(out / "000001.png").size) >= 480
     one = predicted(trained, digits / "val2017" / "000001.png", out)
     assert {r["file_name"] for r in one} <= {"000001.png"}
 
@@ -595,6 +569,18 @@ def test_other_modes_need_neither_data_nor_initial_weights():
         config(options[0], "mode=evaluate", root="detection")
     with pytest.raises(ValueError, match="init.path is not set; add init.path=... to the command"):
         config(options[0], "data.root=/data", root="detection")
+
+
+def test_names_of_predicted_pictures(trained, digits, tmp_path):
+    """a.png and a.jpg get one each, and no image is written over."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg", "b.jpg"):
+        Image.open(digits / "val2017" / "000001.png").save(folder / name)
+    predicted(trained, folder, out)
+    assert {path.name for path in out.glob("*.png")} == {"a_png.png", "a_jpg.png", "b.png"}
+    with pytest.raises(ValueError, match="is where the images are; choose another folder"):
+        predicted(trained, folder, folder)
 
 
 @pytest.mark.parametrize(
@@ -630,7 +616,7 @@ def test_predict_leaves_out_what_it_cannot_read(trained, digits, tmp_path, capsy
     Image.new("RGB", (300, 1)).save(folder / "thin.png")
     with pytest.raises(ValueError, match="2 of 3 images were left out: cannot read .*a.png"):
         predicted(trained, folder, out)
-    assert sorted(path.name for path in out.iterdir()) == ["c.png.png", "predictions.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["c.png", "predictions.json"]
     assert "thin.png has 300 x 1 pixels: nothing is left" in capsys.readouterr().err
 
 
@@ -744,3 +730,14 @@ def test_overfits_eight_images(tmp_path):
         root="detection",
     )
     assert train_detection.train(cfg)["box_ap"] > 80
+
+
+def test_pictures_of_a_folder(tmp_path):
+    for name in ("b.png", "a.JPG", "._a.JPG", "text.txt", ".hidden.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "c.png").symlink_to("nowhere")  # named when it is read
+    names = [path.name for path in predict.picture_files(tmp_path)]
+    assert names == ["a.JPG", "b.png", "c.png"]
+    with pytest.raises(ValueError, match="no image"):
+        predict.picture_files(tmp_path / "folder.png")

@@ -1,7 +1,6 @@
 """Tables 4.2-4.4, tables of detection proxies and the figure of weights per part, from records."""
 
 import csv
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,21 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 AP = {"box_ap": 12.0, "box_ap50": 30.0, "box_ap75": 5.0, "box_ap_l": 20.0, "box_ap_m": 10.0}
 AP |= {"box_ap_s": None, "mask_ap": None}
 MODELS = {"c4": "faster_rcnn_r50_c4", "fpn": "faster_rcnn_r50_fpn", "mask": "mask_rcnn_r50_fpn"}
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """`main` of a script, called with its arguments."""
-
-    def call(name, *args):
-        path = ROOT / "scripts" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setattr(sys, "argv", [str(path)])
-        spec.loader.exec_module(module)
-        module.main([str(arg) for arg in args])
-
-    return call
 
 
 def write_run(root, parts, init="scratch", seed=0, /, **changes):
@@ -193,7 +177,7 @@ def test_masks_and_divergence(script, tmp_path):
 def test_unlike_runs_are_not_averaged(script, tmp_path):
     write_run(tmp_path, ("sn",) * 3, "scratch", 0)
     folder = write_run(tmp_path, ("sn",) * 3, "scratch", 1, box_ap=20.0)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "log_steps": 7}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1, "momentum": 7}))
     assert row_of(tables(script, tmp_path), "sn-sn-sn")[3] == "12.0, 20.0 (runs unlike)"
 
 

@@ -13,6 +13,7 @@ from torchvision.models.detection import (
 
 import sn
 from sn.training.classification.models import build_model
+from sn.training.classification.pretrained import pretrained_weights
 from sn.training.detection import detectors
 from sn.training.detection.detectors import build_detector
 
@@ -272,18 +273,20 @@ def test_blocks_of_layers():
 # --- pretraining
 
 
-@pytest.mark.parametrize("norm", ["bn", "gn", "sn"])
-def test_weights_of_a_classifier(norm, tmp_path):
+@pytest.mark.parametrize(
+    "norm, name, width", [("bn", "resnet18", None), ("gn", "resnet10", 16), ("sn", "resnet10", 16)]
+)
+def test_weights_of_a_classifier(norm, name, width, tmp_path):
     """A train_imagenet.py checkpoint: everything but fc arrives."""
-    classifier = build_model("resnet18", "torchvision", 10, sn.make_norm(norm))
+    source = "thin" if width else "torchvision"
+    classifier = build_model(name, source, 10, sn.make_norm(norm), width=width)
     for tensor in classifier.state_dict().values():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5)
     torch.save({"model": classifier.state_dict(), "progress": {"epoch": 3}}, tmp_path / "c.pt")
-    weights = detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "c.pt"))
-    model = build_detector(
-        "faster_rcnn_fpn", 5, norms(norm), weights=weights, **SMALL | {"box_head": "mlp"}
-    )
+    weights = pretrained_weights("checkpoint", name, str(tmp_path / "c.pt"))
+    options = SMALL | {"box_head": "mlp", "backbone": name, "backbone_width": width}
+    model = build_detector("faster_rcnn_fpn", 5, norms(norm), weights=weights, **options)
     body = model.backbone.body.state_dict()
     expected = {k: v for k, v in classifier.state_dict().items() if not k.startswith("fc")}
     assert body.keys() == expected.keys()
@@ -332,19 +335,29 @@ def test_weights_of_another_network():
 
 def test_unreadable_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.pt"):
-        detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "none.pt"))
+        pretrained_weights("checkpoint", "resnet18", str(tmp_path / "none.pt"))
     with pytest.raises(ValueError, match="needs init.path"):
-        detectors.pretrained_weights("checkpoint", "resnet18", None)
+        pretrained_weights("checkpoint", "resnet18", None)
     with pytest.raises(ValueError, match="needs init=checkpoint"):
-        detectors.pretrained_weights("scratch", "resnet18", "x.pt")
+        pretrained_weights("scratch", "resnet18", "x.pt")
     with pytest.raises(ValueError, match="imagenet1k"):
-        detectors.pretrained_weights("imagenet1k", "resnet18", None)
+        pretrained_weights("imagenet1k", "resnet18", None)
     (tmp_path / "text.pt").write_text("no checkpoint")
     with pytest.raises(ValueError, match="text.pt"):
-        detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "text.pt"))
+        pretrained_weights("checkpoint", "resnet18", str(tmp_path / "text.pt"))
     torch.save({"epoch": 3}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="holds no state dict"):
-        detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="init.path: .*other.pt holds no state"):
+        pretrained_weights("checkpoint", "resnet18", str(tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."]
+)
+def test_weights_of_a_wrapped_network(prefix, tmp_path):
+    weights = {"conv1.weight": torch.ones(2), "layer1.0.bn1.bias": torch.zeros(3)}
+    torch.save({"model": {prefix + k: v for k, v in weights.items()}}, tmp_path / "w.pt")
+    found = detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "w.pt"))
+    assert found.keys() == weights.keys()
 
 
 NAMES = {"backbone": "sn", "fpn": "sn", "box_head": "sn", "mask_head": "none"}

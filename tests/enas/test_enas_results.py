@@ -1,9 +1,7 @@
 """scripts/plot_enas.py on made-up records, and the records that are kept."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,9 @@ BUDGET = ("epochs", "child_steps", "controller_updates", "images_seen", "images_
 
 
 @pytest.fixture
-def plot(monkeypatch):
+def plot(load_script):
     """`main` of scripts/plot_enas.py."""
-    spec = importlib.util.spec_from_file_location("plot_enas", ROOT / "scripts/plot_enas.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "argv", ["scripts/plot_enas.py"])
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("plot_enas").main
 
 
 def write_search(root, norm, seed, top1, **changes):

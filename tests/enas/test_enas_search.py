@@ -1,6 +1,5 @@
 """enas.search as a user meets it: records, resumption, budgets, errors; its configs."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -17,7 +16,7 @@ import pytest
 import torch
 import workers
 import yaml
-from faults import assert_same
+from faults import Crash, assert_same, crash_at
 from torch.utils.tensorboard import SummaryWriter
 
 from enas import search as search_module
@@ -329,41 +328,11 @@ def test_switches_run(options, tmp_path):
 # --- resumption
 
 
-class Crash(Exception):
-    """What a crash raises: nothing in the code catches it."""
-
-
-@contextlib.contextmanager
-def crash_at(event):
-    """Raise Crash at a moment just before or after a call that matters, given by its number.
-
-    `event` may also be (name of the moment, which of these).
-    """
-    passed = []
-
-    def moment(name):
-        passed.append(name)
-        if event in (len(passed) - 1, (name, passed.count(name))):
-            raise Crash(name)
-
-    def wrap(owner, name):
-        function = getattr(owner, name)
-
-        def wrapped(*args, **kwargs):
-            moment(f"before {name}")
-            result = function(*args, **kwargs)
-            moment(f"after {name}")
-            return result
-
-        patch.setattr(owner, name, wrapped)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("child_step", "controller_step", "validate", "choose"):
-            wrap(search_module, name)
-        wrap(session, "save_checkpoint")
-        for name in ("open", "metrics", "importance", "finish"):
-            wrap(session.Recorder, name)
-        yield passed
+CALLS = (
+    (search_module, ("child_step", "controller_step", "validate", "choose")),
+    (session, ("save_checkpoint",)),
+)
+crash_at = functools.partial(crash_at, calls=CALLS)
 
 
 NOISE = ["child.dropout=0.3", "child.drop_path=0.3"]  # everything that draws random numbers

@@ -18,7 +18,7 @@ import workers
 from faults import user_environment
 from torch.utils.tensorboard import SummaryWriter
 
-from enas import nasbench201, nasbench201_seeds, samplers
+from enas import benchmark, nasbench201, nasbench201_seeds, samplers
 from enas.benchmark import curves, read_cell, read_table
 from enas.controller import Baseline, reinforce_loss
 from sn.training.run.stopping import Preempted
@@ -373,3 +373,11 @@ def test_record_of_many_seeds(path, tmp_path, table, capsys):
 def test_arms_compose(arm):
     config = nasbench201_seeds.compose_config("t.csv", "cifar10", nasbench201_seeds.ARMS[arm])
     assert config.cells == 1000 and config.points[-1] == 1000
+
+
+def test_a_table_that_unpacks_without_end(tmp_path, monkeypatch):
+    path = tmp_path / "t.csv.xz"
+    path.write_bytes(lzma.compress(bytes(10**6)))
+    monkeypatch.setattr(benchmark, "LARGEST", 10**5)
+    with pytest.raises(ValueError, match="t.csv.xz, line 1: more than 100000 bytes"):
+        benchmark.read_table(path, "cifar10")

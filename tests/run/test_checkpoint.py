@@ -18,9 +18,13 @@ from sn.training.run.checkpoint import (
     fitting,
     keep_best,
     load_checkpoint,
+    load_network,
     load_weights,
+    plain_names,
+    restore,
     save_checkpoint,
 )
+from sn.training.run.session import Progress
 
 
 def state(number):
@@ -398,5 +402,124 @@ def test_damaged_weights_are_named(name, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         load_weights(tmp_path / "none.pth")
     torch.save(torch.ones(2), tmp_path / "tensor.pth")
-    with pytest.raises(ValueError, match="holds a Tensor"):
+    with pytest.raises(ValueError, match="tensor.pth: it holds a Tensor, not a dictionary"):
         load_weights(tmp_path / "tensor.pth")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        {"a.weight": 1, "b": 2},
+        {"module.a.weight": 1, "module.b": 2},
+        {"_orig_mod.a.weight": 1, "_orig_mod.b": 2},
+        {"module._orig_mod.a.weight": 1, "module._orig_mod.b": 2},
+        {"_orig_mod.module.a.weight": 1, "_orig_mod.module.b": 2},
+        {"_orig_mod.module.module.a._orig_mod.weight": 1, "_orig_mod.module.module.b": 2},
+        {"a._orig_mod.module.weight": 1, "b": 2},  # a part alone is wrapped
+        {"a.module.weight": 1, "b": 2},
+        {"n_averaged": 9, "module.module.a.weight": 1, "module.module.b": 2},  # AveragedModel
+        {"_fsdp_wrapped_module.a._checkpoint_wrapped_module.weight": 1, "b": 2},
+    ],
+    ids=lambda state: list(state)[0],
+)
+def test_names_without_wrappers(wrapped):
+    assert plain_names(wrapped) == {"a.weight": 1, "b": 2}
+
+
+def test_names_are_those_of_the_wrapped_network():
+    """What torch's own wrappers make of names is undone; a child that is called module stays."""
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    names = list(network.state_dict())
+    network[0] = torch.compile(network[0])
+    wrapped = torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(torch.compile(network)))
+    assert list(plain_names(wrapped.state_dict())) == names
+    for state in ({"module.w": 1, "other": 2}, {"module": 1}, {"x.module.w": 1, "x.w": 2}):
+        assert plain_names(state) == state
+    with pytest.raises(ValueError, match="_orig_mod.a is a without its wrappers"):
+        plain_names({"a": 1, "_orig_mod.a": 2})
+
+
+@pytest.mark.parametrize("around", ["model", "state_dict", None])
+def test_network_in_a_file(around, tmp_path):
+    state = {"module._orig_mod.a": torch.ones(2), "epoch": 3}
+    torch.save({around: state, "norm": "sn"} if around else state, tmp_path / "w.pth")
+    found = load_network(tmp_path / "w.pth")
+    assert list(found) == ["a"] and torch.equal(found["a"], torch.ones(2))
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth holds no state"):
+        load_network(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1, 2], "it holds a list, not a dictionary"),
+        (torch.ones(2), "it holds a Tensor, not a dictionary"),
+        ({3: torch.ones(2), "model": {}}, "it has the key 3; expected names"),
+        ({"model": {(1, 2): torch.ones(2)}}, "it has the key (1, 2); expected names"),
+    ],
+    ids=str,
+)
+def test_contents_of_another_shape(content, message, path, capsys):
+    torch.save(content, path)
+    if "(1, 2)" not in message:
+        with pytest.raises(ValueError, match="no readable checkpoint"):
+            load_checkpoint(path)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError) as error:
+        load_network(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_pipe_in_its_place(path):
+    """To open it would wait for ever, in reading as in saving."""
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_weights(path)
+    save_checkpoint(path, state(1))
+    assert number_in(path) == 1
+
+
+def test_an_archive_that_would_unpack_is_refused_unread(path, monkeypatch):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(10**6))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", None)  # reads all of it
+    with pytest.raises(ValueError, match="bytes would unpack to 1,000,000"):
+        load_weights(path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "progress, message",
+    [
+        ({"step": -3}, "progress.step=-3; expected a whole number, 0 or more"),
+        ({"epoch": 3, "step": 1}, "epoch 3, step 1 are beyond the run's 3 x 5"),
+        ({"epoch": 4}, "epoch 4, step 0 are beyond"),
+        ({"step": 10**9}, "step 1000000000 are beyond"),
+        ({"step": 10**30}, "progress.step=1000000000000000000000000000000; expected"),
+        ({"step": "abc"}, "progress.step=abc; expected a whole number"),
+        ({"step": 1.5}, "progress.step=1.5; expected a whole number"),
+        ({"step": None}, "progress.step=None; expected a whole number"),
+        ({"wall_s": float("nan")}, "progress.wall_s=nan; expected a number"),
+        ({"best": "abc"}, "progress.best=abc; expected a number"),
+        ({"sums": 3}, "progress.sums=3; expected"),
+        ({"sums": {"loss": "abc"}}, "progress.sums={'loss': 'abc'}; expected"),
+        ({"steps": 3}, "unknown key progress.steps; did you mean step?"),
+        ([1], r"progress=[1]; expected a group of keys"),
+    ],
+    ids=str,
+)
+def test_edited_progress_is_refused(progress, message):
+    with pytest.raises(ValueError) as error:
+        restore("c.pt", {"progress": progress}, {}, Progress, epochs=3, steps=5)
+    assert str(error.value).startswith("checkpoint c.pt does not fit this run: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_progress_comes_back_as_it_was():
+    values = {"epoch": 2, "step": 5, "sums": {"loss": 0.1}, "best": 1 / 3, "wall_s": 0.7}
+    found = restore("c.pt", {"progress": values}, {}, Progress, epochs=3, steps=5)
+    assert vars(found) == vars(Progress(**values)) and type(found) is Progress

@@ -76,7 +76,7 @@ def groups(kind, prefix=""):
 def wrong_type(hint):
     """Values of the command line that are none of `hint`."""
     if hint is bool:
-        return ["abc", "", 0.5, [1], {"a": 1}]  # a whole number counts: not 0 is true
+        return ["abc", "", 0.5, 0, 1, 3, 1.0, "yes", "on", "1", "t", [1], {"a": 1}]
     if hint is int:
         return ["abc", "", 0.5, 3.0, True, NAN, INF, [1], {"a": 1}, "1e3"]
     if hint is float:
@@ -152,11 +152,10 @@ def test_every_value_of_a_wrong_type_is_named(root):
         values = wrong_type(hint) + wrong_range(hint, metadata)
         for value in values if null else [*values, None]:
             text = refused(root, key, value)
-            keys = rf"({re.escape(key)}(\[\d\])?|run_name)"  # names are a part of run_name
-            named = re.match(rf"{keys}=(.*); expected (.+)", text, re.DOTALL)
+            named = re.match(rf"{re.escape(key)}(\[\d\])?=(.*); expected (.+)", text, re.DOTALL)
             assert named, (key, value, text)
-            shown = named.group(3)
-            if named.group(1) != "run_name" and not isinstance(value, dict | list | None | bool):
+            shown = named.group(2)
+            if not isinstance(value, dict | list | None | bool):
                 assert shown[:80] == str(value)[:80], (key, value, text)
             count += 1
     assert count > 150
@@ -219,6 +218,40 @@ def test_a_wrong_value_takes_milliseconds(root):
     assert time.process_time() - began < 20 * 0.2
 
 
+@pytest.mark.parametrize(
+    "root, key",
+    [
+        ("detection", "model.parts_name"),
+        ("enas", "names.random"),
+        ("imagenet", "norm.name"),
+        ("nasbench201", "run_name"),
+    ],
+)
+def test_a_bad_part_of_a_name_is_named_itself(root, key):
+    """run_name is made of it."""
+    overrides = ["sampler=random"] if key == "names.random" else []
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}=\.\./up; expected a name"):
+        config(*SMALL.get(root, ()), *overrides, f"{key}=../up", root=root)
+
+
+@pytest.mark.parametrize("value", ["3", "0", "yes", "1.0", "on"])
+def test_only_true_and_false_are_bools(value, tmp_path):
+    """On the command line, and as a number in a file; OmegaConf takes them for true."""
+    with pytest.raises(ValueError, match=f"^deterministic={value}; expected true or false"):
+        config(f"deterministic={value}")
+    assert config("deterministic=true").deterministic is True
+    (tmp_path / "experiment").mkdir()
+    for text, right in ((value, value in ("yes", "on")), ("false", True)):  # YAML's own true
+        file = tmp_path / "experiment" / "mine.yaml"
+        file.write_text(f"# @package _global_\ndeterministic: {text}\n")
+        words = (f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+        if right:
+            assert config(*words).deterministic is (text != "false")
+        else:
+            with pytest.raises(ValueError, match=f"deterministic={text}; expected true or false"):
+                config(*words)
+
+
 YAML = [  # what stands in the experiment's file, what the user reads
     ({"sed": 1}, "unknown key sed; did you mean seed?"),
     ({"setting": {"gpu": 1}}, "unknown key setting.gpu; did you mean gpus?"),
@@ -235,7 +268,12 @@ def test_experiment_files_are_checked(root, content, message, tmp_path):
         return
     if "setting" in content and "setting" not in base(root):
         content, message = {"child": {"filter": 1}}, "unknown key child.filter; did you mean filt"
-        if "child" not in base(root):
+        if "network" in base(root):
+            content, message = (
+                {"network": {"cell": 1}},
+                "unknown key network.cell; did you mean cel",
+            )
+        elif "child" not in base(root):
             content, message = {"schedule": {"step": 1}}, "unknown key schedule.step; did you mean"
     (tmp_path / "experiment").mkdir()
     text = f"# @package _global_\n{yaml.safe_dump(content)}"
@@ -281,6 +319,8 @@ def test_open_mappings():
         ({"momentum": 5}, "norm.momentum=5; expected a number, 0 to 1, or null"),
         ({"momentum": "abc"}, "norm.momentum=abc; expected a number"),
         ({"momentum": True}, "norm.momentum=True; expected a number"),
+        ({"affine": 3}, "norm.affine=3; expected true or false"),
+        ({"unbiased": "on"}, "norm.unbiased=on; expected true or false"),
     ):
         with pytest.raises(ValueError, match=message):
             check_open(values, "norm", NormKeys)

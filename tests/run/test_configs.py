@@ -199,7 +199,7 @@ def test_run_folder_is_the_runs_own():
     folders = [complete(*overrides)["output_dir"] for overrides in runs]
     assert len(set(folders)) == len(folders)
     by_data = {complete(o)["output_dir"] for o in OPTIONS if o.startswith("data=")}
-    assert len(by_data) == 3
+    assert len(by_data) == 4
     assert folders[0] == config(*runs[0]).output_dir
 
 

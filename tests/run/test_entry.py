@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from sn.training.run import entry
@@ -14,8 +15,9 @@ from sn.training.run.stopping import Preempted
 CONFIG = OmegaConf.structured(
     RunConfig(
         seed=0, precision="fp32", channels_last=False, device="cpu", deterministic=False,
-        checkpoint_steps=0, keep_checkpoints=2, max_skipped_steps=0, timeout_minutes=30.0,
-        note=None, run_name="toy", output_root="outputs", output_dir="outputs/toy",
+        plan=False, log_steps=0, checkpoint_steps=0, keep_checkpoints=2,
+        max_skipped_steps=0, timeout_minutes=30.0, note=None, run_name="toy",
+        output_root="outputs", output_dir="outputs/toy",
     )
 )  # fmt: skip
 
@@ -45,11 +47,26 @@ def ends_with(error, capsys, monkeypatch, **environment):
         (KeyboardInterrupt(), 130, "goes on from the last checkpoint"),
         (torch.OutOfMemoryError("CUDA out of memory.\nlong"), 2, "CUDA out of memory. Use setting"),
         (ValueError(), 2, "ValueError"),
+        (ValueError("note=" + "x" * 5000), 2, "xxx... (5005 characters)"),
+        (ValueError("a b " * 5000), 2, "a b ... (20000 characters)"),
+        (OverflowError("math range error"), 2, "too large for this machine: math range error"),
+        (MemoryError(), 2, "too large for this machine: MemoryError; choose smaller"),
     ],
 )
 def test_known_errors_are_one_line(error, code, wanted, capsys, monkeypatch):
     found, text = ends_with(error, capsys, monkeypatch)
     assert found == code and wanted in text and text.count("\n") == 1
+
+
+def test_what_no_memory_can_hold_is_one_line(capsys, monkeypatch):
+    """What torch raises for it on this machine, not what we think it does."""
+    for sizes in ([2**50], [2**62, 2**62], [2**70]):
+        with pytest.raises((RuntimeError, TypeError)) as error:
+            torch.empty(sizes)
+        code, text = ends_with(error.value, capsys, monkeypatch)
+        assert code == 2 and text.count("\n") == 1 and "too large" in text, text
+    with pytest.raises(RuntimeError, match="a bug"):
+        entry.run(lambda config: (_ for _ in ()).throw(RuntimeError("a bug")), CONFIG)
 
 
 def test_rank_and_worker_errors(capsys, monkeypatch):
@@ -111,3 +128,20 @@ def test_deterministic_is_applied():
         entry.prepare(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("error", [RecursionError("maximum depth"), yaml.YAMLError("line 3")])
+def test_a_config_file_that_cannot_be_read(error, capsys, monkeypatch):
+    """One that refers to itself has no end. Once a run has begun, it would be a bug."""
+
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py"])
+    monkeypatch.setattr(entry, "_begun", False)
+    with pytest.raises(SystemExit) as end:
+        entry.start(main, "imagenet")
+    assert end.value.code == 2 and "cannot be read: " in capsys.readouterr().err
+    monkeypatch.setattr(entry, "_begun", True)
+    with pytest.raises(type(error)):
+        entry.start(main, "imagenet")

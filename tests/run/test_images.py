@@ -1,10 +1,15 @@
 """read_image: every kind of file, and what its use asks for."""
 
+import io
+import os
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from sn.training.run.images import read_image
+from sn.training.run.display import say
+from sn.training.run.images import BadImages, is_hidden, listed, read_image
 
 
 def gradient(width=12, height=8):
@@ -124,3 +129,54 @@ def test_the_limit_is_named_and_a_setting(tmp_path, monkeypatch):
         read_image(path, "picture", max_megapixels=0.009)
     assert read_image(path, "picture", max_megapixels=0.01).size == (100, 100)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+ODD = b"caf\xe9 \xff.png".decode("utf-8", "surrogateescape")  # a name that is not UTF-8
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")  # to open it would wait for ever
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere")
+    for name, what in (("pipe", "no regular file"), ("folder", "no regular file"),
+                       ("link", "a link to nothing"), ("none", "no such file")):  # fmt: skip
+        path = tmp_path / f"{name}.png"
+        with pytest.raises(ValueError) as error:
+            read_image(path)
+        assert str(error.value) == f"cannot read image {path}: {what}"
+
+
+@pytest.mark.parametrize("name", [".DS_Store", ".ipynb_checkpoints", "._1.jpg", "__MACOSX"])
+def test_hidden_names(name):
+    assert is_hidden(name) and not is_hidden(name.strip("._"))
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    """They are read, hashed as their bytes, noted and said in characters that there are."""
+    gradient().save(tmp_path / ODD)
+    assert read_image(tmp_path / ODD).size == (12, 8)
+    size = (tmp_path / ODD).stat().st_size
+    assert listed(tmp_path / ODD, tmp_path) == b"caf\xe9 \xff.png %d\n" % size
+    assert listed(tmp_path / "é.png", tmp_path) == "é.png 0\n".encode()
+    (tmp_path / ODD).write_bytes(b"")
+    bad = BadImages(tmp_path / "bad_images.txt", limit=1)
+    for _ in range(2):  # noted once
+        with pytest.raises(ValueError) as error:
+            read_image(tmp_path / ODD)
+        bad.add(error.value)
+    (line,) = bad.lines()
+    assert r"caf\udce9 \udcff.png" in line and r"caf\udce9" in capsys.readouterr().err
+
+
+def test_an_output_without_such_characters(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    say("top-1 é \udcff")
+    assert out.getvalue() == b"top-1 \\xe9 \\udcff\n"
+
+
+def test_list_of_bad_images_that_is_no_text(tmp_path):
+    path = tmp_path / "bad_images.txt"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"{path} is no text"):
+        BadImages(path, limit=1).lines()

@@ -1,6 +1,9 @@
 """The records of a run: config, lines per epoch, importance per block, TensorBoard events."""
 
 import json
+import math
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +12,13 @@ import torch
 import torchvision
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 from workers import CONFIGS, config
 
 import sn
 from sn.training.classification.models import build_model
-from sn.training.run.config import recorded
+from sn.training.run.config import machine_keys, recorded
 from sn.training.run.record import (
     Recorder,
     block_averages,
@@ -369,28 +373,29 @@ def test_tensorboard(tmp_path):
     with torch.no_grad():
         model.layer1[0].mean_weight.copy_(torch.tensor([3.0, 2.0, 1.0]))
     recorder.importance(0, model)
+    recorder.step(7, {"epoch": 1, "loss": 2.0})
     recorder.metrics(1, {"train/loss": 2.5, "val/top1": 40.0, "lr": 0.1, "nothing": None})
     recorder.importance(1, model, figure=True)
     recorder.finish({})
     log = events(tmp_path)
     tags = set(log.Tags()["scalars"])
     layers = ("bn1", "layer1.0", "layer1.1", "layer2.0")
-    wanted = {"train/loss", "val/top1", "lr"}
+    wanted = {"1_train/loss", "2_val/top1", "4_run/lr", "3_steps/loss"}
     for moment in ("mean", "var"):
         for statistic in ("in", "ln", "bn"):
-            wanted |= {f"importance/{moment}/{layer}/{statistic}" for layer in layers}
+            wanted |= {f"7_importance_layers/{moment}/{layer}/{statistic}" for layer in layers}
             wanted |= {
-                f"importance_block/{moment}/{block}/{statistic}"
+                f"6_importance/{moment}/{block}/{statistic}"
                 for block in ("stem", "layer1", "layer2")
             }
     assert tags == wanted
     assert log.Tags()["images"] == ["importance"]
-    assert [(event.step, event.value) for event in log.Scalars("train/loss")] == [(1000, 2.5)]
+    assert [(event.step, event.value) for event in log.Scalars("1_train/loss")] == [(1000, 2.5)]
     softmax = torch.tensor([3.0, 2.0, 1.0]).softmax(0)
-    first, second = log.Scalars("importance/mean/layer1.0/in")
+    first, second = log.Scalars("7_importance_layers/mean/layer1.0/in")
     assert (first.step, second.step) == (0, 1000)
     assert first.value == pytest.approx(softmax[0].item())
-    block = log.Scalars("importance_block/mean/layer1/in")[0].value
+    block = log.Scalars("6_importance/mean/layer1/in")[0].value
     assert block == pytest.approx((softmax[0].item() + 1 / 3) / 2)
 
 
@@ -400,7 +405,7 @@ def test_tensorboard_after_a_resume(tmp_path):
     recorder = write(tmp_path, epoch=2)
     recorder.metrics(3, {"train/loss": 7.0})
     recorder.finish({})
-    curve = events(tmp_path).Scalars("train/loss")
+    curve = events(tmp_path).Scalars("1_train/loss")
     assert [event.step for event in curve] == [1000, 2000, 3000]
     assert curve[-1].value == 7.0
 
@@ -413,8 +418,82 @@ def test_tensorboard_after_a_start_from_nothing(tmp_path):
     recorder.metrics(1, {"train/loss": 7.0})
     recorder.finish({})
     log = events(tmp_path)
-    assert [event.value for event in log.Scalars("train/loss")] == [7.0]
-    assert [event.step for event in log.Scalars("importance/mean/bn1/in")] == [0]
+    assert [event.value for event in log.Scalars("1_train/loss")] == [7.0]
+    assert [event.step for event in log.Scalars("7_importance_layers/mean/bn1/in")] == [0]
+
+
+def test_tensorboard_has_a_page_of_importance_weights(tmp_path):
+    """Two charts a block, each with the curves of its statistics alone."""
+    recorder = write(tmp_path)
+    recorder.importance(0, Net())
+    recorder.finish({})
+    log = events(tmp_path)
+    (event,) = log.Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    mean, variance = page.category
+    assert (mean.title, variance.title) == tuple(
+        f"importance weights of the {moment}" for moment in ("mean", "variance")
+    )
+    for category, moment in ((mean, "mean"), (variance, "var")):
+        assert [chart.title for chart in category.chart] == ["stem", "layer1", "layer2"]
+        for chart in category.chart:
+            (pattern,) = chart.multiline.tag
+            found = {key for key in log.Tags()["scalars"] if re.match(pattern, key)}
+            wanted = {f"6_importance/{moment}/{chart.title}/{s}" for s in ("in", "ln", "bn")}
+            assert found == wanted
+
+
+PER_EPOCH = 3000  # more steps than TensorBoard's axis has places in an epoch
+
+
+@pytest.mark.parametrize("unit", ["epoch", "step"])
+@pytest.mark.parametrize("done", [0, 1, 700, 701, 3000, 3001, 4400, 6000])
+def test_lines_of_steps_after_a_resume(unit, done, tmp_path):
+    """Wherever the checkpoint was, no line and no event is missing or there twice."""
+
+    def steps_to(recorder, first, last):
+        for step in range(first, last + 1):
+            if step % 700 == 0 or step == last:
+                recorder.step(step, {"loss": float(step)})
+            if unit == "epoch" and step % PER_EPOCH == 0:
+                recorder.metrics(step // PER_EPOCH, {"train/loss": float(step)})
+
+    def begun(done):
+        recorder = Recorder(tmp_path, CONFIG, unit=unit)
+        count = done // PER_EPOCH if unit == "epoch" else done
+        recorder.open(count if done else -1, done, PER_EPOCH)
+        return recorder
+
+    recorder = begun(0)
+    steps_to(recorder, 1, 6300)
+    recorder.close()
+    recorder = begun(done)
+    steps_to(recorder, done + 1, 6300)
+    recorder.finish({})
+    expected = [*range(700, 6301, 700)]
+    found = read_jsonl(tmp_path / "steps.jsonl")
+    assert found == [{"step": step, "loss": float(step)} for step in expected]
+    log = events(tmp_path)
+    curve = log.Scalars("3_steps/loss")
+    assert [event.value for event in curve] == expected
+    places = expected if unit == "step" else [math.ceil(step / 3) for step in expected]
+    assert [event.step for event in curve] == places
+    if unit == "epoch":
+        assert [(e.step, e.value) for e in log.Scalars("1_train/loss")] == [
+            (1000, 3000),
+            (2000, 6000),
+        ]
+
+
+def test_keys_that_say_nothing(tmp_path):
+    """A key that became the machine's stands in old records, and does not stop them."""
+    write(tmp_path, CONFIG | {"log_steps": 20}).close()
+    with pytest.raises(ValueError, match="log_steps: 20 there, None asked for"):
+        Recorder(tmp_path, CONFIG)
+    cfg = config("data=cifar10")
+    Recorder(tmp_path, CONFIG, unrecorded=machine_keys(type(cfg)))
+    assert {"data.root", "setting.emulation", "log_steps"} <= machine_keys(type(cfg))
+    assert not {"data.name", "seed", "data"} & machine_keys(type(cfg))
 
 
 def test_environment():
@@ -423,3 +502,45 @@ def test_environment():
     assert record["device"].startswith("CPU")
     assert record["versions"]["torch"] in torch.__version__
     assert record["commit"] is None or len(record["commit"].removesuffix("-dirty")) == 40
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "importance.jsonl"])
+def test_lines_that_are_gone_are_missed(name, tmp_path):
+    """A checkpoint knows how many there were; those of a broken run beyond it do not count."""
+    recorder = write(tmp_path)
+    for count in (1, 2, 3):
+        recorder.metrics(count, {"loss": 1.0})
+        recorder.importance(count, nn.Sequential(sn.SwitchNorm2d(2)))
+    known = dict(recorder.lines)
+    assert known == {"metrics.jsonl": 3, "importance.jsonl": 3}
+    recorder.close()
+    again = Recorder(tmp_path, CONFIG)
+    again.count_lines(3, known)
+    assert again.lines == known | {"steps.jsonl": 0}
+    path = tmp_path / name
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=f"{name} has only 2 of the 3 lines"):
+        again.count_lines(3, known)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{name} has only 0 of the 3 lines"):
+        again.count_lines(3, known)
+    again.count_lines(3, {})  # a checkpoint from before does not say
+
+
+@pytest.mark.parametrize("content", ["a: &x {b: *x}", "a: &x [*x]", "- 1", "a: [", b"\xff", None])
+def test_config_that_is_none(content, tmp_path):
+    """A self-referring one too; None: a pipe, which to open would wait for ever."""
+    path = tmp_path / "config.yaml"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{tmp_path}.* (is not a run's config|another config)"):
+        Recorder(tmp_path, CONFIG)
+
+
+def test_summary_that_is_a_pipe(tmp_path):
+    recorder = write(tmp_path)
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        recorder.summary()

@@ -38,8 +38,9 @@ NAN = math.nan
 def config(folder, **changed):
     values = dict(
         seed=0, precision="fp32", channels_last=False, device="cpu", deterministic=False,
-        checkpoint_steps=0, keep_checkpoints=2, max_skipped_steps=0, timeout_minutes=30.0,
-        note=None, run_name="toy", output_root="outputs", output_dir=str(folder),
+        plan=False, log_steps=2, checkpoint_steps=0, keep_checkpoints=2,
+        max_skipped_steps=0, timeout_minutes=30.0, note=None, run_name="toy",
+        output_root="outputs", output_dir=str(folder),
     )  # fmt: skip
     return RunConfig(**(values | changed))
 
@@ -66,7 +67,7 @@ def images(number):
 
 
 def train_step(run, model, optimizer, number):
-    """One update towards the sum of the inputs; its loss counts unless it is skipped."""
+    """One update towards the sum of the inputs; its loss, which counts unless it is skipped."""
     x = images(number)
     optimizer.zero_grad()
     run.guard.begin(model)
@@ -75,6 +76,8 @@ def train_step(run, model, optimizer, number):
     if run.allows(loss, model, lambda: model(x)):
         optimizer.step()
         run.progress.add(loss=loss.item(), count=1)
+        return loss.detach()
+    return None
 
 
 def loss_of(model, x):
@@ -103,8 +106,8 @@ def by_epochs(cfg, identity="these images"):
         for epoch in run.epochs():
             first = epoch * STEPS
             for _, step in run.steps(range(run.progress.step, STEPS), STEPS):
-                train_step(run, model, optimizer, first + step)
-                run.step_done(IMAGES)
+                loss = train_step(run, model, optimizer, first + step)
+                run.step_done(IMAGES, lr=0.1, loss=loss)
             sums = run.progress.sums
             metrics = {"loss": sums["loss"] / sums["count"], "val": evaluate(run, model)}
             run.end_epoch(metrics, SCORES[first + STEPS])
@@ -119,11 +122,11 @@ def by_steps(cfg, identity="these images"):
         total = EPOCHS * STEPS
         model, optimizer = begin(run, identity, steps=total)
         for _, step in run.steps(range(run.progress.step, total), total):
-            train_step(run, model, optimizer, step)
+            loss = train_step(run, model, optimizer, step)
             run.recorder.metrics(step + 1, {"loss": mean_loss(run)})
             if (step + 1) % 3 == 0:
                 run.record_importance(step + 1)
-            run.step_done(IMAGES)
+            run.step_done(IMAGES, lr=0.1, loss=loss)
         return run.finish({"score": 0.5, "loss": evaluate(run, model)})
 
 
@@ -143,8 +146,8 @@ def by_steps_evaluated(cfg, identity="these images"):
         if run.progress.sums and run.progress.step in SCORES:  # stopped before it was recorded
             recorded(run.progress.step)
         for _, step in run.steps(range(run.progress.step, total), total):
-            train_step(run, model, optimizer, step)
-            run.step_done(IMAGES, evaluates=step + 1 in SCORES)
+            loss = train_step(run, model, optimizer, step)
+            run.step_done(IMAGES, step + 1 in SCORES, lr=0.1, loss=loss)
             if step + 1 in SCORES:
                 recorded(step + 1)
         return run.finish({"score": 0.5, "loss": evaluate(run, model)})
@@ -215,7 +218,7 @@ def crash_at(event, folder=None):
             wrap(sys.modules[__name__], name)
         for name in ("step_done", "end_epoch", "scored"):
             wrap(Session, name)
-        for name in ("open", "metrics", "importance", "finish"):
+        for name in ("open", "metrics", "step", "importance", "finish"):
             wrap(session.Recorder, name)
         for name in ("save_checkpoint", "newest_checkpoint"):
             wrap(session, name)
@@ -426,13 +429,82 @@ def test_told_to_stop(train, place, number, tmp_path, quick, monkeypatch, capsys
     assert_same(outcome(folder), outcome(tmp_path / "whole"), place)
 
 
+# --- lines of steps
+
+
+@pytest.mark.parametrize("log_steps", [0, 1, 2, 3])
+@kinds
+def test_lines_of_steps(train, log_steps, tmp_path, quick, monkeypatch, capsys):
+    """Means of the steps since the last line, which an epoch's end forgets; metrics are others."""
+    losses, step = [], HERE.train_step
+
+    def watched(*args):
+        losses.append(step(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(HERE, "train_step", watched)
+    train(config(tmp_path, log_steps=log_steps, max_skipped_steps=1))
+    losses = [loss.item() for loss in losses]
+    total, ends = EPOCHS * STEPS, set()
+    if train is by_epochs:
+        due = [
+            n for n in range(1, total + 1) if log_steps and ((n - 1) % STEPS + 1) % log_steps == 0
+        ]
+        ends = set(range(0, total, STEPS))
+    else:
+        also = SCORES if train is by_steps_evaluated else {total}
+        due = [n for n in range(1, total + 1) if n in also or log_steps and n % log_steps == 0]
+    path = tmp_path / "steps.jsonl"
+    found = record.read_jsonl(path) if path.exists() else []
+    assert [line["step"] for line in found] == due
+    printed = capsys.readouterr().out
+    for line, last, this in zip(found, [0, *due], due):
+        first = max(n for n in {last, *ends} if n < this)
+        assert line["loss"] == pytest.approx(sum(losses[first:this]) / (this - first))
+        assert line["lr"] == 0.1 and line["images_per_s"] > line["steps_per_s"] > 0
+        assert line.get("epoch") == ((this - 1) // STEPS + 1 if train is by_epochs else None)
+        assert printed.count(f"loss {line['loss']:.4g}  lr 0.1  ") == 1
+    assert printed.count(" left") == len(due)
+
+
+@kinds
+def test_lines_of_steps_pass_over_skipped_updates(train, tmp_path, quick, monkeypatch):
+    """One whose updates were all skipped is left out; and nothing is not a number in one."""
+    poison(monkeypatch, [1, 2, 4], "loss")
+    options = dict(max_skipped_steps=3, log_steps=1 if train is by_epochs else 2)
+    with contextlib.suppress(KeyError):  # the toy's epoch without a step
+        train(config(tmp_path, **options))
+    if train is by_epochs:
+        assert not (tmp_path / "steps.jsonl").exists()
+        return
+    found = record.read_jsonl(tmp_path / "steps.jsonl")
+    assert [line["step"] for line in found] == [4, 6]
+    assert all(math.isfinite(line["loss"]) for line in found)
+
+
+def test_no_lines_of_steps_on_a_terminal(tmp_path, quick, monkeypatch, capsys):
+    """A bar is there; a log beside it still gets them."""
+    monkeypatch.setattr(session, "is_terminal", lambda stream: True)
+    bar = session.progress_bar
+    monkeypatch.setattr(session, "progress_bar", lambda *args: shown(bar(*args)))
+    by_epochs(config(tmp_path, log_steps=1))
+    assert " left" not in capsys.readouterr().out
+    assert len(record.read_jsonl(tmp_path / "steps.jsonl")) == EPOCHS * STEPS
+
+
+def shown(bar):
+    bar.disable = False
+    bar.set_postfix_str = bar.update = bar.close = lambda *_, **__: None
+    return bar
+
+
 def test_events_of_a_stopped_run_are_not_lost(tmp_path, no_git, monkeypatch):
     """What was recorded before the signal is in TensorBoard's file when the process ends."""
     send_at(monkeypatch, HERE, "train_step", STEPS + 1, signal.SIGTERM)
     with pytest.raises(Preempted):
         by_epochs(config(tmp_path))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("importance/mean/1/bn")] == [0, 1000]
+    assert [event.step for event in events.Scalars("6_importance/mean/stem/bn")] == [0, 1000]
 
 
 @pytest.mark.parametrize("place, told", [("step 2 of 2", 1), ("evaluation", 0)])
@@ -524,9 +596,10 @@ def test_skipped_steps(train, what, tmp_path, quick, monkeypatch, capsys):
 
     def watched(run, model, *rest):
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        step(run, model, *rest)
+        loss = step(run, model, *rest)
         same = [torch.equal(value, before[name]) for name, value in model.state_dict().items()]
         seen.append(all(same) if all(same) or not any(same[:2]) else None)
+        return loss
 
     with monkeypatch.context() as patch:
         poison(patch, [2, 5], what)

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -500,16 +501,54 @@ def test_validation_loss_at_equal_training_loss(tmp_path):
 # --- a whole campaign, and run_claims.py
 
 
+def write_record(path, values, point=1000):
+    """A record of many seeds, `values` by arm: what the column of `point` holds."""
+    lines = [
+        {
+            **{"arm": arm, "config": {"controller": {"norm": arm}}, "points": [10, point]},
+            **{"seeds": list(range(201, 201 + len(column))), "seconds": 8.0},
+            "best_test": [[0.0, value] for value in column],
+        }
+        for arm, column in values.items()
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_record_of_many_seeds_is_judged_seed_by_seed(tmp_path, monkeypatch):
+    design = dataclasses.replace(LEDGER.designs["enas_nasbench201"], seeds=(201, 202, 203, 204))
+    claim = next(claim for claim in LEDGER.claims if claim.id == "C12")
+    ledger = small(designs={design.name: design}, claims=(claim,))
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    path = tmp_path / design.record
+    path.parent.mkdir(parents=True)
+
+    assert claims.judge(ledger, [])[0].reason == "no runs yet"
+    sn, ln, gn = [85.0, 86.0, 85.5, 86.5], [82.1, 83.0, 82.4, 83.6], [80.0, 81.1, 80.7, 81.5]
+    write_record(path, {"ln": ln, "gn": gn, "sn": sn})
+    verdict = claims.judge(ledger, [])[0]
+    assert verdict.verdict == "held" and verdict.minutes == pytest.approx(3 * 8 / 60)
+    for outcome, other in zip(verdict.outcomes, (ln, gn)):
+        test = stats.ttest_rel(sn, other)
+        assert outcome.interval == pytest.approx(test.confidence_interval())
+        assert outcome.p == pytest.approx(test.pvalue)
+
+    write_record(path, {"ln": ln, "gn": gn[:2], "sn": sn})
+    assert claims.judge(ledger, [])[0].reason.startswith("missing: seeds of results/")
+    path.write_text(json.dumps({"arm": "ln", "points": [10]}) + "\n")
+    with pytest.raises(claims.LedgerError, match=path.name):
+        claims.judge(ledger, [])
+
+
 def test_a_campaign_is_judged_claim_by_claim(tmp_path):
     claim_records.write_campaign(tmp_path, LEDGER)
     verdicts = {v.claim.id: v for v in claims.judge(LEDGER, load_runs(tmp_path))}
-    assert not any(v.missing for v in verdicts.values())
+    assert not any(v.missing for v in verdicts.values() if v.claim.design == DESIGN.name)
     assert not any(v.reason.startswith("refused") for v in verdicts.values())
     for name in ("C1", "C3", "C3-x10", "C6", "C18", "C5"):
         assert verdicts[name].verdict == "held", name
     assert verdicts["C2-table"].verdict == "not held"  # GN is below SN at (8,2) in these
-    assert {v.reason for name, v in verdicts.items() if LEDGER.designs[v.claim.design].experiment
-            is None} == {"no design yet"}  # fmt: skip
+    undesigned = [v for v in verdicts.values() if not LEDGER.designs[v.claim.design].made]
+    assert {v.reason for v in undesigned} == {"no design yet"}
 
 
 FAKE = """
@@ -528,12 +567,20 @@ if options.get("mode") == "wait":
     time.sleep(60)
 if options.get("mode") == "fail":
     sys.exit("no data here")
+if options.get("mode") == "busy":
+    print("out is in use by process 7")
+    sys.exit(73)
 folder.mkdir(parents=True)
-lr = float(options["schedule.lr_per_256"])
+lr = float(options.get("schedule.lr_per_256", 0))
+start = options.get("init.path")
+if start and not pathlib.Path(start[1:-1].replace("\\\\'", "'")).is_file():
+    sys.exit(f"no {start}")
+(folder / "checkpoint.pt").touch()
 gpus, images = map(int, options["setting"].split("x"))
 (folder / "config.yaml").write_text(json.dumps({"schedule": {"lr_per_256": lr}}))
 (folder / "summary.json").write_text(json.dumps({
-    "task": "imagenet", "norm": options["norm"], "model": "fake", "scale": "proxy",
+    "task": "imagenet", "norm": options.get("norm", "none"), "model": "fake", "scale": "proxy",
+    "backbone": options.get("norm@parts.backbone"),
     "run": str(folder.relative_to(root)), "status": "finished", "seed": int(options["seed"]),
     "setting": {"gpus": gpus, "images_per_gpu": images}, "data": {"name": "fake"},
     "top1": 50 + images + lr, "wall_s": 6.0}))
@@ -591,6 +638,59 @@ def test_run_claims_searches_the_lr_then_makes_every_run_once(campaign):
     assert code == 0 and "0 runs to make" in out and len(campaign.calls()) == 8
 
 
+def test_pretraining_comes_first_and_again_where_its_checkpoint_is_gone(campaign):
+    ledger = campaign.out.parent / "claims.yaml"
+    data = yaml.safe_load(ledger.read_text())
+    pretraining = data["designs"]["cifar10_16px"] | {"prefix": "pre_", "prepare": "this.shows it"}
+    pretraining["takes"] = ["data.root"]
+    del pretraining["search"]
+    tuned = pretraining | {
+        "prefix": "tuned_",
+        "takes": [],
+        "pretraining": {"design": "pre", "setting": "8x32"},
+    }
+    tuned |= {"facts": {}}
+    tuned["arms"] = {
+        "frozen": {
+            "norm": "frozen_bn",
+            "options": ["norm@parts.backbone=frozen_bn"],
+            "facts": {"backbone": "frozen_bn"},
+            "pretrained": "bn",
+        },
+        "sync": {
+            "norm": "bn",
+            "options": ["norm@parts.backbone=bn"],
+            "facts": {"backbone": "bn"},
+            "settings": {"8x2": "1x16"},
+        },
+    }
+    data["designs"] = {"pre": pretraining, "tuned": tuned}
+    data["claims"][0] |= {"design": "tuned"}
+    data["claims"][0]["tests"][0]["effect"] = "frozen 8x2 - sync 8x2"
+    ledger.write_text(yaml.safe_dump(data, sort_keys=False))
+
+    code, out, err = campaign("--", "data.root=there", "device=cpu")
+    assert code == 0, out + err
+    calls = campaign.calls()
+    names = [(c["run_name"], c["seed"], c["setting"]) for c in calls]
+    order = [("pre_bn_8x32", "8x32"), ("tuned_frozen_8x2", "8x2"), ("tuned_sync_8x2", "1x16")]
+    assert names == [(name, seed, setting) for seed in "12" for name, setting in order]
+    assert [c.get("data.root") for c in calls] == ["there", None, None] * 2
+    assert ["init.path" in c for c in calls] == [False, True, False] * 2
+    assert ["norm" in c for c in calls] == [True, False, False] * 2
+    log = campaign.out / "logs" / "pre_bn_8x32_seed1.log"
+    assert "this" in log.read_text()  # the command to prepare was run, once
+    assert "No module" not in (campaign.out / "logs" / "pre_bn_8x32_seed2.log").read_text()
+    code, out, _ = campaign("--list")
+    assert "0 runs" in out
+
+    for name in ("pre_bn_8x32", "tuned_frozen_8x2"):
+        shutil.rmtree(campaign.out / "imagenet/fake" / name / "seed2")
+    code, out, err = campaign()
+    assert code == 0, out + err
+    assert [c["run_name"] for c in campaign.calls()[6:]] == ["pre_bn_8x32", "tuned_frozen_8x2"]
+
+
 def test_a_signal_is_passed_on_and_the_script_ends(campaign):
     process = campaign("--", "mode=wait", start=True)
     limit = time.monotonic() + 30
@@ -609,6 +709,13 @@ def test_a_used_budget_stops_the_runs_too(campaign):
     code, out, err = campaign("--budget", "0.01", "--", "mode=wait")
     assert code == 0 and "the budget is used" in out, out + err
     assert time.monotonic() - began < 50  # the run would go on for a minute
+
+
+def test_runs_in_other_hands_are_skipped(campaign):
+    code, out, err = campaign("--", "mode=busy")
+    assert code == 73 and len(campaign.calls()) == 4  # the lr search; what follows waits for it
+    assert out.count("skipped: another process has it in hand") == 4
+    assert err.count("skipped: ") == err.count("in use by process 7") == 4
 
 
 def test_when_the_first_runs_all_fail_the_script_gives_up(campaign):

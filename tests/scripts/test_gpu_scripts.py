@@ -5,9 +5,9 @@ import pickle
 import subprocess
 from pathlib import Path
 
+import gpu_pack
 import numpy as np
 
-import gpu_pack
 from sn.training.classification.data import load_cifar10
 
 ROOT = Path(__file__).parents[2]

@@ -194,7 +194,8 @@ def test_the_table_for_markdown_has_every_claim_and_every_effect(campaign, verdi
     assert {len(row) for row in rows} == {7}
 
 
-def test_without_records_nothing_is_claimed(tmp_path, capsys):
+def test_without_records_nothing_is_claimed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(claims, "ROOT", tmp_path)  # where records of many seeds lie
     main(["--runs", str(tmp_path)])
     assert f"{len(LEDGER.claims)} without runs" in capsys.readouterr().out
     text = (tmp_path / "report.html").read_text()

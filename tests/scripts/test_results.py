@@ -1,7 +1,6 @@
 """results/paper.yaml, scripts/common/records.py and the scripts that read run records."""
 
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,21 +19,6 @@ STATISTICS = {"sn": ["in", "ln", "bn"], "sn_in_ln": ["in", "ln"]}
 @pytest.fixture(scope="module")
 def paper():
     return results.load_paper()
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """`main` of a script, called with its arguments; some other folder is the working one."""
-
-    def call(name, *args):
-        path = ROOT / "scripts" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setattr(sys, "argv", [str(path)])
-        spec.loader.exec_module(module)
-        module.main([str(arg) for arg in args])
-
-    return call
 
 
 def write_run(root, norm, setting, seed=0, /, *, config=None, weights=None, **changes):

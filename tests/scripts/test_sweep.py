@@ -180,6 +180,47 @@ def test_sweep_skips_what_has_finished(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a sweep"]
 
 
+@pytest.mark.parametrize("processes, code", [(1, 73), (2, 1)])
+def test_a_run_in_other_hands_is_skipped(processes, code, tmp_path):
+    """With a python that finds bn's folder in use; torchrun makes a 1 of its exit code."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in *norm=bn*) '
+        f"echo train_imagenet.py: out is in use by process 7; exit {code};; esac\n"
+    )
+    fake.chmod(0o755)
+    log = tmp_path / "out/logs/bn_2x8_seed0.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("of the sweep that has it; train_imagenet.py: loss is not finite\n")
+    arguments = ("--norms", "bn gn", "--settings", "2x8", "--output", tmp_path / "out")
+    result = call(SWEEP, *arguments, "--processes", processes, env={"PYTHON": str(fake)})
+    assert result.returncode == 73, result.stderr
+    assert "== bn_2x8_seed0 skipped: another process has it in hand" in result.stdout
+    assert "bn_2x8_seed0" in result.stderr and "gn_2x8" not in result.stderr
+    assert log.read_text().startswith("of the sweep that has it")
+
+
+@pytest.mark.parametrize("tries, code", [(3, 0), (2, 73)])
+def test_slurm_waits_for_the_job_before(tries, code, tmp_path):
+    """srun finds the folder in use twice: no requeue, another try; then the end, or code 73."""
+    commands = {
+        "srun": 'echo x >> tries; [ "$(wc -l < tries)" -gt 2 ] || exit 73',
+        "sleep": "true",
+        "scontrol": 'echo "$@" >> asked; echo host0',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_NTASKS": "1"}
+    env |= {"SLURM_JOB_NODELIST": "h", "TRIES": str(tries)}
+    env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "scripts/slurm/train.sbatch"
+    result = call(script, "train_imagenet.py", cwd=tmp_path, env=env)
+    assert result.returncode == code, result.stderr
+    assert (tmp_path / "tries").read_text().count("x") == tries
+    assert "requeue" not in (tmp_path / "asked").read_text()
+
+
 @pytest.mark.slow
 def test_sweep_goes_on_after_a_failure(tmp_path):
     """A failed run does not stop the others; exit code 1 and its log are named at the end.

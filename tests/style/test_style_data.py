@@ -180,3 +180,16 @@ def test_style_keeps_its_aspect(tmp_path):
     assert drawn.shape == (1, 3, 96, 96) and other != sha256
     assert drawn.flatten(2).std(-1).min() > 0.1, "a pattern, not a plain colour"
     assert torch.equal(load_style(None, 96)[0], drawn)
+
+
+def test_hidden_files_links_to_nothing_and_names_that_are_not_utf8(tmp_path):
+    folder_of(tmp_path, 2)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    folder_of(tmp_path / ".ipynb_checkpoints", 2)
+    (tmp_path / "._0.png").write_bytes(b"no image")
+    odd = b"\xff.png".decode("utf-8", "surrogateescape")
+    (tmp_path / odd).symlink_to("nowhere")
+    assert [path.name for path in find_images(tmp_path)] == ["0.png", "1.png", odd]
+    photos = load_photos("x", str(tmp_path))
+    with pytest.raises(ValueError, match=".png: a link to nothing"):
+        photos.images[2]

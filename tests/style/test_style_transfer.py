@@ -309,6 +309,8 @@ def test_more_steps_continue_a_finished_run(tmp_path, train, whole):
     assert train(tmp_path)["steps"] == 6
     ours, theirs = outcome(tmp_path), outcome(whole)
     ours["importance.jsonl"] = [x for x in ours["importance.jsonl"] if x["step"] != 3]
+    assert [line["step"] for line in ours.pop("steps.jsonl")] == [3, 6]  # each run's end
+    assert [line["step"] for line in theirs.pop("steps.jsonl")] == [6]
     assert_same(ours, theirs)
 
 
@@ -433,12 +435,12 @@ def test_skipped_steps_are_counted_and_change_nothing(
 
     def poisoned(task, run, images):
         calls.append(copy.deepcopy(task.model.state_dict()))
-        return losses_of(task, run, images * (math.nan if len(calls) == 3 else 1))
+        return losses_of(task, run, images * (math.nan if len(calls) == 4 else 1))
 
     monkeypatch.setattr(style_transfer, "losses_of", poisoned)
     summary = train(tmp_path, "norm=bn", "max_skipped_steps=1")
     assert summary["skipped_steps"] == 1 and summary["status"] == "finished"
-    assert_same(calls[3], calls[2])
+    assert_same(calls[4], calls[3])  # the first call is the estimate of the memory
     metrics = lines(tmp_path / "metrics.jsonl")
     assert metrics[2]["train/loss"] is None and metrics[3]["train/loss"] > 0
     assert "step 3 of 6, step skipped" in capsys.readouterr().err

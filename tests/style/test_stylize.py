@@ -162,3 +162,35 @@ def test_export_without_the_packages_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"pip install '.\[onnx\]'"):
         export_onnx(nn.Identity(), tmp_path / "style.onnx")
+
+
+def style_net(model):
+    """A checkpoint that says this of its network."""
+    return {"model": {}, "style_net": {"norm": {"name": "in"}, "model": model}}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([1], "no readable checkpoint"),
+        ({"model": {}, "style_net": 3}, "is not a checkpoint of style_transfer.py"),
+        (style_net(3), "expected norm and model"),
+        (style_net({"width": 10**7, "residual_blocks": 1}), "model.width=10000000; expected a wh"),
+        (style_net({"width": 4}), "no model.residual_blocks"),
+    ],
+    ids=str,
+)
+def test_checkpoints_of_another_shape(content, message, tmp_path):
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=message):
+        load_style_net(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_wrapped_network(prefix, tmp_path):
+    options = {"width": 4, "residual_blocks": 1}
+    state = build_style_net(sn.make_norm("in"), **options).state_dict()
+    content = {"model": {prefix + key: value for key, value in state.items()}}
+    content["style_net"] = {"norm": {"name": "in"}, "model": options}
+    torch.save(content, tmp_path / "c.pt")
+    assert load_style_net(tmp_path / "c.pt").state_dict().keys() == state.keys()

@@ -14,6 +14,7 @@ from ..run.config import (
     whole,
 )
 from .bilevel import ORDERS
+from .pretrained import INITS
 
 
 @dataclass
@@ -25,6 +26,7 @@ class ImageData:
     download: bool | None = option(None, machine=True)
     train_images: int | None = whole(1)
     image_size: int | None = whole(1, 16384, default=None, before=(None, 32))  # 32: CIFAR-10
+    classes: list[int] | None = whole(0, 9, default=None, before=None)
     resize: int | None = whole(1, 16384, default=None, before=None)
     lighting: float | None = number(0, 100, default=None, before=None)
     color_jitter: float | None = number(0, 100, default=None, before=None)
@@ -43,11 +45,20 @@ class Model:
     """Arguments of `build_model`; null where they do not apply."""
 
     name: str = option(name=True)
-    source: str = option(choices=("cifar", "torchvision", "timm"))
+    source: str = option(choices=("cifar", "thin", "torchvision", "timm"))
     dropout: float = number(0, None, below=1)
     zero_init_residual: bool = option()
     width: int | None = whole(1, 4096, default=None, before=None)
     fused_activation: bool = option(False, before=False)
+
+
+@dataclass
+class Init:
+    """What the network starts from; the weights' hash stands in the summary."""
+
+    name: str = option(choices=INITS, before="scratch")
+    path: str | None = option(machine=True)
+    gate_start: float = number(0, 100, before=0.0)
 
 
 @dataclass
@@ -89,6 +100,7 @@ class Evaluation:
 class ImagenetConfig(RunConfig):
     norm: dict[str, Any] = option()  # arguments of sn.make_norm
     model: Model = option(Model)
+    init: Init = option(Init)
     data: ImageData = option(ImageData)
     setting: Setting = option(Setting)
     schedule: Schedule = option(Schedule)
@@ -99,6 +111,13 @@ class ImagenetConfig(RunConfig):
 
     def check(self) -> None:
         check_open(self.norm, "norm", NormKeys)
+        if self.init.name == "checkpoint" and self.init.path is None:
+            raise ValueError("init.path is not set; add init.path=... to the command")
+        if self.init.name == "scratch" and self.init.gate_start:
+            raise ValueError(
+                f"init.gate_start={self.init.gate_start}: it is of a converted network; use 0, "
+                "or init=checkpoint init.path=..."
+            )
         if self.gates != "joint" and self.precision == "fp16":
             raise ValueError(
                 f"gates={self.gates} does not scale its losses; use precision=bf16 or fp32"

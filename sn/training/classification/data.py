@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ..run.images import BadImages, read_image
+from ..run.images import BadImages, is_hidden, listed, read_image
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -316,14 +317,14 @@ def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def build_data(name: str, **options) -> ImageData:
-    """Load the data set `name`: digits, cifar10, or an ImageFolder under any other name.
+    """Load the data set `name`: digits, cifar10, digit_crops, or an ImageFolder of another name.
 
     Raises FileNotFoundError or ValueError, saying what layout is expected, if it is not there.
     """
     train_images = options.get("train_images")
     if train_images is not None and train_images < 1:
         raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
-    loaders = {"digits": load_digits, "cifar10": load_cifar10}
+    loaders = {"digits": load_digits, "cifar10": load_cifar10, "digit_crops": load_digit_crops}
     loader = loaders.get(name) or functools.partial(load_image_folder, name)
     known = inspect.signature(loader).parameters
     for key in options:
@@ -359,13 +360,17 @@ def load_digits(train_images: int | None = None) -> ImageData:
 
 
 def load_cifar10(
-    root: str, download: bool = False, train_images: int | None = None, image_size: int = 32
+    root: str,
+    download: bool = False,
+    train_images: int | None = None,
+    image_size: int = 32,
+    classes: list[int] | None = None,
 ) -> ImageData:
     """CIFAR-10 from `root`/cifar-10-batches-py; the last 5,000 training images are held out.
 
     The images are averaged down to `image_size` pixels, 32, 16 or 8, and crops padded by an eighth
-    of it. Raises FileNotFoundError if the five training batches are not there, ValueError for any
-    other size.
+    of it. With `classes` only theirs are there, labelled 0, 1, ... in this order. Raises
+    FileNotFoundError if the five training batches are not there, ValueError for any other size.
     """
     _check_cifar_size(image_size)
     if download:
@@ -383,16 +388,25 @@ def load_cifar10(
     labels = np.concatenate([labels for _, labels in batches])
     if len(images) <= 5000:
         raise ValueError(f"{folder} has {len(images)} training images; 5,000 are held out of them")
-    train, val = slice(0, len(images) - 5000), slice(len(images) - 5000, None)
+    held_out = np.arange(len(labels)) >= len(labels) - 5000
+    chosen = np.full(len(labels), True)
+    if classes is not None:
+        if len(set(classes)) < max(2, len(classes)):
+            raise ValueError(f"data.classes={classes}; expected two or more different ones, 0 to 9")
+        label_of = np.full(10, -1)
+        label_of[classes] = np.arange(len(classes))
+        labels = label_of[labels]
+        chosen = labels >= 0
     return _in_memory(
         "cifar10",
-        (images[train], labels[train]),
-        (images[val], labels[val]),
+        (images[chosen & ~held_out], labels[chosen & ~held_out]),
+        (images[chosen & held_out], labels[chosen & held_out]),
         train_images,
         mean=(0.4914, 0.4822, 0.4465),
         std=CIFAR10_STD[image_size],
         padding=image_size // 8,
         flip=True,
+        classes=len(classes or range(10)),
     )
 
 
@@ -448,7 +462,33 @@ def _load_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -> ImageData:
+def load_digit_crops(root: str, train_images: int | None = None) -> ImageData:
+    """Crops of drawn digits, `root`/{train,val}/<digit>/<image>, all of one size, in memory.
+
+    Written by `python -m sn.training.detection.digits`. Shifted by up to an eighth, never mirrored;
+    normalised as the detectors' images. Raises FileNotFoundError or ValueError without them.
+    """
+    parts = []
+    for part in ("train", "val"):
+        folder = _image_folder(Path(root) / part, root)
+        images = [np.asarray(read_image(path)) for path, _ in folder.samples]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"data.root={root}: the images of {part} differ in size")
+        parts.append((np.stack(images).transpose(0, 3, 1, 2), np.array(folder.targets)))
+    if train_images is not None:  # evenly over the classes, which come one after the other
+        if train_images > len(parts[0][1]):
+            raise ValueError(f"data.train_images={train_images}, but there are {len(parts[0][1])}")
+        chosen = [i * len(parts[0][1]) // train_images for i in range(train_images)]
+        parts[0] = tuple(array[chosen] for array in parts[0])
+    side = parts[0][0].shape[-1]
+    return _in_memory(
+        "digit_crops", parts[0], parts[1], None, IMAGENET_MEAN, IMAGENET_STD, padding=side // 8
+    )
+
+
+def _in_memory(
+    name, train, val, train_images, mean, std, padding, flip=False, classes=10
+) -> ImageData:
     if train_images is not None and train_images > len(train[0]):
         raise ValueError(f"data.train_images={train_images}, but {name} has {len(train[0])}")
     train = tuple(part[:train_images] for part in train)
@@ -459,7 +499,7 @@ def _in_memory(name, train, val, train_images, mean, std, padding, flip=False) -
         name,
         ArrayImages(*train),
         ArrayImages(*val),
-        10,
+        classes,
         Augmentation(ArrayTransform(mean, std, padding, flip)),
         Augmentation(ArrayTransform(mean, std)),
         sha256.hexdigest(),
@@ -500,8 +540,7 @@ def load_image_folder(
     listing = hashlib.sha256()
     for part, samples in (("train", train_samples), ("val", val.samples)):
         for path, _ in samples:
-            relative = Path(path).relative_to(Path(root)).as_posix()
-            listing.update(f"{part} {relative} {Path(path).stat().st_size}\n".encode())
+            listing.update(f"{part} ".encode() + listed(path, root))
 
     to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -528,9 +567,36 @@ def _image_folder(folder: Path, root: str) -> datasets.ImageFolder:
     if not folder.is_dir():
         raise FileNotFoundError(f"data.root={root}: no folder {folder}; {layout}")
     try:
-        return datasets.ImageFolder(str(folder))
+        found = _ImageFolder(str(folder), is_valid_file=_is_image(folder))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data.root={root}: {error}; {layout}") from None
+    if len(found.classes) < 2:
+        raise ValueError(
+            f"data.root={root}: {folder} has one class alone, {found.classes[0]}; {layout}"
+        )
+    return found
+
+
+class _ImageFolder(datasets.ImageFolder):
+    """torchvision's, without hidden folders."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        if not names:
+            raise FileNotFoundError(f"no folders of classes in {directory}")
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def _is_image(folder: Path) -> Callable[[str], bool]:
+    """Whether a file below `folder` has an image's ending and nothing hidden in its path."""
+    start = len(str(folder)) + 1
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not any(
+            map(is_hidden, path[start:].split(os.sep))
+        )
+
+    return is_image
 
 
 def _spread(samples: list, count: int | None) -> list:

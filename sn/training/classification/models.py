@@ -12,6 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
 Norm = Callable[[int], nn.Module]
+SOURCES = ("cifar", "thin", "torchvision", "timm")
 
 CIFAR_RESNETS = {  # name -> (blocks per stage, width of the first stage, projection shortcuts)
     "resnet8": ((1, 1, 1), 16, False),
@@ -19,6 +20,9 @@ CIFAR_RESNETS = {  # name -> (blocks per stage, width of the first stage, projec
     "resnet20": ((3, 3, 3), 16, False),
     "cifar_resnet18": ((2, 2, 2, 2), 64, True),
 }
+
+
+THIN_RESNETS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}  # basic blocks per stage
 
 
 class PadShortcut(nn.Module):
@@ -77,6 +81,30 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class ThinResNet(torchvision.models.ResNet):
+    """torchvision's ResNet of basic blocks with `width` channels in the first stage, not 64."""
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        width: int,
+        num_classes: int,
+        norm: Norm,
+        zero_init_residual: bool,
+    ):
+        self.width = width
+        super().__init__(BasicBlock, list(blocks), num_classes, zero_init_residual, norm_layer=norm)
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = norm(width)
+        self.fc = nn.Linear(8 * width, num_classes)
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        if planes == 64:  # the first stage: what the stem gives it
+            self.inplanes = self.width
+        return super()._make_layer(block, planes * self.width // 64, blocks, stride, dilate)
+
+
 class DropoutLinear(nn.Linear):
     """nn.Linear with dropout on its input and the parameter names of nn.Linear."""
 
@@ -102,27 +130,47 @@ def build_model(
     """Build a classifier whose norm layers come from `norm`, with random weights.
 
     Args:
-        source: "cifar", "torchvision" or "timm".
+        source: "cifar", "thin" (torchvision's ResNets of another width), "torchvision" or "timm".
         dropout: before the classifier.
         zero_init_residual: the last gain of each residual block starts at 0, where the model can
             and the norm has a gain that learns.
         fused_activation: SN layers of residual blocks do the sum and ReLU too (`fuse_activations`).
-        width: channels of a CIFAR ResNet's first stage; None: its own.
+        width: channels of the first stage of a CIFAR ResNet (None: its own) or a thin one.
 
     Raises ValueError for an unknown name, or a model that cannot take the norm.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"model.dropout={dropout}; expected 0 <= dropout < 1")
-    builders = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
-    if source not in builders:
-        raise ValueError(f"unknown model.source={source!r}; choose one of {list(builders)}")
-    if width is not None and source != "cifar":
-        raise ValueError(f"model.width={width}: only CIFAR ResNets take a width; use null")
-    options = {"width": width} if source == "cifar" else {}
+    builders = {"cifar": _cifar, "thin": _thin, "torchvision": _torchvision, "timm": _timm}
+    _check_source(source, width)
+    options = {"width": width} if source in ("cifar", "thin") else {}
     zero_init_residual = zero_init_residual and _gain_learns(norm)
     model = builders[source](name, num_classes, norm, dropout, zero_init_residual, **options)
     model = connect(model)
     return fuse_activations(model) if fused_activation else model
+
+
+def _check_source(source: str, width: int | None) -> None:
+    if source not in SOURCES:
+        raise ValueError(f"unknown model.source={source!r}; choose one of {list(SOURCES)}")
+    if width is not None and source not in ("cifar", "thin"):
+        raise ValueError(f"model.width={width}: only CIFAR and thin ResNets have one; use null")
+
+
+def batch_norm_model(
+    name: str, source: str, num_classes: int, dropout: float = 0.0, width: int | None = None
+) -> nn.Module:
+    """Build a classifier with its library's own norm layers, for pretrained weights of batch norm.
+
+    Also those that `build_model` refuses since they take no norm. Arguments and errors as there.
+    """
+    _check_source(source, width)
+    if source in ("cifar", "thin"):
+        build = {"cifar": _cifar, "thin": _thin}[source]
+        return build(name, num_classes, nn.BatchNorm2d, dropout, False, width)
+    if source == "torchvision":
+        return _torchvision(name, num_classes, None, dropout, False)
+    return _timm(name, num_classes, None, dropout, False)
 
 
 def _gain_learns(norm: Norm) -> bool:
@@ -181,12 +229,23 @@ def _cifar(name, num_classes, norm, dropout, zero_init_residual, width) -> nn.Mo
     return model
 
 
+def _thin(name, num_classes, norm, dropout, zero_init_residual, width) -> nn.Module:
+    if name not in THIN_RESNETS:
+        raise ValueError(f"unknown thin model {name!r}; choose one of {list(THIN_RESNETS)}")
+    if width is None or width % 8:
+        raise ValueError(f"width={width} of {name}; expected a multiple of 8, such as 16")
+    model = ThinResNet(THIN_RESNETS[name], width, num_classes, norm, zero_init_residual)
+    if dropout:
+        model.fc = DropoutLinear(model.fc, dropout)
+    return model
+
+
 def _torchvision(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise ValueError(f"unknown torchvision model {name!r}; choose one of {names}")
     builder = inspect.unwrap(torchvision.models.get_model_builder(name))
-    options = {"norm_layer": norm}
+    options = {} if norm is None else {"norm_layer": norm}
     if _accepts(torchvision.models.ResNet, builder):
         options["zero_init_residual"] = zero_init_residual
     if name in ("googlenet", "inception_v3"):
@@ -216,8 +275,11 @@ def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name[:6]}*")[:10]
         raise ValueError(f"unknown timm model {name!r}; timm.list_models() has {close} ...")
+    options = {"num_classes": num_classes, "drop_rate": dropout}
+    if norm is None:
+        return timm.create_model(name, **options)
     check_timm_norm(name)
-    options = {"num_classes": num_classes, "norm_layer": norm, "drop_rate": dropout}
+    options["norm_layer"] = norm
     try:
         try:
             return timm.create_model(name, **options, zero_init_last=zero_init_residual)

@@ -6,12 +6,12 @@ instance variances unbiased, momentum the share that is kept.
 """
 
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...norms import make_norm
+from ..run.checkpoint import plain_names
 from .models import build_model
 
 _DEPTHS = {
@@ -21,26 +21,6 @@ _DEPTHS = {
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
     ("bottleneck", (3, 8, 36, 3)): "resnet152",
 }
-
-
-def read_official(path: str | Path) -> dict[str, Tensor]:
-    """The state of an official checkpoint file: tensors alone, nothing in it is executed.
-
-    Raises ValueError for a file that holds more than tensors and plain values, or no state.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a checkpoint of plain tensors: {reason}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not any(torch.is_tensor(v) for v in content.values()):
-        raise ValueError(f"{path} holds no state: neither tensors by name nor a 'state_dict'")
-    return {key: value for key, value in content.items() if torch.is_tensor(value)}
 
 
 def convert_official(official: dict[str, Tensor], keep_factor: float = 0.9) -> dict:
@@ -54,8 +34,7 @@ def convert_official(official: dict[str, Tensor], keep_factor: float = 0.9) -> d
     if not 0 <= keep_factor < 1:
         raise ValueError(f"keep_factor={keep_factor}; expected 0 <= keep_factor < 1")
     state = {}
-    for key, value in official.items():
-        key = re.sub(r"^(module\.)+", "", key)
+    for key, value in plain_names(official).items():
         if re.search(r"(^|\.)bn\d\.", key):
             raise ValueError(f"{key} is a batch norm or a layer of ours, not one of the authors'")
         state[re.sub(r"(^|\.)sn(\d)\.", r"\1bn\2.", key)] = value

@@ -5,6 +5,7 @@ from typing import Any
 
 import sn
 
+from ..classification.pretrained import INITS
 from ..run.config import (
     SIZE,
     NormKeys,
@@ -16,7 +17,7 @@ from ..run.config import (
     register,
     whole,
 )
-from .detectors import ARCHITECTURES, INITS, check_frozen
+from .detectors import ARCHITECTURES, check_frozen
 
 MODES = ("train", "evaluate", "predict")
 LENGTHS = "a list of lengths in pixels, such as [800]"
@@ -40,6 +41,7 @@ class Model:
     architecture: str = option(choices=tuple(ARCHITECTURES))
     parts_name: str = option(name=True)
     backbone: str = option()
+    backbone_width: int | None = whole(8, 4096, default=None, before=None)
     freeze_at: int = whole(0, 5)
     zero_init_residual: bool = option()
     fpn_channels: int = whole(1, SIZE)
@@ -160,7 +162,6 @@ class DetectionConfig(RunConfig):
     evaluation: Evaluation = option(Evaluation)
     checkpoint: Checkpoint = option(Checkpoint)
     predict: Predict = option(Predict)
-    log_steps: int = whole(1)
 
     @property
     def own_parts(self) -> dict[str, dict]:

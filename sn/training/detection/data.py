@@ -46,7 +46,7 @@ class CocoFile:
         self.sha256 = hashlib.sha256(text).hexdigest()
         try:
             content = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         for key in ("images", "annotations", "categories"):
             if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -375,6 +375,10 @@ class CocoImages:
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict]:
         index, picture = self._readable(index)
+        return tv_tensors.Image(picture), self.target(index)
+
+    def target(self, index: int) -> dict[str, Tensor]:
+        """Boxes, labels and perhaps masks (N, H, W) of the image at `index`."""
         width, height = self.images[index]["width"], self.images[index]["height"]
         annotations = self.annotations[index]
         boxes = [clipped_box(a, width, height) for a in annotations]
@@ -389,7 +393,7 @@ class CocoImages:
             for mask, annotation in zip(masks, annotations):
                 mask[:] = rle.decode(annotation["segmentation"])
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-        return tv_tensors.Image(picture), target
+        return target
 
 
 def augmentation(sizes: Sequence[int], max_size: int, flip: bool) -> v2.Transform:

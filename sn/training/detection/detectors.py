@@ -5,7 +5,6 @@ Source: section 4.2 and Tables 4.2-4.4; layout of Detectron's R50-C4 and R50-FPN
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torchvision
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torchvision.ops.poolers import initLevelMapper
 from sn import NoNorm, connect_bkn, gates
 
 from ..classification.models import build_model
-from ..run.checkpoint import load_weights
+from ..classification.pretrained import misfits
 
 Norm = Callable[[int], nn.Module]
 
@@ -37,7 +36,6 @@ ARCHITECTURES = {  # name -> the parts it has
     "faster_rcnn_fpn": ("backbone", "fpn", "box_head"),
     "mask_rcnn_fpn": PARTS,
 }
-INITS = ("scratch", "checkpoint", "torchvision", "timm")
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
@@ -108,6 +106,7 @@ def build_detector(
     num_classes: int,
     norms: Mapping[str, Norm | None],
     backbone: str = "resnet50",
+    backbone_width: int | None = None,
     weights: Mapping[str, Tensor] | None = None,
     freeze_at: int = 0,
     zero_init_residual: bool = True,
@@ -131,6 +130,7 @@ def build_detector(
         norms: callable(num_features) -> Module for each of `PARTS`, None for no norm. In C4 the
             box head is conv5.
         backbone: a torchvision ResNet.
+        backbone_width: channels of its first stage; None: torchvision's own.
         weights: what its state dict starts from, `fc` ignored; None: random weights.
         freeze_at: how many of stem, layer1, ..., layer4 are fixed, as in Detectron.
         fpn_channels: width of FPN, box head and mask head.
@@ -149,9 +149,10 @@ def build_detector(
     _check_choices(architecture, norms, box_head, freeze_at)
     norm = norms["backbone"] or NoNorm
     conv5_norm = norms["box_head"] if architecture == "faster_rcnn_c4" else None
-    resnet = _resnet(backbone, norm, zero_init_residual)
+    resnet = _resnet(backbone, backbone_width, norm, zero_init_residual)
     if architecture == "faster_rcnn_c4":
-        conv5 = _resnet(backbone, conv5_norm or NoNorm, zero_init_residual).layer4
+        conv5_norm = conv5_norm or NoNorm
+        conv5 = _resnet(backbone, backbone_width, conv5_norm, zero_init_residual).layer4
         resnet.layer4 = conv5
     if weights is not None:
         load_backbone(resnet, weights)
@@ -242,8 +243,11 @@ def _check_choices(architecture, norms, box_head, freeze_at) -> None:
         raise ValueError(f"model.freeze_at={freeze_at}; expected 0 to {stages} for {architecture}")
 
 
-def _resnet(name: str, norm: Norm, zero_init_residual: bool) -> nn.Module:
-    model = build_model(name, "torchvision", 1000, norm, zero_init_residual=zero_init_residual)
+def _resnet(name: str, width: int | None, norm: Norm, zero_init_residual: bool) -> nn.Module:
+    source = "torchvision" if width is None else "thin"
+    model = build_model(
+        name, source, 1000, norm, zero_init_residual=zero_init_residual, width=width
+    )
     if not isinstance(model, torchvision.models.ResNet):
         raise ValueError(f"model.backbone={name}: not a torchvision ResNet")
     return model
@@ -260,62 +264,11 @@ def load_backbone(resnet: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if not key.startswith("fc.")
         and not (key.endswith(".num_batches_tracked") and key.rpartition(".")[0] in frozen)
     }
-    shapes = [
-        f"{key} {tuple(theirs[key].shape)} instead of {tuple(ours[key].shape)}"
-        for key in ours.keys() & theirs.keys()
-        if theirs[key].shape != ours[key].shape
-    ]
-    problems = {
-        "missing": sorted(ours.keys() - theirs.keys()),
-        "unexpected": sorted(theirs.keys() - ours.keys()),
-        "of another shape": sorted(shapes),
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}"
-            for what, keys in problems.items()
-            if keys
+    if wrong := misfits(ours, theirs):
+        raise ValueError(
+            f"the pretrained weights do not fit this backbone and its norm: {'; '.join(wrong)}"
         )
-        raise ValueError(f"the pretrained weights do not fit this backbone and its norm: {listed}")
     resnet.load_state_dict(resnet.state_dict() | theirs)
-
-
-def pretrained_weights(name: str, backbone: str, path: str | None) -> dict[str, Tensor] | None:
-    """The classifier weights a detector starts from; None for "scratch".
-
-    "checkpoint": a file, of train_imagenet.py or any state dict of a torchvision or timm ResNet.
-    "torchvision", "timm": the library's own ImageNet weights of `backbone` (batch norm), which it
-    downloads unless they are in its cache.
-    """
-    if name not in INITS:
-        raise ValueError(f"unknown init.name={name!r}; choose one of {', '.join(INITS)}")
-    if name != "checkpoint" and path is not None:
-        raise ValueError(f"init.path={path} needs init=checkpoint, not {name}")
-    if name == "scratch":
-        return None
-    if name == "torchvision":
-        return torchvision.models.get_model(backbone, weights="DEFAULT").state_dict()
-    if name == "timm":
-        import timm  # only here: it is slow to import
-
-        return timm.create_model(backbone, pretrained=True).state_dict()
-    if path is None:
-        raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
-    return load_classifier(path)
-
-
-def load_classifier(path: str | Path) -> dict[str, Tensor]:
-    """State dict in a file of plain tensors: ours, torchvision's, timm's.
-
-    Raises FileNotFoundError, or ValueError for a file that holds none.
-    """
-    state = load_weights(path)
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"init.path={path} holds no state dict of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def check_frozen(architecture: str, norms: Mapping[str, str], init: str, freeze_at: int) -> None:

@@ -1,5 +1,12 @@
-"""scikit-learn's digits on textured backgrounds: a detection task that is drawn, as COCO files."""
+"""scikit-learn's digits on textured backgrounds: a detection task that is drawn, as COCO files.
 
+    python -m sn.training.detection.digits data/digits_coco [IMAGES]    # and their crops
+
+Crops of the same digits, in `root`/crops, are a classification task (`data=digit_crops`) that
+pretrains a detector's backbone.
+"""
+
+import argparse
 import json
 import os
 import shutil
@@ -131,6 +138,43 @@ def texture(random, height: int, width: int) -> np.ndarray:
     return 0.2 + 0.5 * (0.8 * np.asarray(clouds) / 255 + 0.1 * (stripes + 1))
 
 
+def write_digit_crops(root: Path, size: int = 64) -> Path:
+    """Cut every digit out of `root`'s pictures, if that was not done yet; return `root`/crops.
+
+    An image folder, {train,val}/<digit>/<picture>_<number>.png of `size` pixels: a square of twice
+    the box's longer side around its centre, beyond the picture its border repeated.
+    """
+    folder = root / "crops"
+    if folder.is_dir():
+        return folder
+    part = root / f"crops.part{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    for split in ("train", "val"):
+        with open(root / "annotations" / f"instances_{split}2017.json") as file:
+            content = json.load(file)
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        for category in content["categories"]:
+            (part / split / category["name"]).mkdir(parents=True)
+        for number, annotation in enumerate(content["annotations"]):
+            file_name = names[annotation["image_id"]]
+            picture = np.asarray(Image.open(root / f"{split}2017" / file_name).convert("RGB"))
+            x, y, width, height = annotation["bbox"]
+            side = max(width, height)
+            padded = np.pad(picture, ((side, side), (side, side), (0, 0)), mode="edge")
+            left, top = x + width // 2, y + height // 2  # of the square, in the padded picture
+            crop = Image.fromarray(padded[top : top + 2 * side, left : left + 2 * side])
+            name = f"{Path(file_name).stem}_{number:06d}.png"
+            digit = str(annotation["category_id"] - 1)
+            crop.resize((size, size), Image.BICUBIC).save(part / split / digit / name)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first
+        shutil.rmtree(part)
+        if not folder.is_dir():
+            raise
+    return folder
+
+
 def _extent(mask: np.ndarray) -> list[int]:
     """Box x, y, width, height of a mask."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -143,3 +187,16 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     flat = mask.flatten(order="F").astype(np.int8)
     changes = np.flatnonzero(np.diff(flat, prepend=0))
     return np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", type=Path, help="where they go, such as data/digits_coco")
+    parser.add_argument("images", type=int, nargs="?", default=1600, help="of training (1600)")
+    args = parser.parse_args()
+    write_digits_coco(args.root, args.images)
+    print(f"{args.root}, {write_digit_crops(args.root)}")
+
+
+if __name__ == "__main__":
+    main()

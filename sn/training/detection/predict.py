@@ -1,6 +1,7 @@
 """With a trained detector: the modes evaluate and predict of train_detection.py."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from ..run import distributed
-from ..run.checkpoint import load_weights
+from ..run.checkpoint import load_weights, plain_names
 from ..run.display import say
-from ..run.images import BadImages, read_image
+from ..run.images import BadImages, is_hidden, read_image
 from ..run.precision import Precision
 from ..run.record import environment, write_text
 from .config import DetectionConfig
@@ -51,12 +52,13 @@ def detector_options(config: DetectionConfig) -> dict:
 def trained_model(config: DetectionConfig, precision: Precision) -> tuple[nn.Module, dict]:
     """(model in evaluation mode, checkpoint) of checkpoint.path or the run's own checkpoint."""
     path = config.checkpoint.path or f"{config.output_dir}/checkpoint.pt"
-    state = load_weights(path)
-    for key in ("model", "classes", "category_ids"):
-        if key not in state:
-            raise ValueError(f"{path} is no checkpoint of train_detection.py: it has no {key!r}")
     options = detector_options(config)
-    for key, value in state.get("detector", options).items():
+    state = {"detector": options} | load_weights(path)  # older ones lack it
+    kinds = {"model": dict, "classes": list, "category_ids": list, "detector": dict}
+    for key, kind in kinds.items():
+        if not isinstance(state.get(key), kind):
+            raise ValueError(f"{path} is no checkpoint of train_detection.py: it has no {key!r}")
+    for key, value in state["detector"].items():
         if options.get(key, value) != value:  # of another architecture: the shapes tell
             raise ValueError(
                 f"{path} is not of this model and these parts ({config.run_name}): {key} is "
@@ -64,8 +66,8 @@ def trained_model(config: DetectionConfig, precision: Precision) -> tuple[nn.Mod
             )
     model = build_detector(num_classes=len(state["classes"]), **config.detector())
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
+        model.load_state_dict(plain_names(state["model"]))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} is not of this model and these parts ({config.run_name}): "
             f"{' '.join(str(error).split())[:300]}"
@@ -108,18 +110,15 @@ def predict(config: DetectionConfig) -> list[dict]:
     """
     if config.predict.images is None:
         raise ValueError("mode=predict needs predict.images=..., an image or a folder of images")
-    source = Path(config.predict.images)
-    if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
-    else:
-        files = [source]
-    if not files:
-        raise ValueError(f"predict.images={source}: no image ({', '.join(SUFFIXES)}) in it")
+    files = picture_files(Path(config.predict.images))
     processes = distributed.start(config.device, config.timeout_minutes + 5)
     precision = Precision(config.precision, processes.device, config.channels_last)
     model, state = trained_model(config, precision)
     out = Path(config.predict.out or f"{config.output_dir}/predictions")
+    if out.resolve() == files[0].parent.resolve():
+        raise ValueError(f"predict.out={out} is where the images are; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
+    stems = Counter(path.stem for path in files)
     results, errors = [], []
     for index in range(processes.rank, len(files), processes.world_size):
         try:
@@ -130,7 +129,9 @@ def predict(config: DetectionConfig) -> list[dict]:
             continue
         found = find(model, picture, precision)
         drawn = draw_detections(picture, found, state["classes"], config.evaluation.threshold)
-        save_picture(drawn, out / f"{files[index].name}.png")
+        stem, suffix = files[index].stem, files[index].suffix
+        name = stem if stems[stem] == 1 else f"{stem}_{suffix[1:]}"  # beside a.png: a_jpg.png
+        save_picture(drawn, out / f"{name}.png")
         rows = coco_results(found, index, state["category_ids"])
         labels = found["labels"].tolist()
         results += [
@@ -144,6 +145,17 @@ def predict(config: DetectionConfig) -> list[dict]:
     if errors:
         raise ValueError(f"{len(errors)} of {len(files)} images were left out: {errors[0]}")
     return results
+
+
+def picture_files(source: Path) -> list[Path]:
+    """The image `source`, or those of that folder. Raises ValueError if it has none."""
+    if not source.is_dir():
+        return [source]
+    inside = (path for path in source.iterdir() if not (path.is_dir() or is_hidden(path.name)))
+    files = sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"predict.images={source}: no image ({', '.join(SUFFIXES)}) in it")
+    return files
 
 
 def read_picture(path: Path, max_size: int) -> Tensor:
@@ -172,14 +184,15 @@ def find(model: nn.Module, picture: Tensor, precision: Precision) -> dict[str, T
 def draw_validation(
     config: DetectionConfig, model: nn.Module, images: CocoImages, precision: Precision
 ) -> Tensor | None:
-    """predictions.png: the first validation images with their detections; returned as well."""
+    """predictions.png: the first validation images, ground truth and detections; returned too."""
     drawn = []
     for index in range(min(config.evaluation.pictures, len(images))):
         picture = images.picture(index)
         if picture is not None:
             found = find(model, picture, precision)
-            threshold = config.evaluation.threshold
-            drawn.append(draw_detections(picture, found, images.file.names, threshold))
+            names, threshold = images.file.names, config.evaluation.threshold
+            truth = images.target(index)
+            drawn.append(draw_detections(picture, found, names, threshold, truth, most=640))
     if not drawn:
         return None
     sheet = grid(drawn)

@@ -4,12 +4,19 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .config import checked, short
+
+# what torch.compile, FSDP and checkpoint_wrapper put into the names of what they wrap
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def save_checkpoint(path: str | Path, state: dict, keep: int = 2, best: bool = False) -> None:
@@ -37,7 +44,7 @@ def save_checkpoint(path: str | Path, state: dict, keep: int = 2, best: bool = F
     if best:
         keep_best(path, temporary)
     with suppress(Exception):  # a damaged file can raise anything
-        _check_sums(path)
+        _check_archive(path)
         for number in range(keep - 1, 1, -1):
             with suppress(FileNotFoundError):
                 os.replace(_previous(path, number - 1), _previous(path, number))
@@ -100,8 +107,9 @@ def newest_checkpoint(
         if not candidate.exists():
             continue
         try:
-            _check_sums(candidate)
+            _check_archive(candidate)
             state = torch.load(candidate, map_location="cpu", weights_only=True)
+            _check_names(state)
             missing = [key for key in needed if key not in state]
             if missing:
                 raise ValueError(f"it has no {missing[0]!r}; not a checkpoint of this kind")
@@ -128,21 +136,34 @@ def fitting(path: str | Path) -> Iterator[None]:
         ) from None
 
 
-def restore(path: str | Path, state: dict, parts: dict[str, Any], progress: type) -> Any:
+def restore(
+    path: str | Path,
+    state: dict,
+    parts: dict[str, Any],
+    progress: type,
+    epochs: int,
+    steps: int,
+) -> Any:
     """Put `state`, read from `path`, into `parts` by their keys; return `progress` of its own.
 
-    Raises ValueError if something does not fit.
+    Raises ValueError if something does not fit, such as progress beyond `epochs` of `steps` steps.
     """
     with fitting(path):
+        found = checked(progress, state["progress"], "progress")
+        if found.done > steps or found.epoch * steps + found.done > epochs * steps:
+            raise ValueError(
+                f"epoch {found.epoch}, step {found.done} are beyond the run's {epochs} x {steps}"
+            )
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return progress(**state["progress"])
+        return found
 
 
-def load_weights(path: str | Path) -> dict:
+def load_weights(path: str | Path) -> dict[str, Any]:
     """What a file of weights holds, on the CPU: safetensors, or plain tensors saved by torch.
 
-    Raises FileNotFoundError, or ValueError for a damaged file and one with other objects.
+    Raises FileNotFoundError, or ValueError for a damaged file, one that would unpack to more than
+    it is, and one with other objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -153,13 +174,60 @@ def load_weights(path: str | Path) -> dict:
 
             return load_file(path)
         if zipfile.is_zipfile(path):
-            _check_sums(path)
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_names(content)
     except Exception as error:  # a damaged or hostile file can raise anything
         raise ValueError(f"cannot read weights from {path}: {_reason(error)}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def load_network(path: str | Path) -> dict[str, Tensor]:
+    """A network's tensors in a file of weights, under their plain names.
+
+    The file may hold them under "model", as a run's checkpoint does, or "state_dict", as timm's and
+    the authors'. Raises as `load_weights`, and ValueError if there are none.
+    """
+    content = load_weights(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no state: neither tensors by name nor a 'state_dict'")
+    try:
+        return plain_names(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the names that the network has by itself.
+
+    What wrappers put before or into its keys is left out, in any order and number: `WRAPPERS`, and
+    the `module` of DataParallel, DistributedDataParallel and AveragedModel (with its counter), if
+    it is all that there is at its place. Raises ValueError for a key that is no text, and for two
+    keys of one name.
+    """
+    _check_names(state)
+    paths = {key: [part for part in key.split(".") if part not in WRAPPERS] for key in state}
+    inside = defaultdict(set)  # the names beside one another
+    for path in paths.values():
+        for depth, part in enumerate(path):
+            leaf = depth == len(path) - 1
+            if not (leaf and part == "n_averaged"):
+                inside[tuple(path[:depth])].add((part, leaf))
+    wrapped = {place for place, names in inside.items() if names == {("module", False)}}
+    plain: dict[str, Any] = {}
+    for key, path in paths.items():
+        if path[-1] == "n_averaged" and tuple(path[:-1]) in wrapped:
+            continue
+        kept = [part for depth, part in enumerate(path) if tuple(path[:depth]) not in wrapped]
+        name = ".".join(kept)
+        if name in plain:
+            raise ValueError(f"{key} is {name} without its wrappers, which is there already")
+        plain[name] = state[key]
+    return plain
 
 
 def sync_folder(folder: Path) -> None:
@@ -175,11 +243,25 @@ def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _check_sums(path: Path) -> None:
+def _check_archive(path: Path) -> None:
+    """Raise unless `path` is a sound archive that holds no more than its size, as torch writes."""
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError("it is no regular file")
     with zipfile.ZipFile(path) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+        if size > path.stat().st_size:
+            raise ValueError(f"its {path.stat().st_size:,} bytes would unpack to {size:,}")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"checksum of {damaged} is wrong")
+
+
+def _check_names(content: Any) -> None:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
+    for key in content:
+        if not isinstance(key, str):
+            raise ValueError(f"it has the key {short(repr(key))}; expected names")
 
 
 def _previous(path: Path, number: int = 1) -> Path:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, BooleanNode, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 NOTHING = object()
 COUNT = 2**31 - 1  # largest number of steps, images, ...
@@ -100,6 +100,8 @@ class RunConfig:
     channels_last: bool = option()
     device: str = option(choices=("auto", "cpu", "cuda"), machine=True)
     deterministic: bool = option(machine=True)
+    plan: bool = option(machine=True)
+    log_steps: int = whole(machine=True)
     checkpoint_steps: int = whole(machine=True)
     keep_checkpoints: int = whole(2, 1000, machine=True)
     max_skipped_steps: int = whole(machine=True)
@@ -119,6 +121,10 @@ class NormKeys:
 
     name: str = option(name=True)
     momentum: float | None = number(0, 1)
+    affine: bool = option()
+    bias: bool = option()
+    track_running_stats: bool = option()
+    unbiased: bool = option()
 
 
 def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
@@ -127,8 +133,11 @@ def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
         key = field.name
         if key not in values:
             continue
+        node = OmegaConf.structured(schema)
+        _strict(node)
         try:
-            fits = _holds(field.metadata, OmegaConf.structured(schema(**{key: values[key]}))[key])
+            node[key] = values[key]
+            fits = _holds(field.metadata, node[key])
         except OmegaConfBaseException:
             fits = False
         if not fits:
@@ -136,9 +145,59 @@ def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
             raise ValueError(f"{prefix}.{key}={short(values[key])}; expected {wanted}")
 
 
+def checked(schema: type, values: Any, where: str) -> Any:
+    """What a file holds, as an object of `schema`, every value checked; fields may have defaults.
+
+    Raises ValueError `where.key=value; expected ...`, and for keys that the schema does not have.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}={short(values)}; expected a group of keys")
+    fields = dataclasses.fields(schema)
+    for key in values:
+        if key not in [field.name for field in fields]:
+            raise ValueError(unknown_key(f"{where}.{key}", [field.name for field in fields]))
+    for field in fields:
+        default = field.default_factory is dataclasses.MISSING and field.default == MISSING
+        if default and field.name not in values:
+            raise ValueError(f"no {where}.{field.name}")
+    check_open(values, where, schema)
+    return OmegaConf.to_object(OmegaConf.structured(schema(**values)))
+
+
+class TrueOrFalse(BooleanNode):
+    """A bool of a config. OmegaConf's own takes 3, "yes" and "on" for true."""
+
+    def _validate_and_convert_impl(self, value: Any) -> bool:
+        if isinstance(value, str) and value.lower() in ("true", "false"):  # of an environment
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ValidationError("Value '$VALUE' of type '$VALUE_TYPE' is neither true nor false")
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrueOrFalse":
+        copy = TrueOrFalse()
+        self._deepcopy_impl(copy, memo)
+        return copy
+
+
 def register(name: str, schema: type[RunConfig]) -> None:
     """Let configs/<name>.yaml begin its defaults with `<name>_schema`."""
-    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    node = OmegaConf.structured(schema)
+    _strict(node)
+    ConfigStore.instance().store(name=f"{name}_schema", node=node)
+
+
+def _strict(cfg: DictConfig) -> None:
+    """Let every bool of a structured config hold true or false alone."""
+    if cfg._is_none() or cfg._is_missing():
+        return
+    for key in list(cfg._content):
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig):
+            _strict(node)
+        elif isinstance(node, BooleanNode):
+            optional = node._is_optional()
+            cfg._content[key] = TrueOrFalse(node._value(), key, cfg, optional)
 
 
 def typed(cfg: DictConfig) -> Any:
@@ -148,8 +207,9 @@ def typed(cfg: DictConfig) -> Any:
     """
     refuse_unknown(cfg)
     config = OmegaConf.to_object(cfg)
-    check_ranges(config)
+    check_ranges(config, skip="run_name")  # made of the others, which are to be named
     config.check()
+    check_ranges(config)
     return config
 
 
@@ -175,14 +235,14 @@ def unknown_key(full_key: str, known: list[str]) -> str:
     return f"unknown key {full_key}; {hint}{group or 'the config'} has {', '.join(known)}"
 
 
-def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raise ValueError for the first value outside of what its field may hold."""
+def check_ranges(config: Any, prefix: str = "", skip: str = "") -> None:
+    """Raise ValueError for the first value, but for `skip`, outside of what its field may hold."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{key}.")
-        elif not _holds(field.metadata, value):
+        elif key != skip and not _holds(field.metadata, value):
             wanted = describe(hints[field.name], field.metadata)
             raise ValueError(f"{key}={short(value)}; expected {wanted}")
 
@@ -277,6 +337,18 @@ def field_of(schema: type, full_key: str) -> tuple[Any, typing.Mapping, list[str
             return None, {}, known
         hint, metadata = typing.get_type_hints(hint)[part], fields[part].metadata
     return hint, metadata, known
+
+
+def machine_keys(schema: type, prefix: str = "") -> set[str]:
+    """The dotted keys that no record holds; one of an earlier version may, which says nothing."""
+    found = set()
+    for field in dataclasses.fields(schema):
+        hint, key = typing.get_type_hints(schema)[field.name], f"{prefix}{field.name}"
+        if field.metadata.get("machine"):
+            found.add(key)
+        elif dataclasses.is_dataclass(hint):
+            found |= machine_keys(hint, f"{key}.")
+    return found
 
 
 def recorded(config: Any) -> dict:

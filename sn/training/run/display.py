@@ -2,20 +2,29 @@
 
 import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print a line now. An output that is gone (a closed pipe, a full disk) does not end a run."""
+    """Print a line now. An output that is gone (a closed pipe, a full disk) does not end a run.
+
+    Nor does one that has no such characters.
+    """
     stream = sys.stderr if error else sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        print(printable(text, stream.encoding or "utf-8"), file=stream, flush=True)
     except OSError:
         try:  # the rest of its buffer would make a good run's exit code 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except OSError:  # no file behind it
             pass
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """`text` with what `encoding` lacks, such as file names that are not UTF-8, as \\udcff."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def clock(seconds: float) -> str:
@@ -32,8 +41,13 @@ def progress_bar(total: int, done: int, label: str | None, visible: bool) -> tqd
         desc=label,
         unit="step",
         leave=False,
-        disable=not (visible and sys.stderr is not None and sys.stderr.isatty()),
+        disable=not (visible and is_terminal(sys.stderr)),
     )
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody watches; None: the stream was closed from the start."""
+    return stream is not None and stream.isatty()
 
 
 def line(values: dict[str, object]) -> str:

@@ -3,6 +3,7 @@
 import datetime
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ... import kernels
 from ...batch_average import batch_statistics_layers, sum_over_processes
 from ...kernels import check
 from ...modules import set_virtual_gpus
+
+TORCHRUN = "start it with torchrun (scripts/launch.sh), or unset that"
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,22 @@ class Processes:
 def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
     """Join the process group that torchrun announces, if any, and choose this rank's device.
 
-    Raises ValueError for an unknown device or one that is not there.
+    Raises ValueError for an unknown device or one that is not there, and for an environment that
+    announces no group (`launched`); OSError if the processes cannot meet.
     """
+    rank, world_size, local_rank = launched()
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device={device!r}; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda, but torch sees no CUDA device; use device=cpu or auto")
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
     use_cuda = device != "cpu" and torch.cuda.is_available()
     if use_cuda:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if world_size > 1 and "LOCAL_RANK" not in os.environ:
+            raise ValueError(f"WORLD_SIZE={world_size}, but LOCAL_RANK, whose GPU to use, is not "
+                             f"set; {TORCHRUN}")  # fmt: skip
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"local rank {local_rank} has no GPU of its own: there are "
+                f"LOCAL_RANK={local_rank} has no GPU of its own: there are "
                 f"{torch.cuda.device_count()}; start fewer processes or use device=cpu"
             )
         torch.cuda.set_device(local_rank)
@@ -54,10 +59,41 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
         chosen = torch.device("cpu")
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        except dist.DistError as error:  # no such host, a port in use, a rank that did not come
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(error).splitlines()[0]
+            raise OSError(f"the {world_size} processes cannot meet at {place}: {reason}") from None
     if use_cuda:
         agree_on_kernels(chosen)
     return Processes(rank, world_size, chosen)
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the environment says; (0, 1, 0) if it says nothing.
+
+    Raises ValueError, naming the variable, for values that no launcher sets: with them a run would
+    fail later, or wait for processes that never come.
+    """
+    world_size = _number("WORLD_SIZE", 1, 1)
+    rank, local_rank = _number("RANK", 0, 0), _number("LOCAL_RANK", 0, 0)
+    if rank >= world_size:
+        size = os.environ.get("WORLD_SIZE", "not set")
+        raise ValueError(f"RANK={rank}, but WORLD_SIZE is {size}; {TORCHRUN}")
+    if world_size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ValueError(f"WORLD_SIZE={world_size}, but {name} is not set; {TORCHRUN}")
+        _number("MASTER_PORT", 0, 0, 65535)
+    return rank, world_size, local_rank
+
+
+def _number(name: str, default: int, low: int, high: int = 10**6) -> int:
+    text = os.environ.get(name, str(default))
+    if not (re.fullmatch("[0-9]{1,9}", text) and low <= int(text) <= high):
+        raise ValueError(f"{name}={text!r}; expected a whole number, {low} to {high}; {TORCHRUN}")
+    return int(text)
 
 
 def stop() -> None:

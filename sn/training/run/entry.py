@@ -5,9 +5,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import (
@@ -29,10 +30,20 @@ from .stopping import Preempted
 
 # exit codes: 2 wrong input, 3 diverged, 73 another run has the folder, 75 (EX_TEMPFAIL) preempted:
 # run the same command again
-KNOWN = (ValueError, TypeError, OSError, torch.OutOfMemoryError, OmegaConfBaseException)
+KNOWN = (
+    *(ValueError, TypeError, OSError, OverflowError, MemoryError),
+    *(torch.OutOfMemoryError, OmegaConfBaseException),
+)
+# what torch says, as a RuntimeError or TypeError, of more than memory or an address can hold
+TOO_LARGE = (
+    *("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed"),
+    *("integer multiplication overflow", "Overflow when unpacking long"),
+)
 CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInterrupt: 130}
+WORD, LINE = 300, 2000  # characters of a message that are shown: a path may be long
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # HYDRA_FULL_ERROR=1 shows tracebacks; `start` sets it, too, to see Hydra's errors as exceptions
+_begun = False  # the config has been composed
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "SN_ONE_LINE" not in os.environ
 
 
@@ -42,16 +53,31 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
     The process then ends with an exit code of `CODES`, else 2. HYDRA_FULL_ERROR=1 shows the
     traceback instead.
     """
+    global _begun
+    _begun = True
     try:
         config = typed(cfg)
         prepare(config.deterministic)
         function(config)
-    except (*KNOWN, FloatingPointError, Preempted, KeyboardInterrupt) as error:
-        if TRACEBACKS:
+    except (Exception, KeyboardInterrupt) as error:
+        if TRACEBACKS or not is_known(error):
             raise
         end(message(error), CODES.get(type(error), 2))
     finally:
         distributed.stop()
+
+
+def is_known(error: BaseException) -> bool:
+    """Whether an error is one that a user can mend, and no bug."""
+    return isinstance(error, (*KNOWN, *CODES)) or is_too_large(error)
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether something was asked for that the CPU's memory, or a number, cannot hold."""
+    if isinstance(error, MemoryError | OverflowError):
+        return True
+    torchs = isinstance(error, RuntimeError | TypeError)
+    return torchs and any(words in str(error) for words in TOO_LARGE)
 
 
 def start(main: Callable[[], None], root: str) -> None:
@@ -67,12 +93,21 @@ def start(main: Callable[[], None], root: str) -> None:
         if TRACEBACKS:
             raise
         end(explain(error, schema_of(root)), 2)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        if TRACEBACKS or _begun:
+            raise
+        reason = " ".join(str(error).split())
+        if isinstance(error, RecursionError):
+            reason = "a value in it refers to itself"
+        end(f"a YAML file of the config cannot be read: {reason}", 2)
 
 
-def end(text: str, code: int) -> None:
-    """Say what is wrong, and leave."""
+def end(text: str, code: int) -> NoReturn:
+    """Say what is wrong, long values cut, and leave."""
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-    say(f"{Path(sys.argv[0]).name}{rank}: {text}", error=True)
+    text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: short(word.group()), text)
+    lines = [short(line, LINE) for line in text.splitlines()]
+    say(f"{Path(sys.argv[0]).name}{rank}: " + "\n".join(lines), error=True)
     sys.exit(code)
 
 
@@ -149,6 +184,8 @@ def message(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if "Original Traceback" in text:  # from a data worker: its last line says it all
         text = text.strip().splitlines()[-1].partition(": ")[2]
+    if is_too_large(error):
+        text = f"too large for this machine: {text.splitlines()[0]}; choose smaller sizes or counts"
     return text
 
 

@@ -1,6 +1,7 @@
 """Image files: read as their use asks for; the unreadable ones counted."""
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,24 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from .display import say
+from .display import printable, say
+from .files import read_text
 
+OTHERS = ("__MACOSX", "@eaDir")  # what systems put into folders for themselves, beside .names
 _warned_of: set[Path] = set()  # folders
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is nobody's data, such as `.DS_Store`, `._1.jpg`."""
+    return name.startswith(".") or name in OTHERS
+
+
+def listed(path: str | Path, root: str | Path) -> bytes:
+    """A file in a listing that is hashed: its path below `root`, its size (0: it is not there)."""
+    path = Path(path)
+    size = path.stat().st_size if path.is_file() else 0
+    line = f"{path.relative_to(root).as_posix()} {size}\n"
+    return line.encode("utf-8", "surrogateescape")  # names are bytes, not always UTF-8
 
 
 def read_image(
@@ -30,6 +46,10 @@ def read_image(
 
     Raises ValueError, naming the file, if it cannot be read.
     """
+    if not Path(path).is_file():  # to open a pipe would wait for ever
+        what = "no regular file" if Path(path).exists() else "no such file"
+        what = "a link to nothing" if os.path.islink(path) and what == "no such file" else what
+        raise ValueError(f"cannot read image {path}: {what}")
     try:
         with _limit(max_megapixels), Image.open(path) as image:
             if use == "picture":
@@ -97,13 +117,13 @@ class BadImages:
         """What the file holds."""
         if self.path is None or not self.path.exists():
             return []
-        return self.path.read_text(encoding="utf-8").splitlines()
+        return read_text(self.path).splitlines()
 
     def add(self, error: ValueError) -> None:
         """Note a bad image, described by `error`; raise ValueError if that is one too many."""
         if not self.limit or self.path is None:
             raise error
-        line = str(error).replace("\n", " ")
+        line = printable(str(error)).replace("\n", " ")
         known = self.lines()
         if line not in known:
             say(f"warning: {line}; skipped", error=True)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Collection
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...functional import STATISTICS
 from ...modules import importance_weights
+from .files import read_text
 
+# TensorBoard sorts its groups by name: these have numbers, in this order
+TAGS = ("train", "val", "steps", "run", "controller", "importance", "importance_layers")
 # the figures' colours of the statistics (as in scripts/common/figures.py)
 COLORS = {"in": "#009E73", "ln": "#D55E00", "gn": "#E69F00", "bn": "#0072B2"}
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
@@ -28,20 +32,33 @@ class Recorder:
     """Writes a run's folder; on other processes than the main one it does nothing.
 
     config.yaml: the config as `recorded` gives it. metrics.jsonl,
-    importance.jsonl: lines numbered by `unit`, "epoch" or "step". summary.json: written once, at
+    importance.jsonl: lines numbered by `unit`, "epoch" or "step". steps.jsonl: lines inside an
+    epoch, numbered by the step of the whole run. summary.json: written once, at
     the end. tensorboard/: the same for reading by eye; its x-axis is the step, or epoch * 1000, so
     that settings lie over one another.
+
+    `unrecorded`: keys that may stand in an old config.yaml and mean nothing.
 
     Raises ValueError if the folder holds a run of another config, or something else under its name.
     """
 
-    def __init__(self, folder: str | Path, config: dict, is_main: bool = True, unit: str = "epoch"):
+    def __init__(
+        self,
+        folder: str | Path,
+        config: dict,
+        is_main: bool = True,
+        unit: str = "epoch",
+        unrecorded: Collection[str] = (),
+    ):
         self.folder = Path(folder)
+        self.unrecorded = unrecorded
         self.is_main = is_main
         self.unit = unit
         self.scale = 1000 if unit == "epoch" else 1
         self.config = config
+        self.lines: dict[str, int] = {}  # of each file of lines, how many it has
         self.writer: Any = None  # a SummaryWriter after `open`, in the main process
+        self.has_layout = False  # TensorBoard knows its page of importance weights
         self.check_config()
 
     def check_config(self) -> None:
@@ -59,14 +76,15 @@ class Recorder:
                     )
             return
         try:
-            old = _flat(yaml.safe_load(path.read_text()) or {})
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+            old = _flat(yaml.safe_load(read_text(path)) or {})
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is not a run's config ({str(error).splitlines()[0]}); "
+                f"{path} is not a run's config ({str(error).splitlines()[0][:200]}); "
                 "choose another output_dir=, or delete that folder"
             ) from None
         new = _flat(self.config)
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        keys = sorted((old.keys() | new.keys()) - set(self.unrecorded))
+        changed = [key for key in keys if old.get(key) != new.get(key)]
         if changed:
             rows = [f"  {key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed]
             raise ValueError(
@@ -84,7 +102,7 @@ class Recorder:
         if not path.exists():
             return None
         try:
-            summary = json.loads(path.read_text())
+            summary = json.loads(read_text(path))
             if not isinstance(summary, dict) or "status" not in summary:
                 raise ValueError("no record of a run")
         except (ValueError, RecursionError) as error:
@@ -98,14 +116,36 @@ class Recorder:
             )
         return summary
 
-    def open(self, count: int) -> None:
+    def count_lines(self, count: int, expected: dict[str, int], step: int = 0) -> None:
+        """Count the lines up to epoch or step `count`; ValueError if some of the `expected` lack.
+
+        `step`: steps of the whole run done. Call it before `open`.
+        """
+        ends = {"metrics.jsonl": (self.unit, count), "importance.jsonl": (self.unit, count)}
+        ends["steps.jsonl"] = ("step", step)
+        for name, (unit, most) in ends.items():
+            path = self.folder / name
+            lines = [line.get(unit) for line in read_jsonl(path)] if path.exists() else []
+            self.lines[name] = sum(isinstance(line, int) and line <= most for line in lines)
+            if self.lines[name] < expected.get(name, 0):
+                raise ValueError(
+                    f"{path} has only {self.lines[name]} of the {expected[name]} lines that were "
+                    "there when the checkpoint was saved; put it back, or choose another "
+                    "output_dir= to start anew"
+                )
+
+    def open(self, count: int, step: int | None = None, per_epoch: int = 1) -> None:
         """Begin to write, with `count` epochs or steps done (-1: nothing, not even the start).
 
-        What a broken run had written beyond that is dropped, and so is the summary of a run that
-        is now made longer.
+        `step` steps of the whole run are done, of `per_epoch` in an epoch; None: no epoch has
+        begun. What a broken run had written beyond that is dropped, and so is the summary of a run
+        that is now made longer.
         """
         if not self.is_main:
             return
+        per_epoch = per_epoch if self.unit == "epoch" else 1
+        step = max(0, count) * per_epoch if step is None else step
+        self.per_epoch = per_epoch
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "summary.json").unlink(missing_ok=True)
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
@@ -115,9 +155,19 @@ class Recorder:
                 lines = [line for line in read_jsonl(path) if isinstance(line.get(self.unit), int)]
                 kept = [line for line in lines if line[self.unit] <= count]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.writer = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=max(0, count * self.scale + 1)
-        )
+        # events from here on are dropped; the next epoch's metrics, at its end, always
+        purge = min(self.scale * step // per_epoch, self.scale * (count + 1) - 1) + 1
+        if self.unit == "step" or count < 0:
+            purge = max(0, count * self.scale + 1)
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        path = self.folder / "steps.jsonl"
+        if path.exists():
+            lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int)]
+            kept = [line for line in lines if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            for line in kept:
+                if self._place(line["step"]) >= purge:
+                    self._add_step(line)
 
     def close(self) -> None:
         if self.writer is not None:
@@ -130,9 +180,26 @@ class Recorder:
             return
         self._append("metrics.jsonl", {self.unit: count, **values})
         for key, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(key, value, count * self.scale)
+            if value is not None and key != "step":  # the axis says it
+                self.writer.add_scalar(tag(key), value, count * self.scale)
         self.writer.flush()
+
+    def step(self, step: int, values: dict) -> None:
+        """Record what is known after `step` steps of the whole run, inside an epoch."""
+        if self.is_main:
+            line = {"step": step, **values}
+            self._append("steps.jsonl", line)
+            self._add_step(line)
+            self.writer.flush()
+
+    def _add_step(self, line: dict) -> None:
+        for key, value in line.items():
+            if key not in ("step", "epoch"):
+                self.writer.add_scalar(tag(f"steps/{key}"), value, self._place(line["step"]))
+
+    def _place(self, step: int) -> int:
+        """Where a step lies on TensorBoard's x-axis, never before where it would be dropped."""
+        return -(-self.scale * step // self.per_epoch)
 
     def importance(
         self, count: int, model: nn.Module, figure: bool = False, blocks: dict | None = None
@@ -148,12 +215,15 @@ class Recorder:
         layers = {name: {"block": blocks[name], **weight} for name, weight in weights.items()}
         self._append("importance.jsonl", {self.unit: count, "layers": layers})
         averages = block_averages(layers)
-        for group, rows in (("importance", layers), ("importance_block", averages)):
+        if not self.has_layout:
+            self.has_layout = True
+            self.writer.add_custom_scalars(layout(averages))
+        for group, rows in (("importance", averages), ("importance_layers", layers)):
             for name, row in rows.items():
                 for moment in ("mean", "var"):
                     for statistic, value in row[moment].items():
-                        tag = f"{group}/{moment}/{name}/{statistic}"
-                        self.writer.add_scalar(tag, value, count * self.scale)
+                        key = tag(f"{group}/{moment}/{name}/{statistic}")
+                        self.writer.add_scalar(key, value, count * self.scale)
         if figure:
             self.writer.add_figure("importance", importance_figure(averages), count * self.scale)
 
@@ -170,8 +240,28 @@ class Recorder:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint written later must not be older on disk
+            self.lines[name] = self.lines.get(name, 0) + 1
         except OSError as error:  # of a full disk, which does not name the file
             raise OSError(f"cannot write {path}: {error}; the last checkpoint is whole") from None
+
+
+def tag(key: str) -> str:
+    """A metric's name in TensorBoard, its group numbered: `train/loss` is `1_train/loss`."""
+    group, slash, name = key.partition("/")
+    if not slash:
+        group, name = "run", key
+    return f"{TAGS.index(group) + 1}_{group}/{name}" if group in TAGS else key
+
+
+def layout(averages: dict[str, dict]) -> dict[str, dict]:
+    """TensorBoard's page of custom scalars: a chart per block and moment, a curve per statistic."""
+    return {
+        f"importance weights of the {title}": {
+            block: ["Multiline", [re.escape(tag(f"importance/{moment}/{block}/")) + "[a-z]+$"]]
+            for block in averages
+        }
+        for moment, title in (("mean", "mean"), ("var", "variance"))
+    }
 
 
 def block_names(model: nn.Module) -> dict[str, str]:
@@ -274,7 +364,7 @@ def write_text(path: Path, text: str) -> None:
 def read_jsonl(path: Path) -> list[dict]:
     """Lines of a jsonl file; damaged ones, as a last one that a kill cut short, are left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         try:
             lines.append(json.loads(line))
         except (ValueError, RecursionError):

@@ -1,8 +1,10 @@
 """A run from its start to its end: what every entrypoint needs and no experiment is about."""
 
 import contextlib
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import keep_best, newest_checkpoint, put, restore, save_checkpoint
-from .config import RunConfig, recorded
-from .display import clock, progress_bar, say
+from .budget import Need, Pace
+from .checkpoint import fitting, keep_best, newest_checkpoint, put, restore, save_checkpoint
+from .config import RunConfig, machine_keys, number, recorded, whole
+from .display import clock, is_terminal, line, progress_bar, say
 from .guard import (
     FiniteGuard,
     ToHost,
@@ -33,13 +36,14 @@ from .stopping import Preempted, StopSignal, Watchdog
 class Progress:
     """Where a run is; what a checkpoint holds beside weights and optimizer."""
 
-    epoch: int = 0  # epochs done
-    step: int = 0  # steps done of the next epoch; of all, in a run without epochs
+    epoch: int = whole(default=0)  # epochs done
+    step: int = whole(default=0)  # steps done of the next epoch; of all, in a run without epochs
     sums: dict[str, Any] = field(default_factory=dict)  # over the steps since the last metrics
-    images_seen: int = 0  # trained on, in all
-    skipped_steps: int = 0  # in all: loss or gradients were not finite
-    best: float | None = None  # of the validations
-    wall_s: float = 0.0
+    logged: dict[str, list] = field(default_factory=dict)  # [sum, count] since steps' last line
+    images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
+    skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
+    best: float | None = number(None, default=None)  # of the validations
+    wall_s: float = number(default=0.0)
 
     @property
     def done(self) -> int:
@@ -59,7 +63,7 @@ class Progress:
         """One more epoch is done."""
         self.epoch += 1
         self.step = 0
-        self.sums = {}
+        self.sums, self.logged = {}, {}
 
 
 @dataclass
@@ -108,6 +112,7 @@ class Session:
         self.stop = StopSignal()
         self.stopping = False  # some process has been told to stop
         self.where = "the start"
+        self.pace: Pace | None = None  # measures a loop, in a plan
         self.latest: list[float] | None = None  # losses of the newest step known, None if skipped
         self._late: list[LateStep] = []
         self._stop_sum: Tensor | None = None
@@ -116,6 +121,9 @@ class Session:
 
     def __enter__(self) -> "Session":
         config = self.config
+        if config.plan:
+            folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            config.output_dir = self._stack.enter_context(folder)
         self.processes = distributed.start(config.device, config.timeout_minutes + 5)
         if self._one_process and self.processes.world_size > 1:
             raise ValueError(
@@ -124,7 +132,9 @@ class Session:
             )
         self.device, self.is_main = self.processes.device, self.processes.is_main
         self.late = self.device.type == "cuda"  # where the host should not wait for the device
-        self.recorder = Recorder(config.output_dir, recorded(config), self.is_main, self.unit)
+        self.recorder = Recorder(
+            config.output_dir, recorded(config), self.is_main, self.unit, machine_keys(type(config))
+        )
         self.summary = self.recorder.summary()
         self.precision = Precision(config.precision, self.device, config.channels_last)
         self.scaler = self.precision.scaler
@@ -145,6 +155,17 @@ class Session:
                 self._end(results | {"error": str(error)})
 
     # --- from the start to the end
+
+    def warn_of(self, need: Callable[[], Need]) -> Need | None:
+        """Say before a run starts where it needs more than there is; None: that is not known."""
+        try:
+            estimated = need()
+        except (RuntimeError, ValueError):  # the run itself will say what is wrong, if it is
+            return None
+        if not self.config.plan and self.is_main:
+            for text in estimated.warnings():
+                say(f"warning: {text}", error=True)
+        return estimated
 
     def has_ended(self, what: str, key: str) -> dict:
         """Say that the run has ended before, with the figure `key` of its summary; return that."""
@@ -190,7 +211,11 @@ class Session:
         self.resumed = self._resume(progress)
         self.guard.skipped = self.progress.skipped_steps
         self._facts, self._headline = facts, headline
-        self.recorder.open(self._recorded(records_after_saving))
+        count = self._recorded(records_after_saving)
+        distributed.in_main(
+            lambda: self.recorder.count_lines(count, self._lines, self._done()), self.processes
+        )
+        self.recorder.open(count, self._done(), steps)
         self._started = time.perf_counter() - self.progress.wall_s
         self._began, self._first = time.perf_counter(), self._done()
         if not self.resumed and importance is not None:
@@ -205,16 +230,21 @@ class Session:
 
     def _resume(self, progress: type[Progress]) -> bool:
         found = newest_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
+        self._lines: dict[str, int] = {}
         if found is None:
             return False
         file, state = found
-        for key, value in self._identity.items():
-            if state[key] != value:
-                raise ValueError(
-                    f"{self.config.output_dir} was trained with other {key}: "
-                    f"{differences(state[key], value)}; choose another output_dir="
-                )
-        self.progress = restore(file, state, self._parts, progress)
+        with fitting(file):
+            other = [key for key, value in self._identity.items() if state[key] != value]
+        for key in other:
+            raise ValueError(
+                f"{self.config.output_dir} was trained with other {key}: "
+                f"{differences(state[key], self._identity[key])}; choose another output_dir="
+            )
+        self.progress = restore(file, state, self._parts, progress, self._epochs, self._steps)
+        lines = state.get("lines")  # older checkpoints do not say
+        if self._parts and isinstance(lines, dict):  # without parts the run begins anew
+            self._lines = {name: count for name, count in lines.items() if type(count) is int}
 
         def mend() -> None:
             if file != Path(self.path):  # the newest was broken: this may become the best one
@@ -253,7 +283,12 @@ class Session:
         label = f"{epoch}/{self._epochs}" if self.unit == "epoch" else None
         prefix = f"{epoch}, " if self.unit == "epoch" else ""
         done = getattr(self.progress, counter)
+        if done > total:
+            raise ValueError(f"{self.path} has done {done} {what}s of {total}; delete it")
         self._counter, self._total = counter, total
+        if self.pace is not None:
+            self.pace.total = total
+        self._begin_pace()
         with progress_bar(total, done, label, self.is_main) as self.bar:
             for batch in batches:
                 count = getattr(self.progress, counter) + 1
@@ -262,11 +297,16 @@ class Session:
                 yield self.where, batch
 
     def step_done(
-        self, images: int = 0, evaluates: bool = False, show: float | None = None
+        self,
+        images: int = 0,
+        evaluates: bool = False,
+        lr: float | None = None,
+        **values: float | Tensor | None,
     ) -> None:
         """Count a step of `images` images; save if it is time; raise Preempted if told to stop.
 
-        `evaluates`: an evaluation follows. `show`: the loss or reward beside the progress bar.
+        `evaluates`: an evaluation follows. `values`: the step's loss, the first one, and more; None
+        where an update was skipped. A line of `log_steps` holds their means; tensors are read then.
         """
         progress = self.progress
         count = getattr(progress, self._counter) + 1
@@ -275,18 +315,53 @@ class Session:
         progress.skipped_steps = self.guard.skipped
         if self.processes.world_size == 1:
             self.stopping = self.stop.requested
+        for name, value in values.items():
+            if value is not None:
+                total, number = progress.logged.get(name, (0.0, 0))
+                progress.logged[name] = [total + value, number + 1]
         if not self.bar.disable:
-            value = "" if show is None else f"{show:.3f}, "
+            shown = next(iter(values.values()), None)
+            value = "" if shown is None else f"{shown:.3f}, "
             self.bar.set_postfix_str(f"{value}{self.time_left()} left", refresh=False)
             self.bar.update()
-        every = self.config.checkpoint_steps
-        due = every > 0 and count % every == 0
-        if due or evaluates or self.stopping or count == self._total:
+        if self.pace is not None:
+            self.pace.step()
+            return
+        last = count == self._total
+        ends = self.unit == "step" and (evaluates or last)  # an epoch has a line of its own
+        if ends or _due(count, self.config.log_steps):
+            self._log_steps(lr)
+        if _due(count, self.config.checkpoint_steps) or evaluates or self.stopping or last:
             self.save()
         if self.stopping:
             raise Preempted(
                 f"stopped by a signal and saved after {self.where}; the same command goes on"
             )
+
+    def _begin_pace(self) -> None:
+        """Measure the speed from here on."""
+        self._pace = (time.perf_counter(), self._done(), self.progress.images_seen)
+
+    def _log_steps(self, lr: float | None) -> None:
+        """A line of what has happened since the last one, before the step's checkpoint."""
+        progress = self.progress
+        values = {name: float(total) / n for name, (total, n) in progress.logged.items()}
+        progress.logged = {}
+        if not values:  # every update was skipped
+            return
+        if lr is not None:
+            values["lr"] = lr
+        began, done, images = self._pace
+        seconds = max(time.perf_counter() - began, 1e-9)
+        values["steps_per_s"] = (self._done() - done) / seconds
+        if progress.images_seen > images:
+            values["images_per_s"] = (progress.images_seen - images) / seconds
+        self._begin_pace()
+        epoch = {"epoch": progress.epoch + 1} if self.unit == "epoch" else {}
+        self.recorder.step(self._done(), epoch | values)
+        if self.bar.disable or not is_terminal(sys.stdout):
+            short = {name.removeprefix("loss_"): value for name, value in values.items()}
+            self.say(f"{self.where}  {line(short)}  {self.time_left()} left")
 
     def end_epoch(self, metrics: dict[str, Any], score: float | None = None) -> None:
         """Record the epoch and save; the checkpoint of the highest `score` is kept."""
@@ -319,8 +394,12 @@ class Session:
         self.progress.wall_s = self.wall_s
         progress = vars(self.progress).copy()
         progress["sums"] = self.progress.totals()
+        progress["logged"] = {
+            name: [float(total), n] for name, (total, n) in self.progress.logged.items()
+        }
         state = {name: part.state_dict() for name, part in self._parts.items()}
-        state |= {"progress": progress, **self._identity, **self._saved, **contents}
+        state |= {"progress": progress, "lines": dict(self.recorder.lines)}
+        state |= {**self._identity, **self._saved, **contents}
 
         def write() -> None:
             save_checkpoint(self.path, state, self.config.keep_checkpoints, best)
@@ -474,12 +553,17 @@ class Session:
         Then Preempted is raised in all processes together, at the end of the loop: one that left
         alone would leave the others waiting in a sum.
         """
+        if self.pace is not None and isinstance(batches, Sized):
+            self.pace.total = len(batches)
         for batch in self.watchdog.over(batches, where):
             yield batch
+            if self.pace is not None:
+                self.pace.step()
             if self.stop.requested:
                 break
         if distributed.any_process(self.stop.requested, self.device):
             raise Preempted(f"stopped by a signal at {where}; the same command goes on")
+        self._begin_pace()
 
     # --- times and lines
 
@@ -503,3 +587,7 @@ class Session:
         """Print a line, in the main process."""
         if self.is_main:
             say(text)
+
+
+def _due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0

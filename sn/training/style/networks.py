@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sn import SwitchNorm2d, SwitchNormAct2d, connect
 
-from ..run.checkpoint import load_weights
+from ..run.checkpoint import load_weights, plain_names
 
 Norm = Callable[[int], nn.Module]
 
@@ -285,7 +285,8 @@ def load_features(features: nn.Sequential, state: dict, weights: str) -> None:
 
     Raises ValueError, naming the first tensor that is not there or of another shape.
     """
-    found = {str(key).removeprefix("features."): value for key, value in state.items()}
+    named = plain_names(state)
+    found = {key.removeprefix("features."): value for key, value in named.items()}
     for key, own in features.state_dict().items():
         value = found.get(key)
         if not isinstance(value, Tensor) or value.shape != own.shape:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..run.images import BadImages, read_image
+from ..run.images import BadImages, is_hidden, listed, read_image
 from ..run.schedule import mix_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -33,7 +33,8 @@ def to_pil(image: Tensor) -> Image.Image:
 def find_images(root: str | Path) -> list[Path]:
     """Image files anywhere below `root` (or that one file), by name; links are followed.
 
-    A folder that is met twice, through links, is taken once.
+    A folder that is met twice, through links, is taken once; hidden ones and hidden files are not.
+    Of a link to nothing `read_image` tells.
 
     Raises FileNotFoundError if there is none.
     """
@@ -44,13 +45,14 @@ def find_images(root: str | Path) -> list[Path]:
         raise FileNotFoundError(f"no file or folder {root}")
     files, seen = [], set()
     for folder, inner, names in os.walk(root, followlinks=True):
-        inner.sort()
+        inner[:] = sorted(name for name in inner if not is_hidden(name))
         if os.path.realpath(folder) in seen:  # a link back: no end
             inner.clear()
             continue
         seen.add(os.path.realpath(folder))
+        names = [name for name in names if not is_hidden(name)]
         files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
-    files = sorted(path for path in files if path.is_file())
+    files.sort()
     if not files:
         raise FileNotFoundError(
             f"no images below {root}; expected files named {', '.join(SUFFIXES)}"
@@ -102,7 +104,7 @@ def load_photos(name: str, root: str | None = None) -> Photos:
         raise FileNotFoundError(f"photos.root={root}: {error}") from None
     base = Path(root) if Path(root).is_dir() else Path(root).parent
     for path in paths:
-        listing.update(f"{path.relative_to(base).as_posix()} {path.stat().st_size}\n".encode())
+        listing.update(listed(path, base))
     return Photos(name, PhotoFiles(paths), listing.hexdigest())
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 import sn
 
-from ..run.checkpoint import load_checkpoint
+from ..run.checkpoint import load_checkpoint, plain_names
+from ..run.config import NormKeys, check_open, checked, short
 from ..run.display import say
 from ..run.images import read_image
+from .config import Network
 from .networks import ConvNorm, StyleNet, build_style_net, to_image
 from .photos import find_images, resize_long_side, to_pil, to_tensor
 
@@ -28,16 +30,19 @@ def load_style_net(path: str | Path) -> StyleNet:
     state = load_checkpoint(path)
     if state is None:
         raise FileNotFoundError(f"no checkpoint {path}; expected the checkpoint.pt of a run")
-    if not {"model", "style_net"} <= state.keys():
+    options, weights = state.get("style_net"), state.get("model")
+    if not (isinstance(options, dict) and isinstance(weights, dict)):
         raise ValueError(f"{path} is not a checkpoint of style_transfer.py")
-    options = state["style_net"]
-    # the same parameters with and without fused activations; strips need them apart
-    model = build_style_net(
-        sn.make_norm(**options["norm"]), **options["model"] | {"fused_activation": False}
-    )
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
+        norm, network = (options.get(key) for key in ("norm", "model"))
+        if not (isinstance(norm, dict) and isinstance(network, dict)):
+            raise ValueError(f"style_net={short(options)}; expected norm and model")
+        check_open(norm, "norm", NormKeys)
+        # the same parameters with and without fused activations; strips need them apart
+        network = checked(Network, network | {"fused_activation": False}, "model")
+        model = build_style_net(sn.make_norm(**norm), **vars(network))
+        model.load_state_dict(plain_names(weights))
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit its own network: {error}") from None
     return model.eval()
 

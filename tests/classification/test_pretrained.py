@@ -1,0 +1,242 @@
+"""Fine-tuning: weights from files and libraries, conversion to another norm, a new head."""
+
+import json
+import os
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from workers import config
+
+import sn
+import train_imagenet
+from sn.training.classification import pretrained
+from sn.training.classification.models import build_model
+from sn.training.classification.pretrained import (
+    misfits,
+    pretrained_model,
+    pretrained_weights,
+)
+from sn.training.run import record
+from sn.training.run.checkpoint import load_network
+
+SMALL = {"name": "resnet8", "source": "cifar", "width": 8}
+NORMS = ("sn", "bn", "frozen_bn", "brn", "ssn", "sync_bn")  # those that keep running statistics
+
+
+def network(norm="bn", classes=10, **options):
+    """A network none of whose parameters and statistics is at its initial value."""
+    torch.manual_seed(3)
+    model = build_model(**SMALL | options, num_classes=classes, norm=sn.make_norm(norm))
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("bn1.weight", "bn2.weight", "bias", "running_mean", "running_var")):
+            tensor.uniform_(0.5, 1.5)
+        elif name.endswith(("mean_weight", "var_weight")):
+            tensor.uniform_(-1, 1)
+    return model.eval()
+
+
+IMAGES = torch.randn(4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_conversion_keeps_the_function(norm):
+    """With bn's control parameters far above the others: every output as before."""
+    theirs = network()
+    model, how = pretrained_model(theirs.state_dict(), {"name": norm}, 10, 20.0, **SMALL)
+    torch.testing.assert_close(model.eval()(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-4)
+    assert f"7 batch norms became {norm}, running statistics kept" in how
+    assert how.endswith("head fc kept: 10 classes")
+
+
+def test_start_of_the_control_parameters():
+    state = network().state_dict()
+    for start, bn in ((0.0, 1 / 3), (2.0, 0.78699), (5.0, 0.98670)):  # e^g / (e^g + 2)
+        model, how = pretrained_model(state, {"name": "sn"}, 10, start, **SMALL)
+        for layer in sn.importance_weights(model).values():
+            assert layer["mean"]["bn"] == pytest.approx(bn, abs=1e-5)
+            assert layer["var"]["in"] == pytest.approx((1 - bn) / 2, abs=1e-5)
+        assert f"bn {bn:.3g}" in how
+        assert torch.equal(model.bn1.running_var, state["bn1.running_var"])
+
+
+@pytest.mark.parametrize("norm", ["gn", "sn_in_ln", "in"])
+def test_norms_without_running_statistics_keep_gain_and_shift(norm):
+    state = network().state_dict()
+    model, how = pretrained_model(state, {"name": norm}, 10, 5.0, **SMALL)
+    assert torch.equal(model.layer3[0].bn2.weight, state["layer3.0.bn2.weight"])
+    assert torch.equal(model.layer3[0].bn2.bias, state["layer3.0.bn2.bias"])
+    assert "no running statistics" in how
+
+
+@pytest.mark.parametrize("norm", ["sn", "gn", "ssn", "brn", "frozen_bn"])
+def test_the_same_norm_loads_as_it_is(norm):
+    theirs = network(norm)
+    model, how = pretrained_model(theirs.state_dict(), {"name": norm}, 10, **SMALL)
+    torch.testing.assert_close(model.eval()(IMAGES), theirs(IMAGES))
+    assert "layers as they were" in how or norm == "frozen_bn"
+
+
+def test_another_head_starts_anew():
+    state = network().state_dict()
+    torch.manual_seed(0)
+    model, how = pretrained_model(state, {"name": "sn"}, 4, **SMALL, dropout=0.5)
+    assert model.fc.weight.shape == (4, 32) and model.fc.dropout == 0.5
+    assert how.endswith("head fc starts anew: 4 classes instead of 10")
+    assert torch.equal(model.layer1[0].conv1.weight, state["layer1.0.conv1.weight"])
+
+
+def test_fused_activations():
+    state = network().state_dict()
+    plain, _ = pretrained_model(state, {"name": "sn"}, 10, 2.0, **SMALL)
+    fused, _ = pretrained_model(state, {"name": "sn"}, 10, 2.0, **SMALL, fused_activation=True)
+    assert type(fused.layer1[0].bn1) is sn.SwitchNormAct2d
+    torch.testing.assert_close(fused.eval()(IMAGES), plain.eval()(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "theirs, norm, options, words",
+    [
+        ({"norm": "gn"}, "sn", {}, "with norm=sn: .*missing: .*bn1.mean_weight"),
+        ({"norm": "sn"}, "sn_in_ln", {}, r"bn1.mean_weight \(3,\) instead of \(2,\)"),
+        ({"name": "resnet14"}, "sn", {}, "with batch norm: .*unexpected: layer1.1.bn1.bias"),
+        ({}, "sn", {"width": 10}, r"with batch norm: .*bn1.weight \(8,\) instead of \(10,\)"),
+    ],
+)
+def test_what_does_not_fit_is_one_error(theirs, norm, options, words):
+    state = network(**theirs).state_dict()
+    with pytest.raises(ValueError, match=words) as error:
+        pretrained_model(state, {"name": norm}, 10, **SMALL | options)
+    assert "\n" not in str(error.value)
+
+
+def test_library_networks():
+    """Their eps stays; those that take no norm callable are converted all the same."""
+    theirs = torchvision.models.mobilenet_v3_small(num_classes=7).eval()
+    named = {"name": "mobilenet_v3_small", "source": "torchvision"}
+    model, how = pretrained_model(theirs.state_dict(), {"name": "sn"}, 7, 20.0, **named)
+    assert model.features[0][1].eps == 0.001
+    torch.testing.assert_close(model.eval()(x := torch.randn(2, 3, 64, 64)), theirs(x))
+    with pytest.raises(ValueError, match="norm.eps=1e-05.*have 0.001"):
+        pretrained_model(theirs.state_dict(), {"name": "frozen_bn", "eps": 1e-5}, 7, **named)
+    named = {"name": "shufflenet_v2_x0_5", "source": "torchvision"}  # takes no norm_layer
+    state = torchvision.models.shufflenet_v2_x0_5().state_dict()
+    _, how = pretrained_model(state, {"name": "sn"}, 3, **named)
+    assert "56 batch norms became sn" in how and "head fc starts anew: 3 classes" in how
+    vit = {"name": "vit_b_16", "source": "torchvision"}
+    with torch.device("meta"):
+        state = torchvision.models.vit_b_16().state_dict()
+        with pytest.raises(ValueError, match="no batch norm"):
+            pretrained_model(state, {"name": "sn"}, 1000, **vit)
+
+
+def test_timms_fused_layers():
+    import timm
+
+    theirs = timm.create_model("regnetx_002", num_classes=5).eval()  # BatchNormAct2d
+    named = {"name": "regnetx_002", "source": "timm"}
+    model, _ = pretrained_model(theirs.state_dict(), {"name": "sn"}, 5, 20.0, **named)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes(prefix, tmp_path):
+    state = network().state_dict()
+    wrapped = {prefix + key: value for key, value in state.items()}
+    for content in (wrapped, {"model": wrapped, "progress": {"epoch": 2}}):
+        torch.save(content, tmp_path / "c.pt")
+        assert not misfits(state, load_network(tmp_path / "c.pt"))
+
+
+def test_weights_in_torchs_cache(tmp_path, monkeypatch):
+    """What torchvision's API finds there is used; it looks at no network then."""
+    weights = torchvision.models.get_model_weights("resnet18").DEFAULT
+    state = torchvision.models.resnet18().state_dict()
+    state["conv1.weight"].fill_(0.25)
+    file = tmp_path / "hub" / "checkpoints" / os.path.basename(weights.url)
+    file.parent.mkdir(parents=True)
+    torch.save(state, file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    found = pretrained_weights("torchvision", "resnet18", None)
+    assert torch.equal(found["conv1.weight"], state["conv1.weight"])
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_no_network_is_one_line(library, monkeypatch):
+    def offline(model):
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(pretrained, f"_of_{library}", offline)
+    with pytest.raises(ValueError, match=f"init={library} has no weights of resnet18: no route"):
+        pretrained_weights(library, "resnet18", None)
+
+
+def test_timms_pretrained_weights(monkeypatch):
+    """A stand-in for the download: what create_model(pretrained=True) makes is taken."""
+    import timm
+
+    def create_model(name, pretrained):
+        assert pretrained
+        model = nn.Linear(2, 3)
+        nn.init.constant_(model.weight, 0.5)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    found = pretrained_weights("timm", "resnet18", None)
+    assert found["weight"].eq(0.5).all() and found.keys() == {"weight", "bias"}
+
+
+# --- train_imagenet.py
+
+TINY = (
+    *("model=resnet8", "model.width=8", "device=cpu", "setting=8x2", "schedule.epochs=1"),
+    *("data.train_images=32", "evaluation.batch_average.batch_size=8"),
+)
+
+
+def test_fine_tuning_a_finished_run(tmp_path, no_git, capsys, monkeypatch):
+    """BN's own checkpoint to SN: record, line at the start, resumption with other weights."""
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *_: None)
+    monkeypatch.setattr(record, "importance_figure", lambda averages: None)
+    train_imagenet.train(config(*TINY, "norm=bn", f"output_dir={tmp_path}/bn"))
+    path = tmp_path / "bn" / "checkpoint.pt"
+    options = (*TINY, "norm=sn", "init=checkpoint", "init.gate_start=2", f"output_dir={tmp_path}/s")
+    capsys.readouterr()
+    summary = train_imagenet.train(config(*options, f"init.path={path}"))
+    said = capsys.readouterr().out
+    assert f"starts from {path}: 7 batch norms became sn" in said and "head fc kept" in said
+    assert summary["init"]["name"] == "checkpoint" and len(summary["init"]["sha256"]) == 64
+    recorded = (tmp_path / "s" / "config.yaml").read_text()
+    assert "gate_start: 2.0" in recorded and "path" not in recorded
+    first = json.loads((tmp_path / "s" / "importance.jsonl").read_text().splitlines()[0])
+    assert first["layers"]["bn1"]["mean"]["bn"] == pytest.approx(0.787, abs=1e-3)
+    assert "init:" not in (tmp_path / "bn" / "config.yaml").read_text()  # as before there was one
+
+    torch.save(network("bn").state_dict(), tmp_path / "other.pt")
+    (tmp_path / "s" / "summary.json").unlink()
+    with pytest.raises(ValueError, match="trained with other init: .*sha256"):
+        train_imagenet.train(config(*options, f"init.path={tmp_path}/other.pt"))
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["init=checkpoint"], "init.path is not set"),
+        (["init=checkpoint", "init.path=/no/such.pt"], "no file /no/such.pt"),
+        (["init.path=x.pt"], "init.path=x.pt needs init=checkpoint, not scratch"),
+        (["init.name=imagenet"], "init.name=imagenet; expected one of scratch, checkpoint"),
+        (["init.gate_start=5"], "it is of a converted network"),
+        (["norm=frozen_bn"], "norm=frozen_bn would stay the identity"),
+        (["init=torchvision"], "init=torchvision has no weights of resnet8: "),
+        (["data.classes=[1,2]"], "data.classes"),
+    ],
+)
+def test_refused_before_anything_is_written(overrides, words, tmp_path, no_git):
+    out = tmp_path / "out"
+    with pytest.raises((ValueError, OSError), match=words):
+        train_imagenet.train(config(*TINY, *overrides, f"output_dir={out}"))
+    assert not (out / "config.yaml").exists()
