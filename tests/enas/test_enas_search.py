@@ -131,8 +131,8 @@ def test_tensorboard_follows_the_epochs(whole):
 
     events = EventAccumulator(str(whole / "tensorboard"))
     events.Reload()
-    assert [e.step for e in events.Scalars("controller/entropy")] == [1000, 2000]
-    tag = "importance_block/mean/hidden/ln"
+    assert [e.step for e in events.Scalars("5_controller/entropy")] == [1000, 2000]
+    tag = "6_importance/mean/hidden/ln"
     assert [e.step for e in events.Scalars(tag)] == [0, 1000, 2000]
 
 
