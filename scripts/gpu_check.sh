@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, the most decisive first, within a time budget:
 #
-#   python scripts/gpu_pack.py --root data      # before, where there is a network: gpu_pack/
+#   python scripts/gpu_pack.py --root data      # before, where there is a network: gpu_files/
 #   scripts/gpu_check.sh                        # 540 seconds, results in results/gpu
 #   BUDGET=200 OUT=/somewhere scripts/gpu_check.sh
 #   DRY=1 scripts/gpu_check.sh                  # on a CPU: every step, tiny; proves the script alone
 #
 # Resumable: a step that succeeded is not repeated. Call it again with the same OUT until it prints
-# that all is done; on another machine put rest.tar.gz of the last call into gpu_pack/ before. OUT
+# that all is done; on another machine put rest.tar.gz of the last call into gpu_files/ before. OUT
 # holds eight files at most, up to date after every step, so that a call can be cut off:
 #
 #   steps.txt log.txt                      what was done in how many seconds; what it printed
@@ -15,7 +15,7 @@
 #   rest.tar.gz                            all of it, with the experiments' runs: what a resumption needs
 #
 # Needs torch with CUDA (and Triton), torchvision, numpy and pytest; more than one process for the
-# tests with pytest-xdist. gpu_pack/ brings Hydra and CIFAR-10 at 16 px: without them the steps that
+# tests with pytest-xdist. gpu_files/ brings Hydra and CIFAR-10 at 16 px: without them the steps that
 # need them fail by name. A line of scripts/gpu_pending.txt is one more step (its head says what
 # GPU_DATA must hold).
 set -uo pipefail
@@ -31,7 +31,7 @@ OUT=$(cd "$OUT" && pwd) WORK=$(cd "$WORK" && pwd)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHON OUT=$OUT WORK
 export GPU_DATA=${GPU_DATA:-$WORK/data}
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$WORK/cache}
-for rest in "$OUT/rest.tar.gz" gpu_pack/rest.tar.gz; do
+for rest in "$OUT/rest.tar.gz" gpu_files/rest.tar.gz; do
     [[ -e $rest && ! -e $WORK/steps.txt ]] && tar -xzf "$rest" -C "$WORK"
 done
 
@@ -73,12 +73,12 @@ step() { # name, most seconds, command...; a name that ends with + is never fini
 }
 
 unfinished=0
-if ! "$PYTHON" -c 'import hydra' 2>/dev/null && compgen -G 'gpu_pack/wheels/*.whl' >/dev/null; then
+if ! "$PYTHON" -c 'import hydra' 2>/dev/null && compgen -G 'gpu_files/wheels/*.whl' >/dev/null; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$WORK/site" gpu_pack/wheels/*.whl
+        --target "$WORK/site" gpu_files/wheels/*.whl
     export PYTHONPATH=$PYTHONPATH:$WORK/site
 fi
-if [[ -e gpu_pack/cifar10_16px.npz && ! -e $GPU_DATA/cifar-10-batches-py ]]; then
+if [[ -e gpu_files/cifar10_16px.npz && ! -e $GPU_DATA/cifar-10-batches-py ]]; then
     "$PYTHON" scripts/gpu_pack.py --unpack "$GPU_DATA"
 fi
 

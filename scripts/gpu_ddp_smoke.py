@@ -90,7 +90,8 @@ def main() -> None:
         dist.broadcast(first, 0)
         assert torch.equal(first, ours), "the processes' weights differ"
     check_synchronised("sync_sn", "sn", device)
-    check_synchronised("sync_bn", "bn", device)
+    if device.type == "cuda":  # torch's has no other
+        check_synchronised("sync_bn", "bn", device)
     if rank == 0:
         world = dist.get_world_size()
         print(f"{world} processes: fused equals plain, weights agree")

@@ -1,10 +1,10 @@
 """Collect what scripts/gpu_check.sh needs on a GPU machine without network, in few megabytes.
 
-    python scripts/gpu_pack.py --root data          # here: fills gpu_pack/
+    python scripts/gpu_pack.py --root data          # here: fills gpu_files/
     python scripts/gpu_pack.py --unpack DATA        # there: DATA/cifar-10-batches-py
 
-gpu_pack/wheels holds hydra-core, omegaconf and antlr4's runtime at the versions of constraints.txt
-(the last one is built: there is no wheel of it). gpu_pack/cifar10_16px.npz holds the 15,000 images
+gpu_files/wheels holds hydra-core, omegaconf and antlr4's runtime at the versions of constraints.txt
+(the last one is built: there is no wheel of it). gpu_files/cifar10_16px.npz holds the 15,000 images
 of experiment=imagenet/cifar10_16px averaged down to 16 px: runs on them have the records' data
 fingerprint. --root - leaves the images out.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-PACK = ROOT / "gpu_pack"
+PACK = ROOT / "gpu_files"
 WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
 TRAIN = 10_000  # data.train_images of the experiment; 5,000 more are held out
 
