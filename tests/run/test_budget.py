@@ -95,7 +95,8 @@ def test_pace(monkeypatch):
         assert pace.steps == count and pace.seconds == pytest.approx(seconds)
     pace = Pace(torch.device("cpu"))
     pace.total = 1
-    pace.step()
+    with pytest.raises(Enough):
+        pace.step()
     assert pace.seconds > 0
 
 
