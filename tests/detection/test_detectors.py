@@ -356,7 +356,7 @@ def test_unreadable_weights(tmp_path):
 def test_weights_of_a_wrapped_network(prefix, tmp_path):
     weights = {"conv1.weight": torch.ones(2), "layer1.0.bn1.bias": torch.zeros(3)}
     torch.save({"model": {prefix + k: v for k, v in weights.items()}}, tmp_path / "w.pt")
-    found = detectors.pretrained_weights("checkpoint", "resnet18", str(tmp_path / "w.pt"))
+    found = pretrained_weights("checkpoint", "resnet18", str(tmp_path / "w.pt"))
     assert found.keys() == weights.keys()
 
 

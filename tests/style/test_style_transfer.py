@@ -311,6 +311,8 @@ def test_more_steps_continue_a_finished_run(tmp_path, train, whole):
     ours["importance.jsonl"] = [x for x in ours["importance.jsonl"] if x["step"] != 3]
     assert [line["step"] for line in ours.pop("steps.jsonl")] == [3, 6]  # each run's end
     assert [line["step"] for line in theirs.pop("steps.jsonl")] == [6]
+    counts = [found["checkpoint"].pop("lines") for found in (ours, theirs)]
+    assert counts[0]["importance.jsonl"] == counts[1]["importance.jsonl"] + 1
     assert_same(ours, theirs)
 
 

@@ -13,6 +13,8 @@ def say(text: str, error: bool = False) -> None:
     Nor does one that has no such characters.
     """
     stream = sys.stderr if error else sys.stdout
+    if stream is None:  # closed from the start
+        return
     try:
         print(printable(text, stream.encoding or "utf-8"), file=stream, flush=True)
     except OSError:

@@ -38,7 +38,8 @@ class Progress:
 
     epoch: int = whole(default=0)  # epochs done
     step: int = whole(default=0)  # steps done of the next epoch; of all, in a run without epochs
-    sums: dict[str, Any] = field(default_factory=dict)  # over the steps since the last metrics
+    # over the steps since the last metrics; tensors until a checkpoint or `totals` needs them
+    sums: dict[str, float] = field(default_factory=dict)
     logged: dict[str, list] = field(default_factory=dict)  # [sum, count] since steps' last line
     images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
     skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
@@ -53,7 +54,7 @@ class Progress:
     def add(self, **values: float | Tensor) -> None:
         """Add to the sums; tensors stay where they are until `totals` are asked for."""
         for key, value in values.items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.sums[key] = self.sums.get(key, 0.0) + value  # type: ignore[assignment]
 
     def totals(self) -> dict[str, float]:
         """The sums as numbers; waits for the device."""
