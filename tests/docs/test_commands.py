@@ -1,10 +1,12 @@
 """Every command block of README, CONTRIBUTING and docs is one that the program takes.
 
 A block of ``` or ```bash holds commands, ```python holds code, ```text neither. Commands are
-composed with the typed configs, or parsed by the script's own parser; nothing is run here.
+composed with the typed configs, or parsed by the script's own parser; `make test-slow` runs those
+of `RUN` at a small scale, one after the other in one folder.
 """
 
 import argparse
+import os
 import re
 import runpy
 import shlex
@@ -14,8 +16,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from PIL import Image
 from workers import config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +33,32 @@ ENTRYPOINTS = {
     "enas.nasbench201": "nasbench201",
     "enas.darts": "darts",
 }
+OF_IMAGES = ("device=cpu", "schedule.epochs=1", "data.train_images=16", "setting.images_per_gpu=2",
+             "evaluation.batch_average.batch_size=8")  # fmt: skip
+OF_FILES = ("data.image_size=32", "data.resize=32", "data.workers=0", "model.name=resnet18",
+            "model.source=torchvision", "data.root=images")  # fmt: skip
+OF_DIGITS = ("schedule.images=16", "data.generate.train_images=16", "data.generate.val_images=2",
+             "data.generate.size=96", "log_steps=1")  # fmt: skip
+OF_SEARCH = ("data.train_images=64", "epochs=1", "controller.updates=2", "evaluation.images=64",
+             "evaluation.candidates=2")  # fmt: skip
+RUN = {  # beginning of a command -> what makes it small; ... stands for the checkpoint just made
+    "python train_imagenet.py norm=sn setting=8x2": OF_IMAGES,
+    "python train_imagenet.py data=imagenet data.name=birds data.root=/data/birds norm=gn": (
+        OF_IMAGES + OF_FILES
+    ),
+    "python train_imagenet.py experiment=imagenet/table_4_1 norm=sn": OF_IMAGES + OF_FILES,
+    "python train_detection.py parts=sn": OF_DIGITS,
+    "python train_detection.py norm@parts.backbone=gn": OF_DIGITS,
+    "python style_transfer.py vgg.weights=random experiment=style_transfer/smoke": (),
+    "python -m enas.search": OF_SEARCH,
+    "python -m enas.retrain": ("data.train_images=64", "epochs=1"),
+    "python -m enas.draw": (),
+    "python scripts/make_tables.py --runs outputs --print": (),
+    "python scripts/plot_accuracy.py --runs outputs": (),
+    "python scripts/plot_importance.py --runs outputs": (),
+    "python scripts/plot_enas.py --runs outputs": (),
+}
+NOT_RUN = ("experiment=enas/paper", "sampler=random")  # hours; the same command once more
 INSTALLED = {"tensorboard", "pip", "jupyter"}  # other people's programs
 
 
@@ -164,3 +194,43 @@ def test_wrong_commands_are_found(words, error):
 @pytest.mark.parametrize("where", CODE)
 def test_code(where):
     exec(compile(CODE[where], where, "exec"), {"__name__": where})
+
+
+def small(command: list[str]) -> list[str] | None:
+    """The words of a command of `RUN`, made small; None: it is only composed."""
+    line = " ".join(command)
+    extra = [words for start, words in RUN.items() if line.startswith(start)]
+    if not extra or any(word in command for word in NOT_RUN):
+        return None
+    python = [sys.executable, "-m"] if command[1] == "-m" else [sys.executable]
+    name, *rest = command[len(python) :]
+    checkpoint = "outputs/imagenet/digits_resnet20/sn_8x2/seed0"
+    rest = [word.replace("outputs/...", checkpoint) for word in rest]
+    return [*python, name if "-m" in python else str(ROOT / name), *rest, *extra[0]]
+
+
+@pytest.mark.slow
+def test_commands_run_in_order(tmp_path):
+    """As a reader would, at a small scale, in a folder of its own."""
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for index in range(8):
+                color = tuple(torch.randint(255, (3,)).tolist())
+                file = tmp_path / "images" / split / label / f"{index}.png"
+                Image.new("RGB", (40, 36), color).save(file)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = []
+    for name, words in COMMANDS.items():
+        command = small(words)
+        if command is None or command in done:
+            continue
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, f"{name}\n{result.stdout[-1000:]}{result.stderr[-2000:]}"
+        done.append(command)
+    starts = [start for start in RUN if not any(
+        " ".join(words).startswith(start) for words in COMMANDS.values())]  # fmt: skip
+    assert not starts, "no longer in the docs"
+    assert list((tmp_path / "outputs").rglob("figures/*.png")) and len(done) > 10
