@@ -138,7 +138,8 @@ class Report:
         columns = []
         for name, verdicts in groups.items():
             items = "".join(
-                f'<li><a href="#{v.claim.id}">{v.claim.id}</a> {escape(v.claim.claim)}</li>'
+                f'<li><a href="#{v.claim.id}">{v.claim.id}</a> {escape(v.claim.claim)}'
+                f'<span class="soft">{escape(why(v))}</span></li>'
                 for v in verdicts
             )
             columns.append(
