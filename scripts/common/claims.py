@@ -732,10 +732,31 @@ def figure(run: Run, name: str) -> float | None:
         last = run.metrics[-1] if run.metrics else {}
         values = [last.get(key) for key in ("train/top1", "val/top1")]
         return values[0] - values[1] if None not in values else None
+    if name == "style_loss":
+        return style_loss(run)
     if name == "ms_per_image":
         speeds = [line["images_per_s"] for line in run.metrics if line.get("images_per_s")]
         return statistics.median(1000 / speed for speed in speeds) if speeds else None
     return run.metric(name)
+
+
+def style_loss(run: Run) -> float | None:
+    """Mean of content + style loss over ten points, one at each tenth of the run.
+
+    A point is the mean over the twentieth of the run that ends there; None if one is missing.
+    """
+    steps = run.summary["steps"]
+    losses = [(line.get("step"), line.get("train/content"), line.get("train/style"))
+              for line in run.metrics]  # fmt: skip
+    known = {step: a + b for step, a, b in losses if None not in (step, a, b)}
+    points = []
+    for tenth in range(1, 11):
+        end, start = steps * tenth // 10, steps * (2 * tenth - 1) // 20
+        window = [known[step] for step in range(start + 1, end + 1) if step in known]
+        if not window:
+            return None
+        points.append(math.fsum(window) / len(window))
+    return math.fsum(points) / len(points)
 
 
 def val_loss_at(run: Run, level: float) -> float | None:
@@ -765,7 +786,12 @@ def effect_of(test: Test, runs: Mapping[tuple[str, str | None], Run]) -> float |
         if not all(curves):
             return None
         level = max(min(train for train, _ in curve) for curve in curves)
-    total = []
+    total, unit = [], 1.0
+    if any(term.figure == "style_loss" for term in test.terms):  # in units of instance norm's
+        reference = [run for run in runs.values() if run.summary.get("norm") == "in"]
+        unit = style_loss(reference[0]) if len(reference) == 1 else None
+        if not unit:
+            return None
     for term in test.terms:
         run = runs[term.arm, term.setting]
         if term.figure == "val_loss_at_equal_train_loss":
@@ -774,7 +800,7 @@ def effect_of(test: Test, runs: Mapping[tuple[str, str | None], Run]) -> float |
             value = figure(run, term.figure)
         if value is None:
             return None
-        total.append(term.weight * value)
+        total.append(term.weight * value / unit)
     return math.fsum(total)
 
 

@@ -498,6 +498,33 @@ def test_validation_loss_at_equal_training_loss(tmp_path):
     assert claims.effect_of(test, runs) == pytest.approx(2.0 - 1.7)
 
 
+def test_style_loss_along_the_curve():
+    """Ten points of the curve in units of instance norm's, whatever happens between them."""
+    curves = {"in": lambda step: 400.0 / step, "sn": lambda step: 300.0 / step, "bn": lambda _: 8.0}
+    runs = {}
+    for norm, curve in curves.items():
+        lines = [
+            {"step": step, "train/content": 0.25 * curve(step), "train/style": 0.75 * curve(step)}
+            for step in range(1, 201)
+        ]
+        lines[52] |= {"train/content": 1e9}  # step 53, between the points
+        lines[99] |= {"train/content": None, "train/style": None}  # a skipped step
+        runs[norm, None] = Run(
+            Path(), {"norm": norm, "status": "finished", "steps": 200}, metrics=lines
+        )
+    windows = [set(range(end - 9, end + 1)) - {100} for end in range(20, 201, 20)]
+    means = {
+        norm: sum(sum(map(curve, window)) / len(window) for window in windows) / 10
+        for norm, curve in curves.items()
+    }
+    test = the_test("bn - in", of="style_loss")
+    assert claims.effect_of(test, runs) == pytest.approx(means["bn"] / means["in"] - 1)
+    test = the_test("in - sn", of="style_loss")
+    assert claims.effect_of(test, runs) == pytest.approx(0.25)
+    del runs["in", None]
+    assert claims.effect_of(the_test("bn - sn", of="style_loss"), runs) is None
+
+
 # --- a whole campaign, and run_claims.py
 
 
