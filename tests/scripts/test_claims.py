@@ -507,7 +507,7 @@ def test_style_loss_along_the_curve():
             {"step": step, "train/content": 0.25 * curve(step), "train/style": 0.75 * curve(step)}
             for step in range(1, 201)
         ]
-        lines[52] |= {"train/content": 1e9}  # step 53, between the points
+        lines[44] |= {"train/content": 1e9}  # step 45, between the points
         lines[99] |= {"train/content": None, "train/style": None}  # a skipped step
         runs[norm, None] = Run(
             Path(), {"norm": norm, "status": "finished", "steps": 200}, metrics=lines
