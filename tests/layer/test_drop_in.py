@@ -56,7 +56,8 @@ def test_arguments_are_torch_s_in_torch_s_order(name):
         timm = pytest.importorskip("timm")
         wanted = list(inspect.signature(timm.layers.BatchNormAct2d).parameters)
     assert names == wanted
-    assert ours["bias"].kind is inspect.Parameter.KEYWORD_ONLY
+    if bias_is_known() or "Ghost" not in name:  # torch's own layer, which has it since 2.12
+        assert ours["bias"].kind is inspect.Parameter.KEYWORD_ONLY
     if torchs is nn.BatchNorm2d and "Act" not in name:
         layer = kind(4, 1e-3, 0.2, True, True, "cpu", torch.float64)
         assert (layer.eps, layer.momentum, layer.weight.dtype) == (1e-3, 0.2, torch.float64)
