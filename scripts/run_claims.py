@@ -200,8 +200,9 @@ class Campaign:
 
     def checkpoint(self, wanted: Wanted) -> Path | None:
         """That of a run which has ended; None if it is not there."""
-        found = (record.parent for record in self.root.rglob(f"{wanted.name}/summary.json"))
-        return next((p / "checkpoint.pt" for p in found if (p / "checkpoint.pt").is_file()), None)
+        cell = self.evidence.cell(wanted.design, wanted.arm.name, wanted.setting)
+        paths = [self.root / run.name / "checkpoint.pt" for run in cell.get(wanted.seed, [])]
+        return next((path for path in paths if path.is_file()), None)
 
     def next(self, missing: dict[str, Wanted]) -> Wanted | None:
         """The most worthy run that can start: its lr is known, its pretraining is done."""

@@ -471,15 +471,12 @@ def load_digit_crops(root: str, train_images: int | None = None) -> ImageData:
     parts = []
     for part in ("train", "val"):
         folder = _image_folder(Path(root) / part, root)
-        images = [np.asarray(read_image(path)) for path, _ in folder.samples]
+        samples = _spread(folder.samples, train_images if part == "train" else None)
+        images = [np.asarray(read_image(path)) for path, _ in samples]
         if len({image.shape for image in images}) > 1:
             raise ValueError(f"data.root={root}: the images of {part} differ in size")
-        parts.append((np.stack(images).transpose(0, 3, 1, 2), np.array(folder.targets)))
-    if train_images is not None:  # evenly over the classes, which come one after the other
-        if train_images > len(parts[0][1]):
-            raise ValueError(f"data.train_images={train_images}, but there are {len(parts[0][1])}")
-        chosen = [i * len(parts[0][1]) // train_images for i in range(train_images)]
-        parts[0] = tuple(array[chosen] for array in parts[0])
+        labels = np.array([label for _, label in samples])
+        parts.append((np.stack(images).transpose(0, 3, 1, 2), labels))
     side = parts[0][0].shape[-1]
     return _in_memory(
         "digit_crops", parts[0], parts[1], None, IMAGENET_MEAN, IMAGENET_STD, padding=side // 8

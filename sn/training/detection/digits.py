@@ -91,12 +91,7 @@ def write_digits_coco(
         with open(part / "annotations" / f"instances_{name}.json", "w") as file:
             json.dump(content, file)
     root.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        part.rename(root)
-    except OSError:  # another process was first
-        shutil.rmtree(part)
-        if not there.is_file():
-            raise
+    _put(part, root, there)
 
 
 def draw_digits(random, digits, chosen: np.ndarray, size: int) -> tuple[np.ndarray, list]:
@@ -166,13 +161,18 @@ def write_digit_crops(root: Path, size: int = 64) -> Path:
             name = f"{Path(file_name).stem}_{number:06d}.png"
             digit = str(annotation["category_id"] - 1)
             crop.resize((size, size), Image.BICUBIC).save(part / split / digit / name)
+    _put(part, folder, folder)
+    return folder
+
+
+def _put(part: Path, folder: Path, there: Path) -> None:
+    """Give a finished folder its name, unless another process was first, as `there` shows."""
     try:
         part.rename(folder)
-    except OSError:  # another process was first
+    except OSError:
         shutil.rmtree(part)
-        if not folder.is_dir():
+        if not there.exists():
             raise
-    return folder
 
 
 def _extent(mask: np.ndarray) -> list[int]:
