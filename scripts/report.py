@@ -58,6 +58,7 @@ from common.records import (
     load_runs,
     mean_and_sd,
     setting_label,
+    sort_settings,
 )
 from scipy.stats import spearmanr
 
@@ -309,7 +310,8 @@ class Report:
         seeds = sorted({seed for found in cells.values() for seed in found})
         rows = [[escape(name), *(f"seed {seed}" for seed in seeds)]]
         arms = list(dict.fromkeys(arm for arm, _ in cells))
-        known = (*FIGURE_SETTINGS, None)
+        known = sort_settings({setting for _, setting in cells if setting}, FIGURE_SETTINGS)
+        known.append(None)
         order = sorted(cells, key=lambda c: (arms.index(c[0]), known.index(c[1])))
         for arm, setting in order:
             found = cells[arm, setting]
@@ -643,7 +645,7 @@ class Report:
         caption = f"Ours (proxy), {where}: test accuracy in percent of the best cell so far"
         record = ROOT / design.record
         numbers = ""
-        if record.exists():
+        if found:
             target = os.path.relpath(record.resolve(), self.folder.resolve())
             numbers = (
                 f'<p class="small">{link("Record of every seed", Path(target).as_posix())}</p>'

@@ -181,12 +181,15 @@ class Axis:
         self, values: Sequence[float], start: float, end: float, log: bool, space: float = 0.06
     ):
         self.log = log
-        low, high = (self.place(end) for end in (min(values), max(values)))
+        places = [place for place in map(self.place, values) if math.isfinite(place)]
+        low, high = min(places), max(places)
         room = space * (high - low) or (0.0 if high > low else 1.0)
         self.scale = Scale(low - room, high + room, start, end)
 
     def place(self, value: float) -> float:
-        return math.log10(value) if self.log else value
+        if not self.log:
+            return value
+        return math.log10(value) if value > 0 else -math.inf  # at the low end
 
     def __call__(self, value: float) -> float:
         return self.scale(self.place(value))
