@@ -200,7 +200,7 @@ def test_a_row_of_the_detection_tables_is_the_mean_of_its_seeds(tmp_path):
     rows = [[words(c) for c in row[2]] for f in find(tree, "figure") for row in find(f, "tr")]
     [row] = [row for row in rows if row[0] == "from scratch: SN"]
     low, high = stats.t.interval(0.95, 2, *(f(list(found.values())) for f in (mean, stats.sem)))
-    assert row[1] == f"{mean(found.values()):.1f} {low:.1f} to {high:.1f}"
+    assert row[1] == f"{mean(found.values()):.1f} ± {(high - low) / 2:.1f}"
     assert row[2:] == ["", "", "", "", "", "1 2 4"]
     [published] = [row for row in rows if row[0] == "from scratch: SN, SN"]
     assert published[1:] == ["29.5", "47.8", "31.6", "44.2", "32.6", "13.0"]
