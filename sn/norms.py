@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
+from .kernels import batch_norm
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from .running import count_batch
 from .tracing import Proxy, Traceable
@@ -39,6 +40,12 @@ class _VirtualGPUs(Traceable):
             return super().forward(x)
         self._check_input_dim(x)
         check_virtual_gpus(groups, x.shape[0])
+        fits = x.shape[1] == self.num_features
+        found = batch_norm(x, self.weight, self.bias, self.eps, groups) if fits else None
+        if found is not None:
+            if self.track_running_stats:
+                self._update_running_stats(*found[1:])
+            return found[0]
         # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
         merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
         mean = torch.zeros(merged.shape[1], device=x.device, dtype=self._statistics_dtype(x))
@@ -60,9 +67,9 @@ class _VirtualGPUs(Traceable):
 
     @torch.no_grad()
     def _update_running_stats(self, mean: Tensor, var: Tensor) -> None:
-        momentum = count_batch(self)
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(var, momentum)
+        momentum, dtype = count_batch(self), self.running_mean.dtype
+        self.running_mean.lerp_(mean.to(dtype), momentum)
+        self.running_var.lerp_(var.to(dtype), momentum)
 
     def extra_repr(self) -> str:
         groups = f", virtual_gpus={self.virtual_gpus}" if self.virtual_gpus != 1 else ""

@@ -77,7 +77,10 @@ def warn(line: str) -> str:
 
 
 def by_recipe(
-    groups: dict[str, list[Run]], cell: Callable, free: Collection[str] = ()
+    groups: dict[str, list[Run]],
+    cell: Callable,
+    free: Collection[str] = (),
+    of_norm: Collection[str] = (),
 ) -> dict[str, tuple[list[Run], list[str]]]:
     """Groups of runs by name, unlike runs apart, each with lines for its caption.
 
@@ -86,7 +89,7 @@ def by_recipe(
     """
     found = {}
     for name, runs in groups.items():
-        lists = recipes(runs, cell, free)
+        lists = recipes(runs, cell, free, of_norm)
         for number, alike in enumerate(lists, 1):
             lines = []
             own = name if number == 1 else f"{name}_recipe{number}"

@@ -127,8 +127,8 @@ def switch_norm_act(
     any, is increased by 1.
     """
     known = _KNOWN.issuperset(options.statistics)
-    if known and _backend in ("auto", "native") and not _seen_through():
-        y = quick_switch_norm(tensors, options, residual, relu, counter)
+    if known:
+        y = _quick(tensors, options, residual, relu, counter)
         if y is not None:
             return y
     chosen = choose_backend(*tensors) if known else "reference"
@@ -156,6 +156,36 @@ def switch_norm_act(
     if residual is not None:
         y = y + residual
     return y.relu_() if relu else y
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, virtual_gpus: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Batch norm of training by the CPU's kernels; None where they do not apply.
+
+    Also the means over the groups of their means and unbiased variances, (C,) each.
+    """
+    if _seen_through() or not x.is_cpu or x.dim() < 2 or x.numel() == 0:
+        return None
+    count = x.numel() // (x.shape[1] * virtual_gpus)  # values of a group's mean
+    if count < 2:
+        return None
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    mean, var = torch.zeros(2, x.shape[1], dtype=dtype).unbind()
+    one = torch.ones(1, dtype=dtype)  # the importance of the only statistic
+    tensors = (x, one, one, weight, bias, mean, var)
+    options = Options(("bn",), None, True, 1.0, eps, virtual_gpus)
+    y = _quick(tensors, options)
+    if y is None and choose_backend(*tensors) == "native":
+        y = native_switch_norm(tensors, options)
+    return None if y is None else (y, mean, var.mul_(count / (count - 1)))
+
+
+def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Tensor | None:
+    """`quick_switch_norm`, where a backend that is not the CPU's is neither forced nor needed."""
+    if _backend not in ("auto", "native") or _seen_through():
+        return None
+    return quick_switch_norm(tensors, options, *others)
 
 
 def _matches(residual: Tensor, x: Tensor) -> bool:

@@ -110,7 +110,8 @@ class BatchRenormBase(RunningNorm):
             r = r * self.weight
         if self.bias is not None:
             d = d + self.bias
-        if r.dtype not in (x.dtype, torch.float32):  # torch's batch norm takes no other mixture
+        # torch's batch norm takes no other mixture
+        if r.dtype != x.dtype and (r.dtype != torch.float32 or x.dtype.itemsize > 4):
             r, d = r.to(x.dtype), d.to(x.dtype)
         y = F.batch_norm(merged, None, None, r.flatten(), d.flatten(), True, 0.0, self.eps)
         if not again:

@@ -213,7 +213,16 @@ def test_batch_norm_of_one_gpu_is_torchs(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("virtual_gpus", [2, 3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_batch_norm_of_virtual_gpus_equals_separate_layers(options, virtual_gpus, memory_format):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_batch_norm_of_virtual_gpus_equals_separate_layers(
+    options, virtual_gpus, memory_format, backend
+):
+    """By the CPU's kernels, where they were compiled, and by torch's batch norm."""
+    with sn.backend(backend):
+        of_virtual_gpus_equals_separate_layers(options, virtual_gpus, memory_format)
+
+
+def of_virtual_gpus_equals_separate_layers(options, virtual_gpus, memory_format):
     layer = random_batch_norm(**options)
     twins = [torchs(layer, **options) for _ in range(virtual_gpus)]
     layer.virtual_gpus = virtual_gpus
@@ -254,6 +263,16 @@ def test_batch_norm_of_virtual_gpus_refuses_what_it_cannot_do():
         layer(torch.randn(8, 5, 3, 3))
     with pytest.raises((ValueError, RuntimeError)):
         layer(torch.randn(8, 2, 3, 3))  # 4 virtual GPUs x 2 channels is not 4 channels
+
+
+def test_batch_norm_of_virtual_gpus_goes_by_the_kernels_and_has_second_derivatives():
+    layer = random_batch_norm(momentum=None)
+    layer.virtual_gpus = 2
+    x = oracle.values((4, 4, 2, 3), 0).requires_grad_()
+    if sn.kernels.native.library() is not None:
+        assert "SwitchNorm" in layer(x).grad_fn.name()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x).sin(), x)
+    assert torch.autograd.gradcheck(lambda x: layer(x).sin(), x)
 
 
 @pytest.mark.parametrize("track_running_stats", [True, False])
