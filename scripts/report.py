@@ -58,6 +58,7 @@ from common.records import (
     load_runs,
     mean_and_sd,
     setting_label,
+    sort_settings,
 )
 from scipy.stats import spearmanr
 
@@ -87,7 +88,7 @@ TABLE_4_3 = (
     (TUNED, "head_sn", "frozen BN, heads SN"),
     (TUNED, "gn", "GN throughout"),
     (TUNED, "sn", "SN throughout"),
-    (TUNED, "sync_bn", "SyncBN throughout (not in the table)"),
+    (TUNED, "sync_bn", "SyncBN throughout (text)"),
 )
 BOX = ("box_ap", "box_ap50", "box_ap75", "box_ap_l", "box_ap_m", "box_ap_s")
 BOX_AND_MASK = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
@@ -309,7 +310,8 @@ class Report:
         seeds = sorted({seed for found in cells.values() for seed in found})
         rows = [[escape(name), *(f"seed {seed}" for seed in seeds)]]
         arms = list(dict.fromkeys(arm for arm, _ in cells))
-        known = (*FIGURE_SETTINGS, None)
+        known = sort_settings({setting for _, setting in cells if setting}, FIGURE_SETTINGS)
+        known.append(None)
         order = sorted(cells, key=lambda c: (arms.index(c[0]), known.index(c[1])))
         for arm, setting in order:
             found = cells[arm, setting]
@@ -491,8 +493,8 @@ class Report:
         """Tables 4.2 to 4.4, ours and the paper's in frames of their own."""
         parts = ['<h2 id="detection">Tables 4.2 to 4.4</h2>']
         parts.append(
-            '<p class="small soft">AP in percent: mean over seeds with its 95 % t-interval, at '
-            "(8,2). Ours: drawn digits and a thin ResNet-10 with FPN; the paper's: COCO and "
+            '<p class="small soft">AP in percent at (8,2): mean over seeds ± half of its 95 % '
+            "t-interval. Ours: drawn digits and a thin ResNet-10 with FPN; the paper's: COCO and "
             "ResNet-50.</p>"
         )
         for number, (ours, words) in self.detection_tables().items():
@@ -533,7 +535,7 @@ class Report:
             text = f"{mean_and_sd(values)[0]:.1f}" if values else ""
             if len(values) > 1:
                 low, high = t_interval(values)
-                text += f'<br><span class="soft">{low:.1f} to {high:.1f}</span>'
+                text += f' <span class="soft">± {(high - low) / 2:.1f}</span>'
             row.append(text)
         shown = [
             link(f"{run.seed}, diverged" if run.diverged else str(run.seed), self.record(run))
@@ -594,9 +596,7 @@ class Report:
                 for arm, rows in curves_of.items()
             }
             caption = f"Ours (proxy), {title}: the same in units of IN's, seed by seed"
-            drawn = lines(
-                ratios, STYLE_ARMS, COLORS, label=caption, unit="steps", border=1.0, log_y=True
-            )
+            drawn = lines(ratios, STYLE_ARMS, COLORS, label=caption, unit="steps", border=1.0)
             shown.append(frame(drawn, caption))
         paper = self.paper["fig_5a"]
         published = {
@@ -643,7 +643,7 @@ class Report:
         caption = f"Ours (proxy), {where}: test accuracy in percent of the best cell so far"
         record = ROOT / design.record
         numbers = ""
-        if record.exists():
+        if found:
             target = os.path.relpath(record.resolve(), self.folder.resolve())
             numbers = (
                 f'<p class="small">{link("Record of every seed", Path(target).as_posix())}</p>'

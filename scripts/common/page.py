@@ -63,7 +63,7 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
 .paper { border-left: 3px double var(--line); padding-left: .75rem; align-self: stretch; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 1rem; margin: .75rem 0; }
-.panels.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 620px), 1fr)); }
+.panels.wide { grid-template-columns: minmax(0, 10fr) minmax(0, 9fr); }
 figure { margin: 0; background: var(--panel); border-radius: 3px; padding: .5rem; min-width: 0; }
 figure.published { background: none; border: 3px double var(--line); }
 svg { display: block; width: 100%; height: auto; max-width: 520px;
@@ -76,6 +76,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { text-align: left; padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line);
   font-weight: 400; white-space: nowrap; }
 summary { cursor: pointer; padding: .15rem 0; }
+@media (max-width: 1200px) { .panels.wide { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 760px) {
   body { padding: .75rem .75rem 2rem; }
   .columns { grid-template-columns: 1fr; }
@@ -181,12 +182,15 @@ class Axis:
         self, values: Sequence[float], start: float, end: float, log: bool, space: float = 0.06
     ):
         self.log = log
-        low, high = (self.place(end) for end in (min(values), max(values)))
+        places = [place for place in map(self.place, values) if math.isfinite(place)]
+        low, high = min(places), max(places)
         room = space * (high - low) or (0.0 if high > low else 1.0)
         self.scale = Scale(low - room, high + room, start, end)
 
     def place(self, value: float) -> float:
-        return math.log10(value) if self.log else value
+        if not self.log:
+            return value
+        return math.log10(value) if value > 0 else -math.inf  # at the low end
 
     def __call__(self, value: float) -> float:
         return self.scale(self.place(value))
