@@ -62,7 +62,7 @@ class ChildOptimizer:
     """SGD with Nesterov's momentum, the lr a cosine with restarts."""
 
     batch_size: int = whole(1, SIZE)
-    momentum: float = number()
+    momentum: float = number(0, 1)
     weight_decay: float = number()
     max_lr: float = number()
     min_lr: float = number()

@@ -79,7 +79,7 @@ class SwitchNormLSTMCell(Traceable, nn.LSTMCell):
         if hx is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
         else:
-            h, c = (torch.atleast_2d(state) for state in hx)
+            h, c = (torch.atleast_2d(state) for state in _pair(hx))
         _check_states(h, c, (x.shape[0], self.hidden_size))
         driven = _input_gates(x, self.norms["input"], self.weight_ih, self.bias_ih, self.bias_hh)
         h, c = _step(driven, h, c, self.weight_hh, self.norms["hidden"], self.norms["cell"])
@@ -152,6 +152,7 @@ class SwitchNormLSTM(Traceable, nn.LSTM):
             return self.as_node(input) if hx is None else self.as_node(input, hx)
         if self.norm == "none":
             return super().forward(input, hx)
+        hx = None if hx is None else _pair(hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
             self._check_size(data, 2)
@@ -163,7 +164,7 @@ class SwitchNormLSTM(Traceable, nn.LSTM):
         x = input if batched else input[:, None]
         x = x.transpose(0, 1) if batched and self.batch_first else x
         if hx is not None and not batched:
-            hx = tuple(state[:, None] for state in hx)
+            hx = (hx[0][:, None], hx[1][:, None])
         length, batch = x.shape[:2]
         if length == 0:
             raise ValueError(f"SwitchNormLSTM got a sequence of no steps: {tuple(input.shape)}")
@@ -185,7 +186,7 @@ class SwitchNormLSTM(Traceable, nn.LSTM):
         """All layers over packed steps x (sum of `sizes`, D): outputs and last states."""
         directions = 1 + self.bidirectional
         shape = (self.num_layers * directions, sizes[0], self.hidden_size)
-        states = [x.new_zeros(shape)] * 2 if hx is None else list(hx)
+        states = [x.new_zeros(shape)] * 2 if hx is None else hx
         _check_states(*states, shape)
         last = []
         for layer in range(self.num_layers):
@@ -296,6 +297,13 @@ def _reset_norms(module: nn.Module) -> None:
     for norm in module.modules():
         if isinstance(norm, (SwitchNormRecurrent, AutoGroupNorm)):
             norm.reset_parameters()
+
+
+def _pair(hx) -> tuple[Tensor, Tensor]:
+    """h and c; a GRU has one of them."""
+    if isinstance(hx, Tensor) or len(hx) != 2:
+        raise ValueError(f"hx is a {type(hx).__name__}; expected the pair (h, c) of an LSTM")
+    return hx[0], hx[1]
 
 
 def _check_states(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:

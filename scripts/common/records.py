@@ -54,7 +54,7 @@ OF_TASK = {
     "style_transfer": {
         **{"norm": NAME, "scale": str, "image_size": COUNT, "batch_size": COUNT, "steps": int},
         **{"data": DATA | {"train_images": int}, "style": {"name": NAME}, "loss?": float},
-        "vgg": {"weights": str},
+        **{"vgg": {"weights": str}, "statistics?": [str]},
     },
     "enas": {
         **{"sampler": str, "norm?": str, "data": DATA, "model": NAME, "scale": NAME},

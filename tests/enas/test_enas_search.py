@@ -438,6 +438,7 @@ def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):
         (["controller.norm=bn"], ["controller.norm=bn", "sn_ln_gn"]),
         (["controller.hidden_size=2147483648"], ["controller.hidden_size=2147483648", "8192"]),
         (["child.filters=2147483648"], ["child.filters=2147483648"]),
+        (["optimizer.momentum=1e30"], ["optimizer.momentum=1e+30", "0 to 1"]),
         (["controller.gate_lr_factor=-1"], ["controller.gate_lr_factor=-1", "0 or more"]),
         (["+controller.gate_lr=1"], ["unknown key controller.gate_lr", "gate_lr_factor"]),
         (["controller.num_groups=3"], ["num_groups=3", "[1, 2, 4, 8]"]),

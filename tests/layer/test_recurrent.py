@@ -309,6 +309,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="proj_size=3"):
         sn.SwitchNormLSTM(5, 8, proj_size=3)
     assert sn.SwitchNormLSTM(5, 8, proj_size=3, norm="none")(torch.randn(4, 2, 5))[0].shape[2] == 3
+    for layer in (sn.SwitchNormLSTMCell(3, 8, num_groups=2), sn.SwitchNormLSTM(3, 8, num_groups=2)):
+        for state in (torch.zeros(2, 8), (torch.zeros(2, 8),)):  # a GRU's
+            with pytest.raises(ValueError, match=r"expected the pair \(h, c\) of an LSTM"):
+                layer(torch.zeros(2, 3), state)
 
 
 # --- packed sequences, two directions, dropout: without norms torch's layer, with them itself

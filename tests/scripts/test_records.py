@@ -22,7 +22,7 @@ SUMMARIES = {
     | {"parts": {"backbone": "sn", "box_head": "sn"}, "init": {"name": "scratch"}, "box_ap": 9.0},
     "style_transfer": {
         "norm": "sn", "style": {"name": "wave"}, "vgg": {"weights": "x"}, "image_size": 96,
-        "batch_size": 2, "steps": 2, "loss": 1.0,
+        "batch_size": 2, "steps": 2, "loss": 1.0, "statistics": ["in", "ln"],
     },
     "enas": {
         "sampler": "controller", "norm": "ln", "model": "2x8", "shared_top1": 20.0, "epochs": 2,
@@ -167,3 +167,4 @@ def test_changed_summaries_are_left_out_or_harmless(tmp_path, caplog, task):
     if classifiers:
         make_tables.console(classifiers, paper)
     make_tables.detection_console(detectors)
+    assert all(run.without_bn in (True, False) for run in kept)
