@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=None, help="<output>.json and .md")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
     args.root, args.timm_train = args.root.resolve(), args.timm_train.resolve()
     rounds: dict[str, list[dict]] = {"train_imagenet.py, BN": [], "train_imagenet.py, SN": []}
     rounds[f"timm {importlib.metadata.version('timm')}, BN"] = []
