@@ -97,7 +97,7 @@ def draw_runs(panel, runs: list[Run], metric: str) -> None:
             if any(run.diverged for run in found):
                 diverged.append((x + shift, norm))
         draw_line(panel, settings, means, norm, shift)
-    low, high = figures.reach_of(spreads, points) if spreads else panel.get_ylim()
+    low, high = figures.reach_of(spreads, points, least=1.0) if spreads else panel.get_ylim()
     for x, norm in diverged:
         panel.plot(x, low, "X", color=figures.color(norm), markersize=10, clip_on=False, zorder=5)
         panel.annotate(f"{norm} diverged", (x, low), (0, 8), textcoords="offset points", fontsize=8,

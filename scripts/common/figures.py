@@ -93,10 +93,15 @@ def by_recipe(
         for number, alike in enumerate(lists, 1):
             lines = []
             own = name if number == 1 else f"{name}_recipe{number}"
-            if len(lists) > 1:
-                what = describe_differences(unlike(alike, lists[0 if number > 1 else 1], cell))
-                lines.append(f"Drawn apart from {name}'s other recipes, which differ in {what}.")
-            if number > 1:
+            if number == 1:
+                lines += [
+                    f"{name}_recipe{i} differs in "
+                    f"{describe_differences(unlike(alike, other, cell))}; drawn apart."
+                    for i, other in enumerate(lists[1:], 2)
+                ]
+            else:
+                what = describe_differences(unlike(alike, lists[0], cell))
+                lines.append(f"Drawn apart from {name}, which differs in {what}.")
                 warn(f"{own}: {plural(len(alike), 'run')}, first {alike[0].path}, drawn apart from "
                      f"{name}: {what}")  # fmt: skip
             cells = defaultdict(list)
@@ -184,11 +189,13 @@ def reach(values: Iterable[float], least: float = 0.002) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def reach_of(spreads: Iterable[Spread], also: Iterable[float]) -> tuple[float, float]:
+def reach_of(
+    spreads: Iterable[Spread], also: Iterable[float], least: float = 0.002
+) -> tuple[float, float]:
     """The same for means with intervals; an interval wider than all the means is cut."""
     spreads = list(spreads)
     values = [s.mean for s in spreads] + list(also)
-    low, high = reach(values)
+    low, high = reach(values, least)
     ends = [s.mean + sign * s.half for s in spreads if s.half is not None for sign in (-1, 1)]
     room = high - low
     return (

@@ -1,5 +1,6 @@
 """The command line's common part: exit codes and messages."""
 
+import importlib
 import sys
 
 import hydra
@@ -165,3 +166,25 @@ def test_a_config_file_that_cannot_be_read_is_named(content, tmp_path, capsys, m
     assert end.value.code == 2
     text = capsys.readouterr().err
     assert f"{path} cannot be read: " in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "root, own, other, offered",
+    [
+        ("detection", "data=coco", "data=digits", "digits_coco, coco"),
+        ("detection", "parts=gn", "schedule=cosine", "detection_short, detection_1x"),
+        ("imagenet", "init=checkpoint", "data=coco", "digits, cifar10"),
+        ("enas", "experiment=enas/smoke", "experiment=imagenet/smoke", "enas/cifar10_proxy"),
+        ("imagenet", "norm=bn,gn", "experiment=detection/c4_bn", "imagenet/cifar10_16px"),
+    ],
+)
+def test_options_of_other_tasks_are_refused(root, own, other, offered, capsys, monkeypatch):
+    for schemas in ("sn.training.classification", "sn.training.detection", "enas"):
+        importlib.import_module(f"{schemas}.config")
+    monkeypatch.setattr(sys, "argv", ["x.py", own, "experiment=mine", "schedule.epochs=2"])
+    entry.options_of_others(root)
+    monkeypatch.setattr(sys, "argv", ["x.py", own, other])
+    with pytest.raises(SystemExit) as end:
+        entry.options_of_others(root)
+    assert end.value.code == 2
+    assert f"{other} is of another task; choose one of {offered}" in capsys.readouterr().err

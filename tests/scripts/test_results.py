@@ -403,6 +403,7 @@ def test_norms_may_have_lrs_of_their_own(script, tmp_path, capsys):
     write_run(tmp_path, "bn", "8x2", 0, top1=50.0, config={"schedule": {"lr_per_256": 0.4}})
     write_run(tmp_path, "sn", "8x2", 0, top1=60.0, config={"schedule": {"lr_per_256": 0.8}})
     write_run(tmp_path / "z", "sn", "8x4", top1=80.0, config={"schedule": {"lr_per_256": 0.2}})
+    write_run(tmp_path / "z", "sn", "8x2", top1=70.0, config={"schedule": {"lr_per_256": 1.6}})
     script("plot_accuracy", "--runs", tmp_path, "--format", "svg")
     drawn = {
         end: sorted(
@@ -410,9 +411,11 @@ def test_norms_may_have_lrs_of_their_own(script, tmp_path, capsys):
             for row in read_csv(tmp_path / f"figures/accuracy_by_setting_cifar10_resnet20{end}.csv")
             if row["source"] == "ours"
         )
-        for end in ("", "_recipe2")
+        for end in ("", "_recipe2", "_recipe3")
     }
-    assert drawn == {"": ["50.0", "60.0"], "_recipe2": ["80.0"]}
+    assert drawn == {"": ["50.0", "60.0"], "_recipe2": ["70.0"], "_recipe3": ["80.0"]}
+    figure = (tmp_path / "figures/accuracy_by_setting_cifar10_resnet20.svg").read_text()
+    assert "recipe2 differs in" in figure and "recipe3 differs in" in figure
 
 
 def test_unlike_runs_are_drawn_apart(script, tmp_path, capsys):

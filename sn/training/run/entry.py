@@ -26,7 +26,7 @@ from . import distributed
 from .config import describe, field_of, short, typed, unknown_key
 from .display import say
 from .lock import BUSY_EXIT_CODE, Busy
-from .options import help_text, schema_of
+from .options import fits, groups, help_text, schema_of
 from .stopping import Preempted
 
 # exit codes: 2 wrong input, 3 diverged, 73 another run has the folder, 75 (EX_TEMPFAIL) preempted:
@@ -88,6 +88,7 @@ def start(main: Callable[[], None], root: str) -> None:
         say(help_text(root))
         return
     numbers_as_options()
+    options_of_others(root)
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -128,6 +129,18 @@ def numbers_as_options() -> None:
         if re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false", value, re.I) and group.is_dir():
             options = sorted(path.stem for path in group.glob("*.yaml"))
             end(f"{word}: expected one of {', '.join(options)}, not a number", 2)
+
+
+def options_of_others(root: str) -> None:
+    """Refuse an option of another task, of which Hydra would name a key that does not fit."""
+    for word in sys.argv[1:]:
+        group, _, choice = word.lstrip("+").partition("=")
+        if not choice or not (CONFIGS / group / f"{choice}.yaml").is_file():
+            continue
+        task = choice.partition("/")[0] if group == "experiment" else root
+        foreign = task != root and (CONFIGS / f"{task}.yaml").is_file()
+        if foreign or not fits(root, group, choice):
+            end(f"{word} is of another task; choose one of {', '.join(groups(root)[group])}", 2)
 
 
 def explain(error: BaseException, schema: type) -> str:

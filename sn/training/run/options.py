@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from .config import describe
 
@@ -45,20 +45,39 @@ def groups(root: str) -> dict[str, list[str]]:
             continue
         prefix = f"{root}/" if group == "experiment" else ""
         names = [f"{prefix}{path.stem}" for path in sorted(folder.glob("*.yaml"))]
-        names = [name for name in names if group == "experiment" or _fits(root, group, name)]
+        names = [name for name in names if group == "experiment" or fits(root, group, name)]
         found[group] = [choice, *(n for n in names if n != choice)] if choice else names
     return found
 
 
-def _fits(root: str, group: str, name: str) -> bool:
+def fits(root: str, group: str, name: str) -> bool:
+    """Whether an option has no key that the schema lacks, and every one that it must give."""
     hint = typing.get_type_hints(schema_of(root)).get(group)
-    content = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()) or {}
-    parents = [entry for entry in content.pop("defaults", []) if isinstance(entry, str)]
-    if any(not _fits(root, group, parent) for parent in parents if parent != "_self_"):
-        return False
     if not dataclasses.is_dataclass(hint):
         return True
-    return content.keys() <= {field.name for field in dataclasses.fields(hint)}
+    fields, given = dataclasses.fields(hint), yaml.safe_load((CONFIGS / f"{root}.yaml").read_text())
+    try:
+        keys = _keys(group, name)
+    except FileNotFoundError:  # it builds on something from elsewhere: Hydra is to judge
+        return True
+    needed = {field.name for field in fields if field.default == MISSING}
+    return (
+        keys <= {field.name for field in fields}
+        and needed <= keys | (given.get(group) or {}).keys()
+    )
+
+
+def _keys(group: str, name: str) -> set[str]:
+    """The keys of an option, those of the options it builds on among them."""
+    path = CONFIGS / name[1:] if name.startswith("/") else CONFIGS / group / name
+    content = yaml.safe_load(path.with_suffix(".yaml").read_text()) or {}
+    keys: set[str] = set()
+    for entry in content.pop("defaults", []):
+        if isinstance(entry, dict):  # such as /norm@backbone: gn
+            keys |= {key.partition("@")[2] for key in entry if not key.startswith("override")}
+        elif entry != "_self_":
+            keys |= _keys(group, entry)
+    return content.keys() | keys
 
 
 def rows(root: str) -> list[Row]:
@@ -117,10 +136,13 @@ def _comments(path: Path) -> Iterator[tuple[str, str]]:
 
 def help_text(root: str) -> str:
     """What `--help` prints."""
-    lines = [f"usage: {Path(sys.argv[0]).name} [group=option] [key=value] ...", ""]
+    module = sys.modules["__main__"].__spec__  # of python -m
+    command = f"-m {module.name}" if module else Path(sys.argv[0]).name
+    lines = [f"usage: python {command} [group=option] [key=value] ...", ""]
     lines += _heading(root)
-    lines += ["", "groups (the first is the default):"]
-    lines += [f"  {group}: {', '.join(map(str, names))}" for group, names in groups(root).items()]
+    if found := groups(root):
+        lines += ["", "groups (the first is the default):"]
+        lines += [f"  {group}: {', '.join(names)}" for group, names in found.items()]
     lines += ["", "keys = default (what they may hold; * may change when a run is resumed):"]
     for row in rows(root):
         star = "*" if row.machine else ""
