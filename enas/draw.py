@@ -62,6 +62,7 @@ def draw_architecture(architecture: Architecture, path: Path, title: str = "") -
     for panel, name, cell in zip(panels, CELLS, cells):
         draw_cell(panel, cell)
         panel.set_title(f"{name} cell")
+    panels[0].set_xlim(-0.5, columns - 0.5)  # of both: one may be deeper than the other
     handles = [plt.Line2D([], [], color=COLORS[n], linewidth=2.5, label=LABELS[n]) for n in COLORS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     if title:
@@ -119,7 +120,6 @@ def draw_cell(panel: Axes, cell: tuple[Node, ...]) -> None:
     for entry in loose_ends(cell):
         arrow(panel, boxes[entry], boxes[OUTPUT], None, 0.0)
     heights = [y for _, y in at.values()]
-    panel.set_xlim(-0.5, max(x for x, _ in at.values()) + 0.5)
     panel.set_ylim(min(heights) - 0.55, max(heights) + 0.55)
     panel.axis("off")
 

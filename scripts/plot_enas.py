@@ -130,7 +130,8 @@ def draw_search(found: dict[str, list[Run]], path: Path, lines: list[str]) -> No
     first = (
         f"Thin: each run. Thick: their mean; {figures.INTERVAL}. The paper has no random search."
     )
-    finish(figure, (ours, paper), found)
+    names = {"sn_ln_gn" if name == "sn" else name for name in published["accuracy"]}
+    finish(figure, (ours, paper), sorted(names | found.keys(), key=place))
     figures.save(
         figure, path, [first, *lines], ["source", "run", "seed", "epoch", "shared_top1"], rows
     )
@@ -191,7 +192,7 @@ def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
             figures.mark_start(panel, [len(points)])
         panel.set_title(f"norm of the {PLACES.get(block, block)}")
         panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figures.clear(panel)
     figures.fit(panels[0])
     panels[0][0].set_ylabel("importance weight")
@@ -214,7 +215,7 @@ PLACES = {
 def finish(figure, panels, found) -> None:
     for panel in panels:
         panel.set_xlabel("epoch")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figures.clear(panel)
     names = [look(name) for name in found]
     figures.legend(
@@ -227,7 +228,7 @@ def title(found: dict[str, list[Run]]) -> str:
     runs = [run for same in found.values() for run in same]
     data, model, scale = runs[0].group
     seeds = sorted({len({run.seed for run in same}) for same in found.values()})
-    return f"{model} on {data}, {scale}, {'/'.join(map(str, seeds))} seeds"
+    return f"{model} on {data}, {scale}, {'/'.join(map(str, seeds))} seed{'s' * (seeds != [1])}"
 
 
 def markdown(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,15 @@ def test_figures_draw_what_the_records_say(searches, plot):
     assert len(rows) == 3 * 3 * 2 * 2
     for path in figures.glob("*.csv"):
         assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_legend_names_the_papers_curves(searches, plot):
+    for folder in (searches / "enas").glob("*/*"):
+        if folder.name != "sn_ln_gn":
+            shutil.rmtree(folder)
+    plot(["--runs", str(searches), "--format", "svg"])
+    figure = (searches / "enas/figures/search_cifar10_2x8_3nodes.svg").read_text()
+    assert all(f">{name}</text>" in figure for name in ("LN", "GN", "SN (LN + GN)"))
 
 
 def test_notes_are_kept_and_a_foreign_file_is_not_overwritten(searches, plot, capsys):

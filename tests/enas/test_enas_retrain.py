@@ -226,6 +226,19 @@ def test_draws_cells(tmp_path, capsys):
     assert error.value.code == 2 and "no architecture file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("deeper", ["normal", "reduction"])
+def test_a_deeper_cell_is_not_cut_off(tmp_path, monkeypatch, deeper):
+    """Two cells share an axis that reaches to the output of the deeper one."""
+    chain, flat = (Node(0, 0, 1, 4), Node(2, 1, 0, 2)), (Node(0, 0, 1, 4), Node(1, 1, 0, 2))
+    cells = {"normal": flat, "reduction": flat} | {deeper: chain}
+    figures = []
+    monkeypatch.setattr(draw.plt, "close", figures.append)
+    draw.draw_architecture(Architecture(**cells), tmp_path / "cells.png")
+    low, high = figures[0].axes[0].get_xlim()
+    xs = [text.get_position()[0] for panel in figures[0].axes for text in panel.texts]
+    assert max(xs) == 3 and low < min(xs) and max(xs) < high
+
+
 def test_layout_of_a_cell_by_hand():
     cell = (Node(0, 0, 1, 4), Node(2, 1, 0, 2), Node(1, 3, 1, 3))
     assert draw.depths(cell) == {0: 0, 1: 0, 2: 1, 3: 2, 4: 1, "output": 3}
