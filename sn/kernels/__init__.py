@@ -40,14 +40,13 @@ from torch import Tensor
 
 from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
-from .common import Options, is_transformed
+from .common import PLAIN, Options, is_transformed
 from .native import native_switch_norm, quick_switch_norm, takes
 
 BACKENDS = ("auto", "reference", "native", "triton")
 _KNOWN = frozenset(("in", "ln", "gn", "bn"))  # statistics that the kernels have; else the formula
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _check_backend(name: str) -> str:
@@ -165,7 +164,7 @@ def batch_norm(
 
     Also the means over the groups of their means and unbiased variances, (C,) each.
     """
-    if _seen_through() or not x.is_cpu or x.dim() < 2 or x.numel() == 0:
+    if seen_through() or not x.is_cpu or x.dim() < 2 or x.numel() == 0:
         return None
     count = x.numel() // (x.shape[1] * virtual_gpus)  # values of a group's mean
     if count < 2:
@@ -183,14 +182,14 @@ def batch_norm(
 
 def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Tensor | None:
     """`quick_switch_norm`, where a backend that is not the CPU's is neither forced nor needed."""
-    if _backend not in ("auto", "native") or _seen_through():
+    if _backend not in ("auto", "native") or seen_through():
         return None
     return quick_switch_norm(tensors, options, *others)
 
 
 def _matches(residual: Tensor, x: Tensor) -> bool:
     same = residual.shape == x.shape and residual.dtype == x.dtype
-    return same and residual.device == x.device and type(residual) in _TENSORS
+    return same and residual.device == x.device and type(residual) in PLAIN
 
 
 def choose_backend(
@@ -213,13 +212,13 @@ def choose_backend(
         forced = _backend == "triton" and not torch.compiler.is_exporting()
         can = (x.is_cuda or _INTERPRET) and x.dtype in _FLOATS[1:]
         return "triton" if forced and can else "reference"
-    if x.dtype not in _FLOATS or _seen_through():
+    if x.dtype not in _FLOATS or seen_through():
         return "reference"
     accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
     on_cpu = x.is_cpu
     for tensor in (x, mean_weight, var_weight, weight, bias, running_mean, running_var):
         if tensor is not None and not (
-            type(tensor) in _TENSORS
+            type(tensor) in PLAIN
             and tensor.dtype in accepted
             and (tensor.is_cpu if on_cpu else tensor.device == x.device)
             and not tensor.is_neg()  # lazily negated: its memory holds other values
@@ -236,7 +235,7 @@ def choose_backend(
     return "triton" if _takes_triton(x.device) else "reference"
 
 
-def _seen_through() -> bool:
+def seen_through() -> bool:
     """Whether something wants to see the plain formula's operations."""
     return (
         torch.compiler.is_compiling()

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..functional import switch_norm
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)  # no subclass that does otherwise
+
 
 class Options(NamedTuple):
     """What the layer is, apart from its tensors; the meaning is that of `switch_norm`."""

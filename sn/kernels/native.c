@@ -32,6 +32,10 @@
 #define BATCH 16
 #define COLUMN_BLOCK 64  /* rows of (L, C) whose sums are kept in the arithmetic's dtype */
 #define SEGMENT 65536    /* values of a sample (L, C) that are one task, at least */
+#define PIECE 16384      /* values of rows that are one task, at least */
+#define CACHE 524288     /* bytes of x that stay in the cache from one pass over it to the next */
+#define AHEAD 16384      /* bytes from a value in use to one that is asked for from memory */
+#define AHEAD_WRITTEN 4096
 #define LEAST 32768      /* values a thread is worth */
 
 #include "native.h"
@@ -58,6 +62,17 @@ static int useful_threads(const Layer *s, int threads) {
     return (int)smaller(threads, 1 + s->batch * s->channels * s->length / LEAST);
 }
 
+typedef struct {
+    int64_t from, to;  /* samples */
+} Range;
+
+/* How many samples are read the second time after the first time: all, unless they are independent
+   of each other. Then as many as stay in the cache. */
+static int64_t together(const Layer *s, int64_t size, int threads) {
+    if (s->bn >= 0 && !s->running) return s->batch;
+    return larger(threads, CACHE / (s->channels * s->length * size));
+}
+
 /* Rows of (L, C) in one task, and tasks per sample. */
 static int64_t segment_rows(const Layer *s) {
     return smaller(s->length, larger(COLUMN_BLOCK, SEGMENT / s->channels));
@@ -78,10 +93,21 @@ static Segment segment(const Layer *s, int64_t task) {
     return (Segment){n, smaller(step, s->length - start), (n * s->length + start) * s->channels};
 }
 
-/* Whether to sum two rows of (L, C) at a time: less work, but as two streams from memory they are
-   slower than one. Measured. */
+/* Whether a tensor is read from memory rather than from a cache. Then rows of (L, C) are asked for
+   ahead, and summed one by one: two at a time are less work, but as two streams slower. Measured. */
+static int is_far(const Layer *s, int64_t size) {
+    return s->batch * s->channels * s->length * size > 8 << 20;
+}
 static int row_pairs(const Layer *s, int64_t size) {
-    return s->channels * size <= 512 || s->batch * s->channels * s->length * size <= 8 << 20;
+    return s->channels * size <= 512 || !is_far(s, size);
+}
+
+/* Ask for `bytes` of memory, to be read or written. */
+INLINE void fetch(const void *at, int64_t ahead, int64_t bytes, int write) {
+    uintptr_t start = (uintptr_t)at + ahead;
+    for (int64_t i = 0; i < bytes; i += 64)
+        if (write) __builtin_prefetch((const void *)(start + i), 1, 3);
+        else __builtin_prefetch((const void *)(start + i), 0, 2);
 }
 
 /* Join a mean and a sum of squared distances of `count` values to those of `before` others, by
@@ -221,11 +247,9 @@ CLONES static void mix_sample(const Layer *s, const Mix *mix, int64_t n) {
 }
 
 /* Pool the instances' moments and mix them. */
-static void mix_moments(const Layer *s, const Mix *mix, int threads) {
+static void mix_moments(const Layer *s, const Mix *mix, Range part, int threads) {
     int64_t channels = s->channels, width = channels / s->num_groups;
     const double *mean = mix->mean, *var = mix->var;
-    softmax(mix->w, s->places);
-    softmax(mix->u, s->places);
     if (s->bn >= 0 && !s->running) {
         int64_t count = s->batch / s->groups;
         for (int64_t g = 0; g < s->groups; g++)
@@ -233,7 +257,7 @@ static void mix_moments(const Layer *s, const Mix *mix, int threads) {
                       mix->bn + g * channels, mix->bn + (s->groups + g) * channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < s->batch; n++) {
+    for (int64_t n = part.from; n < part.to; n++) {
         const double *m = mean + n * channels, *v = var + n * channels;
         if (s->ln >= 0) pool_row(m, v, channels, mix->ln + n, mix->ln + s->batch + n);
         for (int64_t g = 0; g < s->num_groups && s->gn >= 0; g++) {

@@ -24,28 +24,18 @@ INLINE NAME(vector) NAME(keep_tail)(NAME(vector) v, int64_t count) {
     return (NAME(vector))((NAME(mask))v & mask);
 }
 
-/* sum x */
+/* sum x, at most LANES values */
 INLINE double NAME(sum)(const T *x, int64_t count) {
-    NAME(vector) a = {0}, b = {0}, c = {0}, d = {0};
-    int64_t i = 0;
-    double rest = 0;
-    if (count < LANES) {
-        for (; i < count; i++) rest += LOAD(x[i]);
-        return rest;
-    }
-    for (; i + 4 * LANES <= count; i += 4 * LANES) {
-        a += NAME(load)(x + i);
-        b += NAME(load)(x + i + LANES);
-        c += NAME(load)(x + i + 2 * LANES);
-        d += NAME(load)(x + i + 3 * LANES);
-    }
-    for (; i + LANES <= count; i += LANES) b += NAME(load)(x + i);
-    c += NAME(keep_tail)(NAME(load)(x + count - LANES), count);
-    return NAME(total)((a + b) + (c + d));
+    if (count == LANES) return NAME(total)(NAME(load)(x));
+    double sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += LOAD(x[i]);
+    return sum;
 }
 
-/* Mean and sum of squared distances from it, through a nearby centre: no digits are lost. */
-INLINE void NAME(centred)(const T *x, int64_t count, A centre, double *mean, double *square) {
+/* Mean and sum of squared distances from it, through a nearby centre: no digits are lost. `one` is
+   1 / count. */
+INLINE void NAME(centred)(const T *x, int64_t count, double one, A centre, double *mean,
+                          double *square) {
     NAME(vector) a = {0}, b = {0}, c = {0}, d = {0}, e = {0}, f = {0}, g = {0}, h = {0}, v, w;
     int64_t i = 0;
     double sum = 0, squares = 0;
@@ -75,31 +65,36 @@ INLINE void NAME(centred)(const T *x, int64_t count, A centre, double *mean, dou
         sum = NAME(total)((a + b) + (c + d));
         squares = NAME(total)((e + f) + (g + h));
     }
-    double shift = sum / count;
+    double shift = sum * one;
     *mean = centre + shift;
     *square = squares - shift * sum;
 }
 
 /* Means and biased variances of `rows` rows, at most BATCH. Long rows are joined from blocks by
-   Chan's formula; of short ones many are under way at the same time. */
+   Chan's formula; of short ones many are under way at the same time. A block is summed about the
+   mean of its first values; again, about its own, if that is more than two deviations away. */
 CLONES static void NAME(row_moments)(const T *restrict x, int64_t rows, int64_t length,
                                      double *restrict mean, double *restrict var) {
     A centre[BATCH];
-    for (int64_t i = 0; i < rows; i++) mean[i] = var[i] = 0;
     for (int64_t start = 0; start < length; start += ROW_BLOCK) {
-        int64_t count = smaller(length - start, ROW_BLOCK);
+        int64_t count = smaller(length - start, ROW_BLOCK), few = smaller(count, LANES);
         double one = 1.0 / count, other, square;
         int64_t step = count > SHORT ? 1 : rows;
         for (int64_t first = 0; first < rows; first += step) {
             for (int64_t i = first; i < first + step; i++)
-                centre[i] = (A)(NAME(sum)(x + i * length + start, count) * one);
+                centre[i] = (A)(NAME(sum)(x + i * length + start, few) / few);
             for (int64_t i = first; i < first + step; i++) {
-                NAME(centred)(x + i * length + start, count, centre[i], &other, &square);
-                join(start, count, other, square, mean + i, var + i);
+                NAME(centred)(x + i * length + start, count, one, centre[i], &other, &square);
+                double away = other - centre[i];
+                if (away * away * count > 4 * square)
+                    NAME(centred)(x + i * length + start, count, one, (A)other, &other, &square);
+                if (start == 0) { mean[i] = other; var[i] = square; }
+                else join(start, count, other, square, mean + i, var + i);
             }
         }
     }
-    for (int64_t i = 0; i < rows; i++) var[i] = var[i] < 0 ? 0 : var[i] / length;
+    double one = 1.0 / length;
+    for (int64_t i = 0; i < rows; i++) var[i] = var[i] < 0 ? 0 : var[i] * one;
 }
 
 INLINE void NAME(row_apply_as)(const T *restrict x, const T *restrict residual, T *restrict y,
@@ -205,12 +200,14 @@ CLONES static void NAME(row_apply2)(const T *dy, const T *x, const T *y, T *dx, 
 /* ---- columns: x is (rows, channels), an instance is a column ---- */
 
 /* Mean and sum of squared distances of every column. Blocks of rows are summed about the mean of
-   the block before, the first about its own, and joined by Chan's formula. `scratch` is 3 C. */
+   the block before, the first about that of its first rows, and joined by Chan's formula. (About
+   the mean of m of n rows the sum of squares is at most 1 + n / m times that about their own.)
+   `scratch` is 3 C. */
 CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64_t channels,
-                                        int pairs, A *restrict scratch, double *restrict mean,
-                                        double *restrict square) {
+                                        int pairs, int far, A *restrict scratch,
+                                        double *restrict mean, double *restrict square) {
     A *restrict k = scratch, *restrict s = scratch + channels, *restrict t = s + channels;
-    int64_t first = smaller(rows, COLUMN_BLOCK), l;
+    int64_t first = smaller(rows, COLUMN_BLOCK / 8), l;
     memset(k, 0, channels * sizeof(A));
     for (l = 0; l < first; l++)
         for (int64_t c = 0; c < channels; c++) k[c] += LOAD(x[l * channels + c]);
@@ -223,18 +220,21 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
         memset(s, 0, 2 * channels * sizeof(A));
         for (l = start; l + 2 <= end && pairs; l += 2) {
             const T *x0 = x + l * channels, *x1 = x0 + channels;
+            if (far) fetch(x0, AHEAD, 2 * channels * sizeof(T), 0);
             for (int64_t c = 0; c < channels; c++) {
                 A d0 = LOAD(x0[c]) - k[c], d1 = LOAD(x1[c]) - k[c];
                 s[c] += d0 + d1;
                 t[c] += d0 * d0 + d1 * d1;
             }
         }
-        for (; l < end; l++)
+        for (; l < end; l++) {
+            if (far) fetch(x + l * channels, AHEAD, channels * sizeof(T), 0);
             for (int64_t c = 0; c < channels; c++) {
                 A d = LOAD(x[l * channels + c]) - k[c];
                 s[c] += d;
                 t[c] += d * d;
             }
+        }
         double count = end - start, one = 1 / count;
         for (int64_t c = 0; c < channels; c++) {
             double shift = s[c] * one, own = k[c] + shift;
@@ -254,24 +254,27 @@ CLONES static void NAME(column_join)(int64_t channels, double before, double cou
 
 INLINE void NAME(column_apply_as)(const T *restrict x, const T *restrict residual, T *restrict y,
                                   int64_t rows, int64_t channels, const A *restrict a,
-                                  const A *restrict k, const A *restrict b, int add, int relu) {
-    for (int64_t l = 0; l < rows; l++, x += channels, y += channels, residual += channels)
+                                  const A *restrict k, const A *restrict b, int add, int relu,
+                                  int far) {
+    for (int64_t l = 0; l < rows; l++, x += channels, y += channels, residual += channels) {
+        if (far) fetch(y, AHEAD_WRITTEN, channels * sizeof(T), 1);
         for (int64_t c = 0; c < channels; c++) {
             A value = a[c] * (LOAD(x[c]) - k[c]) + b[c];
             if (add) value += LOAD(residual[c]);
             if (relu) value = value < 0 ? 0 : value;
             y[c] = STORE(value);
         }
+    }
 }
 CLONES static void NAME(column_apply)(const T *x, const T *residual, T *y, int64_t rows,
                                       int64_t channels, const A *a, const A *k, const A *b,
-                                      int relu) {
+                                      int relu, int far) {
     if (residual != NULL && relu)
-        NAME(column_apply_as)(x, residual, y, rows, channels, a, k, b, 1, 1);
+        NAME(column_apply_as)(x, residual, y, rows, channels, a, k, b, 1, 1, far);
     else if (residual != NULL)
-        NAME(column_apply_as)(x, residual, y, rows, channels, a, k, b, 1, 0);
-    else if (relu) NAME(column_apply_as)(x, x, y, rows, channels, a, k, b, 0, 1);
-    else NAME(column_apply_as)(x, x, y, rows, channels, a, k, b, 0, 0);
+        NAME(column_apply_as)(x, residual, y, rows, channels, a, k, b, 1, 0, far);
+    else if (relu) NAME(column_apply_as)(x, x, y, rows, channels, a, k, b, 0, 1, far);
+    else NAME(column_apply_as)(x, x, y, rows, channels, a, k, b, 0, 0, far);
 }
 
 /* sum dy, sum dy (x - k) of every column; `scratch` is 2 C. */
@@ -393,9 +396,9 @@ static void *NAME(allocate_work)(const Layer *s, NAME(Work) *work, int threads, 
 }
 
 static void NAME(all_coefficients)(const Layer *s, const Mix *mix, const A *weight, const A *bias,
-                                   const NAME(Work) *work, int threads) {
+                                   const NAME(Work) *work, Range part, int threads) {
     #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < s->batch; n++) {
+    for (int64_t n = part.from; n < part.to; n++) {
         int64_t i = n * s->channels;
         NAME(coefficients)(s->channels, mix->mean + i, mix->rstd + i, mix->offset + i, weight, bias,
                            work->a + i, work->k + i, work->b + i);
@@ -403,24 +406,25 @@ static void NAME(all_coefficients)(const Layer *s, const Mix *mix, const A *weig
 }
 
 static void NAME(instance_moments)(const Layer *s, const T *x, const NAME(Work) *work, double *mean,
-                                   double *var, int threads) {
-    int64_t channels = s->channels, size = s->batch * channels, length = s->length;
+                                   double *var, Range part, int threads) {
+    int64_t channels = s->channels, length = s->length;
     if (!s->last) {
+        int64_t end = part.to * channels;
         #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t i = 0; i < size; i += BATCH)
-            NAME(row_moments)(x + i * length, smaller(BATCH, size - i), length, mean + i, var + i);
+        for (int64_t i = part.from * channels; i < end; i += BATCH)
+            NAME(row_moments)(x + i * length, smaller(BATCH, end - i), length, mean + i, var + i);
         return;
     }
-    int64_t step = segment_rows(s), count = segments(s), tasks = s->batch * count;
+    int64_t step = segment_rows(s), count = segments(s);
     #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t task = 0; task < tasks; task++) {
-        Segment part = segment(s, task);
-        double *own = work->partial + 2 * task * channels;
-        NAME(column_moments)(x + part.at, part.rows, channels, row_pairs(s, sizeof(T)),
-                             work->scratch + 3 * THREAD * channels, own, own + channels);
+    for (int64_t task = part.from * count; task < part.to * count; task++) {
+        Segment own = segment(s, task);
+        double *to = work->partial + 2 * task * channels;
+        NAME(column_moments)(x + own.at, own.rows, channels, row_pairs(s, sizeof(T)), is_far(s, sizeof(T)),
+                             work->scratch + 3 * THREAD * channels, to, to + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t n = 0; n < s->batch; n++) {
+    for (int64_t n = part.from; n < part.to; n++) {
         double *own = work->partial + 2 * n * count * channels, *square = own + channels;
         for (int64_t i = 1; i < count; i++) {
             double *other = own + 2 * i * channels;
@@ -442,6 +446,33 @@ static void NAME(update)(const Layer *s, const double *new, double momentum, A *
     }
 }
 
+/* From the last value to the first: the end of what was read before is in the cache. */
+/* All samples from the last one on, whose x is in the cache; a part of them in order. */
+static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
+                        const NAME(Work) *work, int relu, Range part, int threads) {
+    int64_t channels = s->channels, length = s->length;
+    int64_t step = s->last ? 1 : larger(1, PIECE / length), each = s->last ? segments(s) : channels;
+    int64_t first = part.from * each, end = part.to * each;
+    int64_t count = (end - first + step - 1) / step;
+    int backwards = end == s->batch * each && first == 0, far = is_far(s, sizeof(T));
+    #pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t j = 0; j < count; j++) {
+        int64_t task = first + (backwards ? count - 1 - j : j) * step;
+        if (s->last) {
+            Segment own = segment(s, task);
+            int64_t at = own.at, i = own.n * channels;
+            NAME(column_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, own.rows,
+                               channels, work->a + i, work->k + i, work->b + i, relu, far);
+            continue;
+        }
+        for (int64_t i = task; i < smaller(end, task + step); i++) {
+            int64_t at = i * length;
+            NAME(row_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, length,
+                            work->a[i], work->k[i], work->b[i], relu);
+        }
+    }
+}
+
 /* y = relu(switch_norm(x) + residual), with what the backward pass needs, and the running
    statistics' step. 1: out of memory. */
 int NAME(sn_forward)(const Forward *call) {
@@ -450,7 +481,7 @@ int NAME(sn_forward)(const Forward *call) {
     T *y = call->y;
     A *running_mean = call->running_mean, *running_var = call->running_var;
     int threads = useful_threads(s, call->threads), relu = call->relu != 0;
-    int64_t channels = s->channels, size = s->batch * channels, length = s->length;
+    int64_t channels = s->channels;
     Mix mix;
     NAME(Work) work;
     void *memory = NAME(allocate_work)(s, &work, threads, 0);
@@ -462,36 +493,26 @@ int NAME(sn_forward)(const Forward *call) {
         NAME(widen)(running_mean, channels, 0, mix.bn);
         NAME(widen)(running_var, channels, 0, mix.bn + channels);
     }
-    if (s->running && s->places == 1) /* constants: the instances' own are not asked for */
-        for (int64_t n = 0; n < s->batch; n++) {
-            memcpy(mix.mean + n * channels, mix.bn, channels * sizeof(double));
-            memcpy(mix.var + n * channels, mix.bn + channels, channels * sizeof(double));
-        }
-    else NAME(instance_moments)(s, x, &work, mix.mean, mix.var, threads);
-    mix_moments(s, &mix, threads);
+    softmax(mix.w, s->places);
+    softmax(mix.u, s->places);
+    int64_t step = together(s, sizeof(T), threads);
+    for (int64_t from = 0; from < s->batch; from += step) {
+        Range part = {from, smaller(from + step, s->batch)};
+        if (s->running && s->places == 1) /* constants: the instances' own are not asked for */
+            for (int64_t n = part.from; n < part.to; n++) {
+                memcpy(mix.mean + n * channels, mix.bn, channels * sizeof(double));
+                memcpy(mix.var + n * channels, mix.bn + channels, channels * sizeof(double));
+            }
+        else NAME(instance_moments)(s, x, &work, mix.mean, mix.var, part, threads);
+        mix_moments(s, &mix, part, threads);
+        NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, part, threads);
+        NAME(apply)(s, x, residual, y, &work, relu, part, threads);
+    }
     if (s->update) {
         NAME(update)(s, mix.bn, call->momentum, running_mean);
         NAME(update)(s, mix.bn + s->groups * channels, call->momentum, running_var);
     }
     if (call->counter != NULL) *call->counter += 1;
-    NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, threads);
-    if (!s->last) {
-        #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t j = 0; j < size; j++) {
-            int64_t i = size - 1 - j, at = i * length; /* backwards: the end is in the cache */
-            NAME(row_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, length,
-                            work.a[i], work.k[i], work.b[i], relu);
-        }
-    } else {
-        int64_t tasks = s->batch * segments(s);
-        #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t j = 0; j < tasks; j++) {
-            Segment part = segment(s, tasks - 1 - j);
-            int64_t at = part.at, i = part.n * channels;
-            NAME(column_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, part.rows,
-                               channels, work.a + i, work.k + i, work.b + i, relu);
-        }
-    }
     free(memory);
     return 0;
 }
@@ -568,7 +589,7 @@ int NAME(sn_backward)(const Backward *call) {
     }
     lay_out(s, call->saved, &mix);
     NAME(widen)(call->weight, channels, 1, grads.weight);
-    NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, threads);
+    NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, (Range){0, s->batch}, threads);
     NAME(sums)(s, dy, x, y, &work, grads.total, grads.product, act, threads);
     NAME(about_mean)(size, work.k, mix.mean, grads.total, grads.product);
     mix_backward(s, &mix, &grads, grad_w, grad_u);

@@ -4,10 +4,14 @@ Source: Shao et al., SSN, arXiv 1903.03793: SparsestMax in place of softmax, on 
 radius grows from 0 to 1 over the training.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..freezing import is_frozen
+from ..kernels import seen_through
+from ..kernels.common import PLAIN, goes_by_formula
 from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase, named_layers
 
 ONE_HOT = 1 - 1e-6  # an importance weight from here on is 1 but for rounding
@@ -49,6 +53,90 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
         ratio = torch.where(short, square / torch.where(short, distance, 1.0), 1.0)
         point = torch.where(short, centre + away * ratio.sqrt(), point)
     return sparsemax(point)
+
+
+Matrix = list[list[float]]
+
+
+def _sparsemax_of_numbers(z: list[float], slopes: Matrix) -> tuple[list[float], Matrix]:
+    """`sparsemax` of a few numbers whose derivatives are the rows of `slopes`, and its own."""
+    total, count, threshold = 0.0, 0, 0.0
+    for value in sorted(z, reverse=True):
+        total += value
+        if 1 + (count + 1) * value <= total:
+            break
+        count += 1
+        threshold = (total - 1) / count
+    point = [max(value - threshold, 0.0) for value in z]
+    if slopes:
+        inside = [row for row, value in zip(slopes, point) if value > 0]
+        middle = [sum(column) / len(inside) for column in zip(*inside)]
+        zero = [0.0] * len(z)
+        slopes = [
+            [a - b for a, b in zip(row, middle)] if value > 0 else zero
+            for row, value in zip(slopes, point)
+        ]
+    return point, slopes
+
+
+def sparsestmax_of_numbers(
+    z: list[float], radius: float, tie: float, derivatives: bool = False
+) -> tuple[list[float], Matrix]:
+    """`sparsestmax` of a few numbers and, if asked for, its derivatives, a row for each weight.
+
+    Forty operations on tensors of three numbers take longer than a norm of a small map. `tie` is
+    the squared distance from the middle below which there is no direction.
+    """
+    each = range(len(z))
+    slopes = [[float(i == j) for j in each] for i in each] if derivatives else []
+    point, before, square = z, None, radius * radius
+    for _ in each:
+        point, slopes = _sparsemax_of_numbers(point, slopes)
+        share = 1 / sum(value > 0 for value in point)
+        centre = [share if value > 0 else 0.0 for value in point]
+        if before is not None:
+            square = max(square - sum((a - b) ** 2 for a, b in zip(centre, before)), 0.0)
+        before = centre
+        away = [a - b for a, b in zip(point, centre)]
+        distance = sum(a * a for a in away)
+        if tie < distance < square:
+            ratio = math.sqrt(square / distance)
+            point = [a + b * ratio for a, b in zip(centre, away)]
+            if derivatives:  # of the direction alone: the length is given
+                along = [sum(a * row[j] for a, row in zip(away, slopes)) / distance for j in each]
+                slopes = [
+                    [ratio * (row[j] - a * along[j]) for j in each] for a, row in zip(away, slopes)
+                ]
+    return _sparsemax_of_numbers(point, slopes)
+
+
+class _Logits(torch.autograd.Function):
+    """Logits that were computed as numbers, with their derivatives by the control parameters."""
+
+    @staticmethod
+    def forward(ctx, layer, slopes: tuple[Matrix, Matrix], logits, *control):
+        ctx.layer, ctx.slopes = layer, slopes
+        ctx.save_for_backward(*control)
+        return logits
+
+    @staticmethod
+    def backward(ctx, *grads):
+        control = ctx.saved_tensors
+        if any(goes_by_formula(grad) for grad in grads):
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                plain = ctx.layer._logits_of(ctx.layer._importance_of(control))
+            found = [
+                torch.autograd.grad(logs, own, grad, create_graph=again)[0] if need else None
+                for logs, own, grad, need in zip(plain, control, grads, ctx.needs_input_grad[3:])
+            ]
+            return None, None, None, *found
+        found = []
+        for grad, slopes, own in zip(grads, ctx.slopes, control):
+            columns = zip(*slopes)
+            numbers = [sum(a * b for a, b in zip(grad.tolist(), column)) for column in columns]
+            found.append(torch.tensor(numbers, dtype=own.dtype))
+        return None, None, None, *found
 
 
 class SparseSwitchNormBase(SwitchNormBase):
@@ -110,13 +198,11 @@ class SparseSwitchNormBase(SwitchNormBase):
             self.radius.fill_(progress)
 
     def importance(self) -> tuple[Tensor, Tensor]:
-        return tuple(
-            self._weights(logits, choice)
-            for logits, choice in (
-                (self.mean_weight, self.mean_choice),
-                (self.var_weight, self.var_choice),
-            )
-        )
+        return self._importance_of((self.mean_weight, self.var_weight))
+
+    def _importance_of(self, control: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        choices = (self.mean_choice, self.var_choice)
+        return tuple(self._weights(logits, choice) for logits, choice in zip(control, choices))
 
     def _weights(self, control: Tensor, choice: Tensor) -> Tensor:
         control = control.to(torch.promote_types(control.dtype, torch.float32))
@@ -129,13 +215,52 @@ class SparseSwitchNormBase(SwitchNormBase):
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Logarithms of the importance weights: their softmax, which the layer takes."""
+        tensors = (self.mean_weight, self.var_weight, self.radius, self.mean_choice)
+        if not seen_through() and all(type(t) in PLAIN and t.is_cpu for t in tensors):
+            return self._logits_by_numbers()
         pair = self.importance()
         if self.training:
             with torch.no_grad():
                 for choice, weights in zip((self.mean_choice, self.var_choice), pair):
                     one_hot = weights.max() >= ONE_HOT
                     choice.copy_(torch.where(one_hot, (weights >= ONE_HOT).to(choice), choice))
+        return self._logits_of(pair)
+
+    @staticmethod
+    def _logits_of(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), -torch.inf) for w in pair)
+
+    def _logits_by_numbers(self) -> tuple[Tensor, Tensor]:
+        control = (self.mean_weight, self.var_weight)
+        needed = torch.is_grad_enabled() and any(t.requires_grad for t in control)
+        radius = self.radius.item()
+        logits, derivatives = [], []
+        for own, choice in zip(control, (self.mean_choice, self.var_choice)):
+            dtype = torch.promote_types(own.dtype, torch.float32)
+            before = choice.tolist()
+            top, slopes = max(before), []
+            if top > 0.5:
+                weights, top = [float(i == before.index(top)) for i in range(len(before))], 1.0
+            else:
+                tie = (16 * torch.finfo(dtype).eps) ** 2
+                weights, slopes = sparsestmax_of_numbers(own.tolist(), radius, tie, needed)
+                top = max(weights)
+            if top >= ONE_HOT:
+                weights, slopes = [float(i == weights.index(top)) for i in range(len(weights))], []
+                if self.training and weights != before:
+                    with torch.no_grad():
+                        choice.copy_(torch.tensor(weights))
+            logs = [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+            logits.append(torch.tensor(logs, dtype=dtype))
+            zero = [0.0] * len(weights)
+            slopes = [
+                [slope / weight for slope in row] if weight > 0 else zero
+                for row, weight in zip(slopes or [zero] * len(weights), weights)
+            ]
+            derivatives.append(slopes)
+        if not needed:
+            return tuple(logits)
+        return _Logits.apply(self, tuple(derivatives), tuple(logits), *control)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ", gates=sparsestmax"

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import oracle
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import sn
-from sn.variants.sparse import choices, sparsemax
+from sn.variants.sparse import choices, sparsemax, sparsestmax_of_numbers
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,6 +101,23 @@ def test_equal_gates_stay_and_have_finite_gradients(radius):
     torch.testing.assert_close(z.grad, torch.tensor([-1.0, 0.0, 1.0]))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_sparsestmax_of_numbers_is_that_of_tensors(count):
+    rng = np.random.default_rng(count + 10)
+    tie = (16 * np.finfo(float).eps) ** 2
+    for radius in RADII:
+        for scale in (0.0, 0.05, 0.3, 1.0):
+            z = rng.normal(size=count) * scale + 1
+            tensor = torch.from_numpy(z)
+            weights, slopes = sparsestmax_of_numbers(z.tolist(), radius, tie, True)
+            expected = sn.sparsestmax(tensor, radius)
+            np.testing.assert_allclose(weights, expected.numpy(), atol=1e-12)
+            function = partial(sn.sparsestmax, radius=radius)
+            exact = torch.autograd.functional.jacobian(function, tensor)
+            np.testing.assert_allclose(slopes, exact.numpy(), atol=1e-9)
+            assert sparsestmax_of_numbers(z.tolist(), radius, tie) == (weights, [])
+
+
 # --- the layer ------------------------------------------------------------------------------------
 
 
@@ -143,6 +161,27 @@ def test_layer_equals_the_oracle(backend, dim, shape, radius):
             torch.testing.assert_close(y, wanted)
             theirs = torch.autograd.grad((wanted * upstream).sum(), leaves)
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [None, "mean_weight", "var_weight"])
+def test_derivatives_of_the_layer(frozen):
+    """First ones by numbers, second ones by the formula."""
+    layer = make()
+    layer.begin_step(0.3)
+    x = oracle.values((3, 4, 2, 3), 5)
+    names = [n for n in ("mean_weight", "var_weight") if n != frozen]
+    values = [getattr(layer, n).detach().clone().requires_grad_() for n in names]
+    if frozen:
+        getattr(layer, frozen).requires_grad_(False)
+
+    def call(*values):
+        return torch.func.functional_call(layer, dict(zip(names, values)), x).sin()
+
+    assert torch.autograd.gradcheck(call, values)
+    assert torch.autograd.gradgradcheck(call, values)
+    wanted = torch.autograd.functional.jacobian(call, tuple(values), vectorize=False)
+    batched = torch.autograd.functional.jacobian(call, tuple(values), vectorize=True)
+    torch.testing.assert_close(batched, wanted)
 
 
 def test_the_end_of_training_is_one_statistic_each():
