@@ -10,7 +10,6 @@ resumes a run that was interrupted. See configs/style_transfer.yaml for every op
 """
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -29,8 +28,6 @@ from sn.training.style import photos as style_data
 from sn.training.style.config import StyleConfig
 from sn.training.style.networks import (
     PARTS,
-    LossNetwork,
-    StyleNet,
     build_style_net,
     content_loss,
     gram,
@@ -45,8 +42,7 @@ from sn.training.style.stylize import (
     onnx_difference,
     stylize_files,
 )
-
-PAPER_STEPS = 40_000  # Fig 5(a)
+from sn.training.style.task import Task
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="style_transfer")
@@ -67,15 +63,15 @@ def train(config: StyleConfig) -> dict:
         need = run.warn_of(lambda: needs(task, run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
-            identity={"identity": identity(task)},
-            facts=lambda: facts(task),
+            identity={"identity": task.identity()},
+            facts=task.facts,
             headline=("loss",),
             steps=config.schedule.steps,
             saved={"style_net": config.style_net()},
             importance=task.model,
             blocks=layer_blocks(task.model),
         )
-        announce(task, run)
+        task.announce(run)
         if config.plan:
             training = (lambda: train_steps(task, run), 1)
             loops = {"training": training, "evaluation": (lambda: evaluate(task, run), 1)}
@@ -85,22 +81,6 @@ def train(config: StyleConfig) -> dict:
         loss = "no" if summary["loss"] is None else f"{summary['loss']:.4g}"
         run.say(f"loss {loss} on centre crops, as in stylizing; records in {config.output_dir}")
         return summary
-
-
-@dataclass
-class Task:
-    """What is trained, on what: built once from the config."""
-
-    config: StyleConfig
-    photos: style_data.Photos
-    crops: style_data.Crops
-    bad_images: BadImages
-    vgg: LossNetwork
-    style_sha256: str
-    style_grams: list[Tensor]  # (1, C, C) of each style layer
-    weights: dict[str, float]  # of the parts of the loss
-    model: StyleNet
-    optimizer: torch.optim.Optimizer
 
 
 def build(config: StyleConfig, run: Session) -> Task:
@@ -241,59 +221,6 @@ def evaluate(task: Task, run: Session) -> dict[str, float | None]:
         return {"loss": None, **dict.fromkeys((f"{part}_loss" for part in PARTS), None)}
     parts = {f"{part}_loss": value for part, value in sums.items()}
     return {"loss": sum(sums.values()), **parts, "evaluation_images": count}
-
-
-def identity(task: Task) -> dict[str, dict]:
-    """What the run learns from, beyond its config."""
-    return {
-        "photos": task.photos.describe(),
-        "style": {"name": task.config.style.name, "sha256": task.style_sha256},
-        "vgg": task.vgg.describe(),
-    }
-
-
-def facts(task: Task) -> dict:
-    """The run's part of summary.json: what was trained, on what."""
-    config, photos, style, vgg = task.config, *identity(task).values()
-    full = config.photos.name == "coco" and photos["train_images"] > 80_000
-    full = full and config.schedule.steps >= PAPER_STEPS and config.photos.image_size >= 256
-    layers = sn.importance_weights(task.model).values()
-    folder = f"{config.photos.name}_{config.style.name}_{config.photos.image_size}px"
-    return {
-        "task": "style_transfer",
-        "run": f"style_transfer/{folder}/{config.run_name}/seed{config.seed}",
-        "norm": config.norm["name"],
-        "statistics": list(next(iter(layers))["mean"]) if layers else None,
-        "data": photos,
-        "style": style | {"size": config.style.size},
-        "vgg": vgg,
-        "loss_weights": task.weights,
-        "image_size": config.photos.image_size,
-        "batch_size": config.schedule.batch_size,
-        "bad_images": len(task.bad_images.lines()),
-        "lr": config.schedule.lr,
-        "scale": "full" if full and vgg["weights"] != "random" else "proxy",
-    }
-
-
-def announce(task: Task, run: Session) -> None:
-    config, schedule = task.config, task.config.schedule
-    parameters = sum(p.numel() for p in task.model.parameters())
-    run.say(
-        f"{config.run_name}: {config.norm['name']}, {parameters:,} parameters; style "
-        f"{config.style.name}, {len(task.photos.images):,} photos ({config.photos.name}), "
-        f"{schedule.steps} steps of {schedule.batch_size} crops of {config.photos.image_size} px "
-        f"on {run.device.type}\nVGG16 {task.vgg.weights} ({task.vgg.input} input); weights of the "
-        "loss: " + ", ".join(f"{part} {weight:g}" for part, weight in task.weights.items())
-    )
-    if task.vgg.weights == "random":
-        run.say(
-            "note: the loss network is random, so this is no style transfer; the record says so"
-        )
-    if config.norm["name"] in ("bn", "sn") and schedule.batch_size == 1:
-        run.say("note: with one image a step bn is in during training, but not when stylizing")
-    if run.resumed:
-        run.say(f"resuming after {run.progress.step} steps")
 
 
 def stylize_images(config: StyleConfig) -> list[Path]:

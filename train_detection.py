@@ -10,8 +10,6 @@ resumes a run that was interrupted. See configs/detection.yaml for every option.
 """
 
 import contextlib
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,12 @@ import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import sn
 from sn.training.classification.pretrained import pretrained_weights, sha256
 from sn.training.detection import detectors
 from sn.training.detection.config import DetectionConfig
 from sn.training.detection.data import (
-    DetectionData,
     GroupedSampler,
     TrainingImages,
     augmentation,
@@ -46,12 +42,10 @@ from sn.training.detection.predict import (
     predict,
     write_predictions,
 )
+from sn.training.detection.task import Task
 from sn.training.run import budget, distributed, entry
 from sn.training.run.schedule import lr_factor_by_images
 from sn.training.run.session import Session
-
-COCO_IMAGES = (117_266, 5_000)  # of train2017 with objects, of val2017
-COCO_1X = 1_440_000  # images of Detectron's shortest schedule
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="detection")
@@ -66,11 +60,11 @@ def train(config: DetectionConfig) -> dict:
         if run.summary is not None:
             return run.has_ended("box AP", "box_ap")
         task = build(config, run)
-        need = run.warn_of(lambda: needs(task, run))
+        need = run.warn_of(lambda: task.needs(run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
-            identity={"data": task.data.describe(), "init": task.init},
-            facts=facts(task, run),
+            identity=task.identity(),
+            facts=task.facts(run),
             headline=("box_ap", "mask_ap"),
             steps=task.sampler.steps,
             saved={
@@ -83,7 +77,7 @@ def train(config: DetectionConfig) -> dict:
             score="box_ap",
             records_after_saving=True,
         )
-        announce(task, run)
+        task.announce(run)
         if config.plan:
             evaluations = sum(map(task.evaluates_after, range(1, task.sampler.steps + 1)))
             evaluation = (lambda: evaluate(task, run), evaluations)
@@ -94,31 +88,6 @@ def train(config: DetectionConfig) -> dict:
         summary = run.finish(ap | bad_images)
         run.say(f"{describe_ap(summary)}; records in {config.output_dir}")
         return summary
-
-
-@dataclass
-class Task:
-    """What is trained, on what: built once from the config."""
-
-    config: DetectionConfig
-    data: DetectionData
-    model: nn.Module  # the plain network: saved, evaluated
-    parallel: nn.Module  # the same, in DistributedDataParallel if there are several processes
-    optimizer: torch.optim.Optimizer
-    loader: DataLoader
-    sampler: GroupedSampler
-    init: dict  # name and hash of the pretrained weights
-    micro_batches: int  # virtual GPUs of this process, a forward pass each
-
-    @property
-    def lr(self) -> float:
-        return self.config.setting.lr(self.config.schedule.lr_per_16, 16)
-
-    def evaluates_after(self, step: int) -> bool:
-        """Whether AP is measured after `step` steps."""
-        every = self.config.evaluation.every_images
-        period = every and max(1, round(every / self.config.setting.total))
-        return step == self.sampler.steps or bool(period and step % period == 0)
 
 
 def build(config: DetectionConfig, run: Session) -> Task:
@@ -165,34 +134,6 @@ def build(config: DetectionConfig, run: Session) -> Task:
         sampler=sampler,
         init={"name": init.name, "sha256": weights and sha256(weights)},
         micro_batches=setting.gpus // processes.world_size,
-    )
-
-
-def needs(task: Task, run: Session) -> budget.Need:
-    """What a step needs, from a forward pass of one virtual GPU with the largest images."""
-    data, setting = task.config.data, task.config.setting
-    short = min(max(data.sizes), data.max_size)
-    shape = (3, short, min(data.max_size, short * 4 // 3))
-    target = {
-        "boxes": torch.tensor([[0.0, 0.0, short / 2, short / 2]]),
-        "labels": torch.ones(1, dtype=torch.long),
-        "masks": torch.ones((1, *shape[1:]), dtype=torch.uint8),
-    }
-
-    def forward(model: nn.Module) -> tuple[dict[str, Tensor], int]:
-        images = [run.to_device(torch.rand(shape)) for _ in range(setting.images_per_gpu)]
-        targets = [{key: run.to_device(value) for key, value in target.items()} for _ in images]
-        with run.autocast():
-            return model.train()(images, targets), len(images)
-
-    return budget.estimate(
-        task.model,
-        forward,
-        setting.images_per_gpu,
-        task.optimizer,
-        task.loader,
-        batch_bytes=4 * math.prod(shape) * setting.images_per_gpu * task.micro_batches,
-        device=run.device,
     )
 
 
@@ -309,51 +250,6 @@ def evaluate(task: Task, run: Session) -> dict[str, float | None]:
             run.recorder.writer.add_image("predictions", sheet, run.progress.step)
     run.scored(ap["box_ap"])
     return ap
-
-
-def facts(task: Task, run: Session) -> dict:
-    """The run's part of summary.json: what was trained, on what."""
-    config, setting, data = task.config, task.config.setting, task.data.describe()
-    complete = (data["train_images"], data["val_images"]) == COCO_IMAGES
-    full = complete and task.sampler.steps * setting.total >= COCO_1X // 2
-    name = f"{config.data.name}_{config.model.name}"
-    emulation = "accumulated" if task.micro_batches > 1 else "none"
-    return {
-        "task": "detection",
-        "run": f"detection/{name}/{config.run_name}/seed{config.seed}",
-        "parts": {part: options["name"] for part, options in config.own_parts.items()},
-        "init": task.init,
-        "setting": setting.describe(emulation, run.processes.world_size),
-        "data": data,
-        "model": config.model.name,
-        "lr": task.lr,
-        "schedule": config.schedule.name,
-        "scale": "full" if full else "proxy",
-    }
-
-
-def announce(task: Task, run: Session) -> None:
-    config, setting, data = task.config, task.config.setting, task.data.describe()
-    parameters = sum(p.numel() for p in task.model.parameters())
-    steps, per_epoch = task.sampler.steps, task.sampler.steps_per_epoch
-    run.say(
-        f"{config.run_name}: {config.model.name}, {parameters:,} parameters; {data['name']}, "
-        f"{data['train_images']:,} training and {data['val_images']:,} validation images, "
-        f"{data['classes']} classes; {'; '.join(task.data.remarks())}\n"
-        f"{detectors.parts_table(task.model)}\n"
-        f"setting ({setting.gpus},{setting.images_per_gpu}) on {run.processes.world_size} x "
-        f"{run.device.type}, {task.micro_batches} forward passes a step; lr "
-        f"{config.schedule.lr_per_16} per 16 images -> {task.lr:g}; {steps:,} steps of "
-        f"{setting.total} images, {steps / per_epoch:.2f} epochs"
-    )
-    layers = sn.importance_weights(task.model).values()
-    if setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):
-        run.say("note: with one image per GPU bn equals in during training of the backbone; the "
-                "paper drops it there (sn_in_ln)")  # fmt: skip
-    if run.resumed:
-        skipped, bad = run.guard.skipped, len(task.data.train.bad.lines())
-        so_far = f"; {skipped} steps and {bad} images were skipped" if skipped or bad else ""
-        run.say(f"resuming after {run.progress.step} steps{so_far}")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ resumes a run that was interrupted. See configs/imagenet.yaml for every option.
 """
 
 import contextlib
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import sn
@@ -25,9 +23,7 @@ from sn.batch_average import batch_statistics_layers
 from sn.training.classification import bilevel
 from sn.training.classification.config import ImagenetConfig
 from sn.training.classification.data import (
-    ArrayImages,
     BadImages,
-    ImageData,
     SettingSampler,
     TransformedImages,
     batch_average_batches,
@@ -35,15 +31,19 @@ from sn.training.classification.data import (
     evaluation_batches,
     make_loader,
 )
-from sn.training.classification.evaluation import batch_averaged, evaluate
+from sn.training.classification.evaluation import (
+    batch_averaged,
+    evaluate,
+    line_of,
+    training_metrics,
+)
 from sn.training.classification.models import build_model
 from sn.training.classification.pretrained import pretrained_model, pretrained_weights, sha256
+from sn.training.classification.task import Task
 from sn.training.run import budget, distributed, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import lr_factor, mix_seed
 from sn.training.run.session import Session
-
-IMAGENET_SIZE = (1_281_167, 50_000)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="imagenet")
@@ -57,18 +57,18 @@ def train(config: ImagenetConfig) -> dict:
         if run.summary is not None:
             return run.has_ended("top-1", "top1")
         task = build(config, run)
-        need = run.warn_of(lambda: needs(task, run))
+        need = run.warn_of(lambda: task.needs(run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
-            identity={"data": task.data.describe()} | ({"init": task.init} if task.init else {}),
-            facts=facts(task, run),
+            identity=task.identity(),
+            facts=task.facts(run),
             headline=("top1", "top5", "top1_batch_average"),
             epochs=config.schedule.epochs,
             steps=task.sampler.steps,
             importance=task.model,
             score="top1",
         )
-        announce(task, run)
+        task.announce(run)
         if config.plan:
             passes = config.schedule.epochs
             training = (lambda: train_one_epoch(task, run, 0), passes)
@@ -84,32 +84,13 @@ def train(config: ImagenetConfig) -> dict:
             )
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             run.end_epoch(metrics, score=validation["top1"])
-            print_epoch(run, metrics)
+            run.say_epoch(line_of(metrics))
         summary = run.finish(final_evaluation(task, run, validation))
         run.say(
             f"top-1 {summary['top1']:.2f} (moving average), "
             f"{summary['top1_batch_average']:.2f} (batch average); records in {config.output_dir}"
         )
         return summary
-
-
-@dataclass
-class Task:
-    """What is trained, on what: built once from the config."""
-
-    config: ImagenetConfig
-    data: ImageData
-    model: nn.Module  # the plain network: saved, averaged, evaluated
-    parallel: nn.Module  # the same, in DistributedDataParallel if there are several processes
-    optimizer: torch.optim.Optimizer
-    loader: DataLoader
-    sampler: SettingSampler
-    held_out: tuple[DataLoader, SettingSampler] | None  # gates=bilevel: what these learn from
-    emulation: str
-    micro_batches: int
-    bad_images: BadImages
-    init: dict  # name and hash of the pretrained weights; empty without
-    start: str  # what became of these weights
 
 
 def build(config: ImagenetConfig, run: Session) -> Task:
@@ -146,16 +127,10 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         model.compile()
     parallel = distributed.parallelise(model, processes)
 
-    lr = setting.lr(config.schedule.lr_per_256, 256)
-    groups = sn.parameter_groups(
-        model,
-        lr,
-        config.optimizer.weight_decay,
-        config.optimizer.gate_lr_factor,
-        config.optimizer.gate_weight_decay,
-    )
+    lr, sgd = setting.lr(config.schedule.lr_per_256, 256), config.optimizer
+    rules = (sgd.weight_decay, sgd.gate_lr_factor, sgd.gate_weight_decay)
     optimizer = torch.optim.SGD(  # fused: one call for all parameters, which can skip itself
-        groups, lr=lr, momentum=config.optimizer.momentum, fused=True
+        sn.parameter_groups(model, lr, *rules), lr, sgd.momentum, fused=True
     )
 
     def training_loader(images, seed: int) -> tuple[DataLoader, SettingSampler]:
@@ -191,30 +166,6 @@ def build(config: ImagenetConfig, run: Session) -> Task:
     )
 
 
-def needs(task: Task, run: Session) -> budget.Need:
-    """What a step needs, from a forward pass with two images per virtual GPU or fewer."""
-    setting, world_size = task.config.setting, run.processes.world_size
-    images = setting.total // world_size // task.micro_batches
-    groups = setting.gpus // world_size if task.emulation == "grouped" else 1
-    train, pixels = task.data.train, task.config.data.image_size or 224
-    if isinstance(train, ArrayImages):
-        pixels = train.batch([0])[0].shape[-1]
-    tried = groups * min(2, images // groups)
-
-    def forward(model: nn.Module) -> tuple[Tensor, int]:
-        model.train()
-        with run.autocast():
-            x = run.to_device(torch.rand(tried, 3, pixels, pixels))
-            labels = torch.zeros(tried, dtype=torch.long, device=x.device)
-            return F.cross_entropy(model(x), labels), tried
-
-    batch_bytes = 4 * 3 * pixels**2 * setting.total / world_size
-    optimizer, loader = task.optimizer, task.loader
-    return budget.estimate(
-        task.model, forward, images, optimizer, loader, batch_bytes, run.device, groups
-    )
-
-
 def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     """Train to the end of the epoch, from its first step that is left; return its metrics."""
     config, progress, steps = task.config, run.progress, task.sampler.steps
@@ -222,7 +173,6 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     for sampler in samplers:
         sampler.epoch, sampler.first_step = epoch, progress.step
     task.parallel.train()
-    began, first_image = time.perf_counter(), progress.images_seen
     held_out = iter(task.held_out[0] if task.held_out else ())
     for _, (images, labels) in run.steps(task.loader, steps):
         done = (epoch * steps + progress.step) / (config.schedule.epochs * steps)
@@ -237,27 +187,15 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
         lr = task.optimizer.param_groups[0]["lr"]
         run.step_done(config.setting.total, lr=lr, loss=run.latest[0] if run.latest else None)
     run.settle()
-    sums = progress.totals()
-    if not sums["images"]:
-        raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
-    seconds = time.perf_counter() - began
-    return {
-        "step": (epoch + 1) * steps,
-        "images_seen": progress.images_seen,
-        "lr": task.optimizer.param_groups[0]["lr"],
-        "train/loss": sums["loss"] / sums["images"],
-        "train/top1": 100 * sums["correct"] / sums["images"],
-        "images_per_s": (progress.images_seen - first_image) / seconds,
-    }
+    return training_metrics(run, steps, task.optimizer.param_groups[0]["lr"])
 
 
 def set_lr(task: Task, done: float) -> None:
     """The schedule's lr at the fraction `done` of all steps."""
-    config, schedule = task.config, task.config.schedule
-    lr = config.setting.lr(schedule.lr_per_256, 256)
-    lr *= lr_factor(done, schedule.decay, schedule.milestones, schedule.gamma, schedule.warmup)
+    schedule = task.config.schedule
+    factor = lr_factor(done, schedule.decay, schedule.milestones, schedule.gamma, schedule.warmup)
     for group in task.optimizer.param_groups:
-        group["lr"] = lr * group["lr_factor"]
+        group["lr"] = task.lr * factor * group["lr_factor"]
 
 
 def train_step(task: Task, run: Session, images: Tensor, labels: Tensor) -> Tensor:
@@ -357,71 +295,6 @@ def final_evaluation(task: Task, run: Session, moving: dict | None) -> dict:
     results["batch_average_images"] = size * min(options.batches, len(data.train) // size)
     run.save(batch_average=averaged)
     return results
-
-
-def facts(task: Task, run: Session) -> dict:
-    """The run's part of summary.json: what was trained, on what."""
-    config, setting, data = task.config, task.config.setting, task.data.describe()
-    complete = (data["train_images"], data["val_images"]) == IMAGENET_SIZE
-    layers = sn.importance_weights(task.model).values()
-    name = f"{config.data.name}_{config.model.name}"
-    init = {"init": task.init} if task.init else {}
-    return init | {
-        "task": "imagenet",
-        "run": f"imagenet/{name}/{config.run_name}/seed{config.seed}",
-        "norm": config.norm["name"],
-        "statistics": list(next(iter(layers))["mean"]) if layers else None,
-        "setting": setting.describe(task.emulation, run.processes.world_size),
-        "data": data,
-        "model": config.model.name,
-        "lr": setting.lr(config.schedule.lr_per_256, 256),
-        "scale": "full" if complete and config.schedule.epochs >= 100 else "proxy",
-    }
-
-
-def announce(task: Task, run: Session) -> None:
-    config, setting, data = task.config, task.config.setting, task.data.describe()
-    parameters = sum(p.numel() for p in task.model.parameters())
-    norm, lr = config.norm["name"], setting.lr(config.schedule.lr_per_256, 256)
-    run.say(
-        f"{config.run_name}: {config.model.name} with {norm}, {parameters:,} parameters; "
-        f"{data['name']}, {data['train_images']:,} training and {data['val_images']:,} "
-        f"validation images\n"
-        f"setting ({setting.gpus},{setting.images_per_gpu}) on {run.processes.world_size} x "
-        f"{run.device.type}, emulation {task.emulation}; lr {config.schedule.lr_per_256} per 256 "
-        f"images -> {lr:g}; {config.schedule.epochs} epochs of {task.sampler.steps} steps"
-    )
-    layers = sn.importance_weights(task.model).values()
-    if setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):
-        run.say("note: with one image per GPU bn equals in during training; the paper drops it "
-                "there (norm=sn_in_ln)")  # fmt: skip
-    if task.init and not run.resumed:
-        source = config.init.path or f"{config.init.name}'s {config.model.name}"
-        run.say(f"starts from {source}: {task.start}")
-    foreign = [
-        name
-        for name, layer in batch_statistics_layers(task.model).items()
-        if type(layer).__module__.startswith(("torch.", "timm."))
-    ]
-    if foreign and norm not in ("bn", "sync_bn"):
-        run.say(
-            f"note: {len(foreign)} batch norm layers of the model are its own, not {norm}, "
-            f"first {foreign[0]}"
-        )
-    if run.resumed:
-        skipped, bad = run.guard.skipped, len(task.bad_images.lines())
-        so_far = f"; {skipped} steps and {bad} images were skipped" if skipped or bad else ""
-        epoch, step = run.progress.epoch, run.progress.step
-        run.say(f"resuming after {epoch} epochs and {step} steps{so_far}")
-
-
-def print_epoch(run: Session, metrics: dict) -> None:
-    run.say(
-        f"epoch {run.progress.epoch}/{run.config.schedule.epochs}  "
-        f"loss {metrics['train/loss']:.4f}  top-1 {metrics['train/top1']:.2f}  "
-        f"val loss {metrics['val/loss']:.4f}  val top-1 {metrics['val/top1']:.2f}  "
-        f"{metrics['images_per_s']:.0f} images/s  {run.time_left()} left"
-    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .benchmark import EDGES, OPERATIONS
 
 NONE, SKIP, CONV_1X1, CONV_3X3, POOL = range(len(OPERATIONS))
+CONVOLUTIONS = ("nor_conv_1x1", "nor_conv_3x3")
 STAGES = 3
 SPREAD = 1e-3  # standard deviation of the operations' control parameters at the start
 
@@ -129,3 +130,21 @@ def derive(weights: Tensor) -> tuple[str, ...]:
     largest of all five. Differs from DARTS, which leaves out `none`.
     """
     return tuple(OPERATIONS[place] for place in weights.argmax(1).tolist())
+
+
+def operation_metrics(model: Supernet) -> dict[str, float]:
+    """The operation weights, of every edge and averaged over edges, and what a cell would hold."""
+    weights = model.operation_weights().detach().double()
+    rows = dict(zip((f"{start}-{end}" for start, end in EDGES), weights)) | {
+        "mean": weights.mean(0)
+    }
+    cell = derive(weights)
+    return {
+        **{
+            f"operations/{name}/{operation}": weight.item()
+            for name, row in rows.items()
+            for operation, weight in zip(OPERATIONS, row)
+        },
+        "cell/convolutions": sum(operation in CONVOLUTIONS for operation in cell),
+        "cell/skip_connections": cell.count("skip_connect"),
+    }

@@ -8,16 +8,13 @@ CIFAR-10's test images, which the search never saw (null without such a set). Ba
 statistics here. The same command resumes a run. See configs/enas_retrain.yaml.
 """
 
-import time
-from dataclasses import dataclass
-
 import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from sn.training.classification.data import ImageData, build_data, load_cifar10_test
-from sn.training.classification.evaluation import evaluate
+from sn.training.classification.data import build_data, load_cifar10_test
+from sn.training.classification.evaluation import evaluate, line_of, training_metrics
 from sn.training.run import budget, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import cosine_restarts, mix_seed
@@ -27,6 +24,7 @@ from .child import Child
 from .config import RetrainConfig
 from .data import DeviceImages
 from .space import Architecture, random_decisions, read_architecture, to_json
+from .tasks import RetrainTask
 
 ORDER, AUGMENTATION, DROPOUT = range(3)  # what a random number is for
 
@@ -46,13 +44,13 @@ def retrain(config: RetrainConfig) -> dict:
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer},
             identity={"data": task.data.describe(), "architecture": architecture},
-            facts=facts(task),
+            facts=task.facts(),
             headline=("retrained_val_top1",),
             epochs=config.epochs,
             steps=task.steps,
             score="retrained_val_top1",
         )
-        announce(task, run)
+        task.announce(run)
         if config.plan:  # without the validations
             loops = {"training": (lambda: train_one_epoch(task, run, 0), config.epochs)}
             return budget.plan(run, task.model, None, loops)
@@ -64,7 +62,7 @@ def retrain(config: RetrainConfig) -> dict:
             check_finite(loss, task.model, f"the end of epoch {epoch + 1}")
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             run.end_epoch(metrics, score=validation["top1"])
-            print_epoch(run, metrics)
+            run.say_epoch(line_of(metrics))
         validation = validation or evaluated(task, run, task.val)
         test = None if task.test is None else evaluated(task, run, task.test)["top1"]
         results = {"retrained_val_top1": validation["top1"], "retrained_test_top1": test}
@@ -77,22 +75,7 @@ def retrain(config: RetrainConfig) -> dict:
         return run.summary
 
 
-@dataclass
-class Task:
-    """What is trained, on what: built once from the config."""
-
-    config: RetrainConfig
-    data: ImageData
-    train: DeviceImages
-    val: DeviceImages
-    test: DeviceImages | None
-    architecture: Architecture
-    model: Child
-    optimizer: torch.optim.Optimizer
-    steps: int
-
-
-def build(config: RetrainConfig, run: Session) -> Task:
+def build(config: RetrainConfig, run: Session) -> RetrainTask:
     """Architecture, data, network and optimizer, on the run's device."""
     architecture = choose_architecture(config)
     data = build_data(**config.data.options())
@@ -120,7 +103,7 @@ def build(config: RetrainConfig, run: Session) -> Task:
         weight_decay=config.optimizer.weight_decay,
         nesterov=config.optimizer.momentum > 0,
     )
-    return Task(
+    return RetrainTask(
         config=config,
         data=data,
         train=train,
@@ -142,7 +125,7 @@ def choose_architecture(config: RetrainConfig) -> Architecture:
     return Architecture.from_decisions(decisions[0])
 
 
-def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
+def train_one_epoch(task: RetrainTask, run: Session, epoch: int) -> dict:
     """Train to the end of the epoch, from its first step that is left; return its metrics."""
     config, progress, size = task.config, run.progress, task.config.optimizer.batch_size
     order = task.train.order(config.seed, ORDER, epoch)
@@ -151,7 +134,6 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     for group in task.optimizer.param_groups:
         group["lr"] = lr
     task.model.train()
-    began, first_image = time.perf_counter(), progress.images_seen
     for _, step in run.steps(range(progress.step, task.steps), task.steps):
         indices = order[step * size : (step + 1) * size]
         images, labels = task.train.batch(indices, (config.seed, AUGMENTATION, epoch, step))
@@ -160,20 +142,11 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
         loss, correct, count = train_step(task, run, images, labels, done)
         progress.add(loss=loss * count, correct=correct, images=count)
         run.step_done(len(labels), lr=lr, loss=loss if count else None)
-    if not progress.sums["images"]:
-        raise FloatingPointError(f"every step of epoch {epoch + 1} was skipped")
-    return {
-        "step": (epoch + 1) * task.steps,
-        "images_seen": progress.images_seen,
-        "lr": lr,
-        "train/loss": progress.sums["loss"] / progress.sums["images"],
-        "train/top1": 100 * progress.sums["correct"] / progress.sums["images"],
-        "images_per_s": (progress.images_seen - first_image) / (time.perf_counter() - began),
-    }
+    return training_metrics(run, task.steps, lr)
 
 
 def train_step(
-    task: Task, run: Session, images: Tensor, labels: Tensor, done: float
+    task: RetrainTask, run: Session, images: Tensor, labels: Tensor, done: float
 ) -> tuple[float, float, int]:
     """One update; return (loss, number correct, images), 0 if skipped."""
     model, images = task.model, run.to_device(images)
@@ -197,49 +170,11 @@ def train_step(
     return loss.item(), (logits.argmax(1) == labels).sum().item(), len(labels)
 
 
-def evaluated(task: Task, run: Session, images: DeviceImages) -> dict[str, float]:
+def evaluated(task: RetrainTask, run: Session, images: DeviceImages) -> dict[str, float]:
     """Loss and top-1 with running statistics."""
     batches = run.evaluating(images.batches(task.config.evaluation.batch_size))
     with run.autocast():
         return evaluate(task.model, batches, run.to_device)
-
-
-def facts(task: Task) -> dict:
-    """The run's part of summary.json: what was trained, on what."""
-    config, data = task.config, task.data.describe()
-    model = f"{config.child.layers}x{config.child.filters}"
-    full = data["name"] == "cifar10" and config.data.train_images is None
-    full = full and config.epochs >= 630 and config.child.layers >= 15
-    return {
-        "task": "enas_retrain",
-        "run": f"enas_retrain/{data['name']}_{model}/{config.run_name}/seed{config.seed}",
-        "name": config.run_name,
-        "data": data,
-        "model": model,
-        "architecture": to_json(task.architecture),
-        "parameters": sum(p.numel() for p in task.model.parameters()),
-        "scale": "full" if full else "proxy",
-    }
-
-
-def announce(task: Task, run: Session) -> None:
-    data = task.data.describe()
-    parameters = sum(p.numel() for p in task.model.parameters())
-    run.say(
-        f"{run.config.run_name}: {parameters:,} parameters; {data['name']}, "
-        f"{data['train_images']:,} training and {data['val_images']:,} held-out images\n"
-        f"{run.config.epochs} epochs of {task.steps} steps"
-    )
-    if run.resumed:
-        run.say(f"resuming after {run.progress.epoch} epochs and {run.progress.step} steps")
-
-
-def print_epoch(run: Session, metrics: dict) -> None:
-    run.say(
-        f"epoch {run.progress.epoch}/{run.config.epochs}  loss {metrics['train/loss']:.4f}  "
-        f"top-1 {metrics['train/top1']:.2f}  val loss {metrics['val/loss']:.4f}  "
-        f"val top-1 {metrics['val/top1']:.2f}  {run.time_left()} left"
-    )
 
 
 if __name__ == "__main__":

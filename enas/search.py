@@ -10,9 +10,6 @@ architecture that comes out. The same command resumes a run. See configs/enas.ya
 """
 
 import functools
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import hydra
 import torch
@@ -21,24 +18,23 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import sn
-from sn.training.classification.data import ImageData, build_data
+from sn.training.classification.data import build_data
 from sn.training.run import budget, entry
-from sn.training.run.config import number, whole
 from sn.training.run.guard import check_finite, gradient_norm
 from sn.training.run.schedule import cosine_restarts
-from sn.training.run.session import Progress, Session
+from sn.training.run.session import Session
 
 from .child import Child
 from .config import ControllerKeys, SearchConfig
 from .controller import Baseline, Controller, Samples, draw_uniformly, reinforce_loss
 from .data import DeviceImages
 from .space import Architecture, to_json
+from .tasks import SearchProgress, SearchTask
 
 # what a random number is for; with seed, epoch and step it makes the seed of the draw
 (ARCHITECTURES, ORDER, AUGMENTATION, DROPOUT, UPDATE, REWARD_ORDER, VALIDATION, CANDIDATES) = range(
     8
 )
-CIFAR10_SIZE = (45_000, 5_000)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="enas")
@@ -55,7 +51,7 @@ def search(config: SearchConfig) -> dict:
         run.begin(
             parts=task.parts(),
             identity={"data": task.data.describe()},
-            facts=functools.partial(facts, task, run),
+            facts=lambda: task.facts(run),
             headline=("shared_top1", "best_shared_top1"),
             epochs=config.epochs,
             steps=task.steps + config.controller.updates,
@@ -63,18 +59,17 @@ def search(config: SearchConfig) -> dict:
             importance=task.controller,
             blocks=task.controller and task.controller.places_of_norms(),
         )
-        announce(task, run)
+        task.announce(run)
         if config.plan:  # without the validations
             child = (lambda: train_child(task, run, 0), config.epochs)
             controller = (lambda: train_controller(task, run, 0), config.epochs)
             loops = {"child's training": child, "controller's training": controller}
             return budget.plan(run, task.child, None, loops)
         for epoch in run.epochs():
-            began, seen = time.perf_counter(), run.progress.images_seen
             train_child(task, run, epoch)
             train_controller(task, run, epoch)
-            speed = (run.progress.images_seen - seen) / (time.perf_counter() - began)
-            metrics = epoch_metrics(task, run) | validate(task, run, epoch)
+            speed = run.images_per_s()
+            metrics = task.epoch_metrics(run) | validate(task, run, epoch)
             metrics["images_per_s"] = speed
             run.progress.last = {
                 "shared_top1": metrics["val/shared_top1"],
@@ -83,7 +78,12 @@ def search(config: SearchConfig) -> dict:
                 "reward": metrics["controller/reward"],
             }
             run.end_epoch(metrics, score=metrics["val/shared_top1"])
-            print_epoch(run, metrics)
+            run.say_epoch(
+                f"loss {metrics['train/loss']:.4f}  "
+                f"shared val top-1 {metrics['val/shared_top1']:.2f}  "
+                f"reward {metrics['controller/reward']:.4f}  "
+                f"entropy {metrics['controller/entropy']:.3f}"
+            )
         summary = run.finish(run.progress.last | choose(task, run))
         run.say(
             f"shared_top1 {summary['shared_top1']:.2f} (drawn architectures, shared weights), best "
@@ -93,49 +93,7 @@ def search(config: SearchConfig) -> dict:
         return summary
 
 
-@dataclass
-class SearchProgress(Progress):
-    """`step` counts the child's steps."""
-
-    update: int = whole(default=0)  # controller updates done of the next epoch
-    last: dict[str, float] = field(default_factory=dict)  # results of the last epoch done
-    baseline: float = number(None, default=0.0)
-    images_scored: int = whole(0, 2**62, default=0)  # for rewards, in all
-
-    @property
-    def done(self) -> int:
-        return self.step + self.update
-
-    def begin_epoch(self) -> None:
-        super().begin_epoch()
-        self.update = 0
-
-
-@dataclass
-class Task:
-    """What is searched, on what: built once from the config."""
-
-    config: SearchConfig
-    data: ImageData
-    train: DeviceImages
-    held_out: DeviceImages
-    child: Child
-    child_optimizer: torch.optim.Optimizer
-    sampler: Callable[[int], Samples]  # draws architectures
-    controller: Controller | None  # the sampler, if it learns
-    controller_optimizer: torch.optim.Optimizer | None
-    steps: int  # child steps per epoch
-
-    def parts(self) -> dict:
-        """What a checkpoint holds."""
-        parts = {"child": self.child, "child_optimizer": self.child_optimizer}
-        if self.controller is not None:
-            parts["controller"] = self.controller
-            parts["controller_optimizer"] = self.controller_optimizer
-        return parts
-
-
-def build(config: SearchConfig, run: Session) -> Task:
+def build(config: SearchConfig, run: Session) -> SearchTask:
     """Data, child, controller and their optimizers, on the run's device."""
     data = build_data(**config.data.options())
     device, dtype = run.device, run.precision.dtype
@@ -158,7 +116,7 @@ def build(config: SearchConfig, run: Session) -> Task:
     if config.sampler == "controller":
         sampler = controller = build_controller(config).to(device, dtype)
         controller_optimizer = build_adam(controller, config.controller)
-    return Task(
+    return SearchTask(
         config=config,
         data=data,
         train=train,
@@ -183,13 +141,13 @@ def build_adam(controller: nn.Module, options: ControllerKeys) -> torch.optim.Ad
 
 
 @torch.no_grad()
-def draw(task: Task, run: Session, count: int, *purpose: int) -> Tensor:
+def draw(task: SearchTask, run: Session, count: int, *purpose: int) -> Tensor:
     """The decisions of `count` architectures of the sampler, from the seed."""
     run.draw_from(task.config.seed, *purpose)
     return task.sampler(count).decisions
 
 
-def train_child(task: Task, run: Session, epoch: int) -> None:
+def train_child(task: SearchTask, run: Session, epoch: int) -> None:
     """One epoch of the shared weights, a newly drawn architecture for every batch."""
     config, progress, size = task.config, run.progress, task.config.optimizer.batch_size
     order = task.train.order(config.seed, ORDER, epoch)
@@ -214,7 +172,7 @@ def train_child(task: Task, run: Session, epoch: int) -> None:
 
 
 def child_step(
-    task: Task,
+    task: SearchTask,
     run: Session,
     images: Tensor,
     labels: Tensor,
@@ -242,7 +200,7 @@ def child_step(
     return loss.item(), (logits.argmax(1) == labels).sum().item(), len(labels)
 
 
-def train_controller(task: Task, run: Session, epoch: int) -> None:
+def train_controller(task: SearchTask, run: Session, epoch: int) -> None:
     """One epoch's updates of the controller; the random sampler scores as many architectures."""
     config, progress, options = task.config, run.progress, task.config.controller
     order = task.held_out.order(config.seed, REWARD_ORDER, epoch)
@@ -269,7 +227,7 @@ def train_controller(task: Task, run: Session, epoch: int) -> None:
 
 
 def controller_step(
-    task: Task, run: Session, samples: Samples, reward: float, baseline: float
+    task: SearchTask, run: Session, samples: Samples, reward: float, baseline: float
 ) -> float:
     """One REINFORCE update; return the gradient's norm before clipping."""
     controller, grad_clip = task.controller, task.config.controller.grad_clip
@@ -285,7 +243,9 @@ def controller_step(
 
 
 @torch.no_grad()
-def score(task: Task, run: Session, images: Tensor, labels: Tensor, decisions: Tensor) -> float:
+def score(
+    task: SearchTask, run: Session, images: Tensor, labels: Tensor, decisions: Tensor
+) -> float:
     """Accuracy, 0 to 1, of one architecture with the shared weights on one batch."""
     with run.autocast():
         logits = task.child(run.to_device(images), Architecture.from_decisions(decisions))
@@ -293,7 +253,7 @@ def score(task: Task, run: Session, images: Tensor, labels: Tensor, decisions: T
 
 
 @torch.no_grad()
-def validate(task: Task, run: Session, epoch: int) -> dict[str, float]:
+def validate(task: SearchTask, run: Session, epoch: int) -> dict[str, float]:
     """Shared-weight loss and top-1 on held-out images, an architecture drawn for every batch."""
     options = task.config.evaluation
     total = min(len(task.held_out), options.images or len(task.held_out))
@@ -310,7 +270,7 @@ def validate(task: Task, run: Session, epoch: int) -> dict[str, float]:
     return {"val/shared_loss": loss / total, "val/shared_top1": 100 * correct / total}
 
 
-def choose(task: Task, run: Session) -> dict:
+def choose(task: SearchTask, run: Session) -> dict:
     """Draw candidates, score each on the held-out images, and return the best one."""
     options = task.config.evaluation
     candidates = draw(task, run, options.candidates, CANDIDATES)
@@ -329,72 +289,6 @@ def choose(task: Task, run: Session) -> dict:
         "candidates_shared_top1": scores,
         "architecture": to_json(Architecture.from_decisions(candidates[best])),
     }
-
-
-def epoch_metrics(task: Task, run: Session) -> dict:
-    """The epoch's means over its child steps and controller updates."""
-    progress, updates = run.progress, task.config.controller.updates
-    sums, means = progress.sums, ("accuracy", "reward", "entropy", "log_prob", "gradient_norm")
-    return {
-        "step": (progress.epoch + 1) * task.steps,
-        "images_seen": progress.images_seen,
-        "lr": task.child_optimizer.param_groups[0]["lr"],
-        "train/loss": sums["loss"] / sums["images"],
-        "train/top1": 100 * sums["correct"] / sums["images"],
-        "controller/baseline": progress.baseline,
-        **{f"controller/{name}": sums[name] / updates for name in means},
-    }
-
-
-def facts(task: Task, run: Session) -> dict:
-    """The run's part of summary.json: what was searched, how far, on what."""
-    config, data, progress = task.config, task.data.describe(), run.progress
-    sizes = (data["train_images"], data["val_images"])
-    child = (config.child.layers, config.child.filters, config.child.nodes)
-    full = sizes == CIFAR10_SIZE and config.epochs >= 150 and child == (6, 20, 5)
-    full = full and (config.controller.updates >= 300 or config.sampler == "random")
-    model = f"{config.child.layers}x{config.child.filters}_{config.child.nodes}nodes"
-    return {
-        "task": "enas",
-        "run": f"enas/{data['name']}_{model}/{config.run_name}/seed{config.seed}",
-        "sampler": config.sampler,
-        "norm": config.controller.norm if task.controller is not None else None,
-        "data": data,
-        "model": model,
-        "child_steps": progress.epoch * task.steps,
-        "controller_updates": progress.epoch * config.controller.updates,
-        "images_scored": progress.images_scored,
-        "scale": "full" if full else "proxy",
-    }
-
-
-def announce(task: Task, run: Session) -> None:
-    config, data = task.config, task.data.describe()
-    random = task.controller is None
-    modules: list = [task.child] if random else [task.child, task.controller]
-    sizes = [f"{sum(p.numel() for p in module.parameters()):,}" for module in modules]
-    run.say(
-        f"{config.run_name}: child of {sizes[0]} shared parameters, "
-        f"{'no controller' if random else f'controller of {sizes[1]}'}; {data['name']}, "
-        f"{data['train_images']:,} training and {data['val_images']:,} held-out images\n"
-        f"{config.epochs} epochs of {task.steps} child steps and {config.controller.updates} "
-        f"{'scored architectures' if random else 'controller updates'}"
-    )
-    if run.resumed:
-        progress = run.progress
-        run.say(
-            f"resuming after {progress.epoch} epochs, {progress.step} child steps and "
-            f"{progress.update} updates"
-        )
-
-
-def print_epoch(run: Session, metrics: dict) -> None:
-    run.say(
-        f"epoch {run.progress.epoch}/{run.config.epochs}  loss {metrics['train/loss']:.4f}  "
-        f"shared val top-1 {metrics['val/shared_top1']:.2f}  "
-        f"reward {metrics['controller/reward']:.4f}  entropy {metrics['controller/entropy']:.3f}  "
-        f"{run.time_left()} left"
-    )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from common.records import (
     setting_label,
     sort_norms,
     sort_settings,
+    variants,
     without_searches,
 )
 
@@ -184,17 +185,17 @@ def published_figures(paper: dict) -> dict[tuple[str, str], str]:
 
 
 def accuracy_table(runs: list[Run], metric: str, paper: dict) -> tuple[list[list[str]], list[str]]:
-    """Norms × settings, and the footnotes that the cells refer to."""
-    cells = by_cell(runs)
-    settings = sort_settings({s for _, s in cells}, paper["table_4_1"]["settings"])
+    """Norms × settings, a row for each recipe, and the footnotes that the cells refer to."""
+    settings = sort_settings({run.setting for run in runs}, paper["table_4_1"]["settings"])
     table, marks = [["norm", *map(setting_label, settings)]], []
-    for norm in sort_norms({n for n, _ in cells}):
-        row = [norm]
-        for setting in settings:
-            text, found = cell(cells.get((norm, setting), []), metric)
-            row.append(text)
-            marks += found
-        table.append(row)
+    for norm in sort_norms({run.norm for run in runs}):
+        for name, alike in variants(run for run in runs if run.norm == norm).items():
+            cells, row = by_cell(alike), [name]
+            for setting in settings:
+                text, found = cell(cells.get((norm, setting), []), metric)
+                row.append(text)
+                marks += found
+            table.append(row)
     return table, list(dict.fromkeys(marks))
 
 

@@ -25,6 +25,7 @@ from common.records import (
 )
 
 METRICS = {"top1": "BN by moving average", "top1_batch_average": "BN by batch average"}
+LR = "schedule.lr_per_256"  # may be chosen for each norm
 MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v"}
 
 
@@ -44,9 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out or args.runs / "figures"
     paper = load_paper()["fig_4"]
     groups = {name: runs for name, runs in groups.items() if args.data in (None, name)}
-    for name, (runs, lines) in figures.by_recipe(
-        groups, lambda run: (run.norm, run.setting)
-    ).items():
+    groups = figures.by_recipe(groups, lambda run: (run.norm, run.setting), of_norm=[LR])
+    for name, (runs, lines) in groups.items():
         suffix = "" if args.metric == "top1" else "_batch_average"
         path = out / f"accuracy_by_setting_{name}{suffix}.{args.format}"
         draw(runs, args.metric, paper, path, lines)
@@ -138,6 +138,10 @@ def captions(runs: list[Run]) -> list[str]:
     if seeds != [1]:
         lines.append(f"Ours: line = mean over {'/'.join(map(str, seeds))} seeds, dots = runs, "
                      f"{figures.INTERVAL}.")  # fmt: skip
+    lrs = {run.norm: run.config.get("schedule", {}).get("lr_per_256") for run in runs}
+    if len(set(lrs.values())) > 1:
+        values = ", ".join(f"{norm.upper()} {lrs[norm]}" for norm in sort_norms(lrs))
+        lines.append(f"lr per 256 images: {values}.")
     if any(run.norm == "sn" and run.without_bn for run in runs):
         lines.append("SN at one image per GPU: IN and LN only, as in the paper.")
     return lines

@@ -24,6 +24,7 @@ NORMS = ("bn", "in", "sn")  # Fig 5(a)'s; others follow
 LOSSES = {"loss": "total", "content": "content", "style": "style"}
 # The lr is constant: a longer run begins as a shorter one, and means end where the first run does.
 LENGTH = ("steps", "schedule.steps")
+FREE = (*LENGTH, "optimizer.gate_lr_factor")  # of the recipe; `norm_of` tells the factors apart
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,9 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, (cells, lines) in groups.items():
         path = out / f"style_loss_{name}.{args.format}"
         draw_curves(cells, args.window, load_paper()["fig_5a"], path, lines)
-        weighted = [run for run in cells.get("sn", ()) if run.importance]
-        if weighted:
-            draw_importance(weighted, out / f"style_importance_{name}.{args.format}", lines)
+        for norm in ("sn", "sn_x10"):
+            weighted = [run for run in cells.get(norm, ()) if run.importance]
+            if weighted:
+                file = f"style_importance_{name}{norm.removeprefix('sn')}.{args.format}"
+                draw_importance(weighted, out / file, lines)
     if page.parent.is_dir():
         pages.write(page, markdown(groups, args.window, notes, page.parent))
         print(page)
@@ -77,7 +80,7 @@ def choose(root: Path) -> dict[str, tuple[dict[str, list[Run]], list[str]]]:
         photos = f"{s['data']['name']}_{s['style']['name']}_{s['image_size']}px"
         named[f"{photos}_b{s['batch_size']}"].append(run)
     groups = {}
-    for name, (found, lines) in figures.by_recipe(named, norm_of, LENGTH).items():
+    for name, (found, lines) in figures.by_recipe(named, norm_of, FREE).items():
         norms = order({norm_of(run) for run in found})
         cells = {norm: [run for run in found if norm_of(run) == norm] for norm in norms}
         groups[name] = cells, lines
@@ -85,7 +88,9 @@ def choose(root: Path) -> dict[str, tuple[dict[str, list[Run]], list[str]]]:
 
 
 def norm_of(run: Run) -> str:
-    return run.summary["norm"]
+    """The norm, with the factor of its control parameters' lr if it is not 1: sn_x10."""
+    factor = (run.config.get("optimizer") or {}).get("gate_lr_factor", 1)
+    return run.summary["norm"] + (f"_x{factor:g}" if factor != 1 else "")
 
 
 def order(norms) -> list[str]:

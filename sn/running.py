@@ -103,7 +103,7 @@ class RunningNorm(Traceable, nn.Module):
         """Batch norm with the running statistics, whatever the dtypes of its tensors."""
         tensors = (self.running_mean, self.running_var, self.weight, self.bias)
         dtypes = {t.dtype for t in tensors if t is not None}
-        if dtypes <= {x.dtype} or dtypes == {torch.float32}:
+        if dtypes <= {x.dtype} or dtypes == {torch.float32} and x.dtype.itemsize < 4:
             return F.batch_norm(x, *tensors, False, 0.0, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         tensors = (t if t is None else t.to(dtype) for t in tensors)

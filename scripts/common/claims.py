@@ -28,7 +28,7 @@ LEDGER = ROOT / "results" / "claims.yaml"
 RULES = ("difference", "difference of differences", "ordering", "not worse", "equivalence")
 HELD, NOT_HELD, UNDECIDED = "held", "not held", "undecided"
 MOST_SEEDS = 1000  # beyond which "how many seeds would decide" is not computed
-UNRECORDED = {"gates": "joint"}  # keys a config leaves out at this value
+UNRECORDED = {"gates": "joint", "optimizer.gate_lr_factor": 1}  # left out of a config at this value
 
 SLOPE = r"slope\(\s*(?P<slope>[a-z]\w*)(?P<settings>(?:\s+\d+x\d+){2,})\s*\)"
 PLAIN = r"(?P<arm>[a-z]\w*)(?:\s+(?P<setting>\d+x\d+)(?:\s+(?P<figure>[a-z][\w.]*))?)?"
@@ -674,10 +674,9 @@ def read_record(design: Design) -> list[Run]:
     A record that is not there has none. Raises LedgerError for a broken one.
     """
     path = ROOT / design.record
+    runs = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        runs = []
-        for line in map(json.loads, lines):
+        for line in record_lines(design):
             column = line["points"].index(design.at)
             shared = {
                 key: line.get(key) for key in ("data", "device", "versions", "commit", "date")
@@ -694,6 +693,13 @@ def read_record(design: Design) -> list[Run]:
     except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise LedgerError(f"{path}: {type(error).__name__}: {error}") from None
     return runs
+
+
+def record_lines(design: Design) -> list[dict[str, Any]]:
+    """The lines of a design's record, one for each arm; none if it is not there."""
+    path = ROOT / design.record
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _as_run(arm: Arm, setting: str | None) -> str | None:
@@ -745,18 +751,23 @@ def style_loss(run: Run) -> float | None:
 
     A point is the mean over the twentieth of the run that ends there; None if one is missing.
     """
+    points = list(style_curve(run).values())[1::2]
+    return math.fsum(points) / 10 if len(points) == 10 and None not in points else None
+
+
+def style_curve(run: Run) -> dict[int, float | None]:
+    """Last step -> mean content + style loss of each twentieth of the run; None: not recorded."""
     steps = run.summary["steps"]
     losses = [(line.get("step"), line.get("train/content"), line.get("train/style"))
               for line in run.metrics]  # fmt: skip
     known = {step: a + b for step, a, b in losses if None not in (step, a, b)}
-    points = []
-    for tenth in range(1, 11):
-        end, start = steps * tenth // 10, steps * (2 * tenth - 1) // 20
+    points, start = {}, 0
+    for twentieth in range(1, 21):
+        end = steps * twentieth // 20
         window = [known[step] for step in range(start + 1, end + 1) if step in known]
-        if not window:
-            return None
-        points.append(math.fsum(window) / len(window))
-    return math.fsum(points) / len(points)
+        points[end] = math.fsum(window) / len(window) if window else None
+        start = end
+    return points
 
 
 def val_loss_at(run: Run, level: float) -> float | None:

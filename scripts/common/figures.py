@@ -36,7 +36,7 @@ from matplotlib.lines import Line2D
 
 # One colour per norm and statistic in every figure (Okabe and Ito, safe for colour-blind readers).
 COLORS = {"bn": "#0072B2", "gn": "#E69F00", "sn": "#000000", "in": "#009E73", "ln": "#D55E00"}
-COLORS |= {"sn_in_ln": "#CC79A7", "sn_with_bn": "#56B4E9", "none": "#999999"}
+COLORS |= {"sn_in_ln": "#CC79A7", "sn_with_bn": "#56B4E9", "none": "#999999", "sn_x10": "#CC79A7"}
 PARTS = {"mean": "mean weights", "var": "variance weights"}
 STYLES = {"mean": "-", "var": "--"}
 INTERVAL = "whiskers and bands: 95 % t intervals of the mean over seeds, cut at the axis"
@@ -77,7 +77,10 @@ def warn(line: str) -> str:
 
 
 def by_recipe(
-    groups: dict[str, list[Run]], cell: Callable, free: Collection[str] = ()
+    groups: dict[str, list[Run]],
+    cell: Callable,
+    free: Collection[str] = (),
+    of_norm: Collection[str] = (),
 ) -> dict[str, tuple[list[Run], list[str]]]:
     """Groups of runs by name, unlike runs apart, each with lines for its caption.
 
@@ -86,7 +89,7 @@ def by_recipe(
     """
     found = {}
     for name, runs in groups.items():
-        lists = recipes(runs, cell, free)
+        lists = recipes(runs, cell, free, of_norm)
         for number, alike in enumerate(lists, 1):
             lines = []
             own = name if number == 1 else f"{name}_recipe{number}"

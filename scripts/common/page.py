@@ -63,6 +63,7 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
 .paper { border-left: 3px double var(--line); padding-left: .75rem; align-self: stretch; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 1rem; margin: .75rem 0; }
+.panels.wide { grid-template-columns: minmax(0, 10fr) minmax(0, 9fr); }
 figure { margin: 0; background: var(--panel); border-radius: 3px; padding: .5rem; min-width: 0; }
 figure.published { background: none; border: 3px double var(--line); }
 svg { display: block; width: 100%; height: auto; max-width: 520px;
@@ -75,6 +76,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { text-align: left; padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line);
   font-weight: 400; white-space: nowrap; }
 summary { cursor: pointer; padding: .15rem 0; }
+@media (max-width: 1200px) { .panels.wide { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 760px) {
   body { padding: .75rem .75rem 2rem; }
   .columns { grid-template-columns: 1fr; }
@@ -171,6 +173,36 @@ class Scale:
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [index * step for index in range(first, last + 1)]
+
+
+class Axis:
+    """A Scale around values, of their logarithms if `log`; `space`: its share left at the ends."""
+
+    def __init__(
+        self, values: Sequence[float], start: float, end: float, log: bool, space: float = 0.06
+    ):
+        self.log = log
+        places = [place for place in map(self.place, values) if math.isfinite(place)]
+        low, high = min(places), max(places)
+        room = space * (high - low) or (0.0 if high > low else 1.0)
+        self.scale = Scale(low - room, high + room, start, end)
+
+    def place(self, value: float) -> float:
+        if not self.log:
+            return value
+        return math.log10(value) if value > 0 else -math.inf  # at the low end
+
+    def __call__(self, value: float) -> float:
+        return self.scale(self.place(value))
+
+    def ticks(self, count: int) -> list[float]:
+        """About `count` round numbers between the ends."""
+        if not self.log:
+            return self.scale.ticks(count)
+        decades = range(math.floor(self.scale.low), math.ceil(self.scale.high) + 1)
+        every = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+        ticks = [v for v in every if self.scale.low <= math.log10(v) <= self.scale.high]
+        return ticks if len(ticks) <= 2 * count else [v for v in ticks if math.log10(v) % 1 == 0]
 
 
 def drawing(height: float, label: str, parts: Sequence[str]) -> str:
@@ -279,14 +311,10 @@ def curves(
     )
     step = (WIDTH - 44) / len(categories)
     x = {category: 40 + step * (index + 0.5) for index, category in enumerate(categories)}
-    parts = []
-    for tick in y.ticks(5):
-        parts += [line(40, y(tick), WIDTH - 4, y(tick), "grid")]
-        parts += [text(35, y(tick) + 4, plain(tick), "end", "soft")]
+    parts = grid(y, y.ticks(5))
     for category in categories:
         css = "soft many" if len(categories) > 6 else "soft"
         parts.append(text(round(x[category], 1), 232, labels.get(category, category), css=css))
-    place = 44.0
     for index, (name, row) in enumerate(series.items()):
         color, shape = colors[name], SHAPES[index % len(SHAPES)]
         shift = (index - (len(series) - 1) / 2) * min(6.0, step / (len(series) + 1))
@@ -310,6 +338,85 @@ def curves(
                 off = f"{'↓' if point.value < y.low else '↑'} {point.value:.3g}"
                 parts.append(text(place_x + 8, y(point.value) - 3, off, "start"))
             parts.append(marker(shape, place_x, y(point.value), color, title))
-        parts += [marker(shape, place, 10, color), text(place + 8, 14, labels[name], "start")]
-        place += 24 + 7 * len(labels[name])
-    return drawing(240, label, parts)
+    names = [(labels[n], colors[n], SHAPES[k % len(SHAPES)]) for k, n in enumerate(series)]
+    return drawing(240, label, [*parts, *legend(names)])
+
+
+def grid(y: Scale, ticks: Sequence[float], unit: float = 1.0) -> list[str]:
+    """Horizontal lines of a plot with their figures, `unit` of the values each."""
+    parts = []
+    for tick in ticks:
+        parts += [line(40, y(tick), WIDTH - 4, y(tick), "grid")]
+        parts += [text(35, y(tick) + 4, plain(tick / unit), "end", "soft")]
+    return parts
+
+
+def legend(names: Sequence[tuple[str, str, str]]) -> list[str]:
+    """(name, colour, shape) of every series in a row above a plot."""
+    parts, place = [], 44.0
+    for name, color, shape in names:
+        parts += [marker(shape, place, 10, color), text(place + 8, 14, name, "start")]
+        place += 24 + 6.3 * len(name)
+    return parts
+
+
+def lines(
+    series: Mapping[str, Mapping[float, Point]],
+    labels: Mapping[str, str],
+    colors: Mapping[str, str],
+    *,
+    label: str,
+    unit: str,
+    seeds: Mapping[str, Sequence[Mapping[float, float]]] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    scale: float = 1.0,
+    border: float | None = None,
+) -> str:
+    """Points with intervals over numbers, joined; each name of `labels` has a shape of its own.
+
+    unit: of the x axis. seeds: every seed's own line, thin. scale: of the y axis's figures, what
+    their 1 is worth. border: a value to mark.
+    """
+    points = [point for row in series.values() for point in row.values()]
+    if not points:
+        return '<p class="soft">no runs yet</p>'
+    shapes = {name: SHAPES[index % len(SHAPES)] for index, name in enumerate(labels)}
+    thin = seeds or {}
+    values = [x for p in points for x in (p.value, *(p.interval or ()))]
+    values += [v for rows in thin.values() for row in rows for v in row.values()]
+    values += [border] if border is not None else []
+    places = [x for row in series.values() for x in row]
+    y = Axis(values, 216, 28, log_y)
+    x = Axis(places, 46, WIDTH - 20, log_x, space=0)
+    parts = grid(y, y.ticks(5), scale)
+    for tick in x.ticks(6):
+        parts += [line(x(tick), 216, x(tick), 220), text(x(tick), 232, plain(tick), css="soft")]
+    parts += [line(40, 216, WIDTH - 4, 216), text(WIDTH - 4, 246, unit, "end", "soft")]
+    if border is not None:
+        parts.append(line(40, y(border), WIDTH - 4, y(border), "border"))
+    for name, row in series.items():
+        color, shape = f"var(--{colors[name]})", shapes[name]
+        for own in thin.get(name, ()):
+            parts.append(_polyline([(x(a), y(b)) for a, b in own.items()], color, 0.8, 0.4))
+        parts.append(_polyline([(x(a), y(p.value)) for a, p in row.items()], color, 1.6, 0.8))
+        for place, point in row.items():
+            title = f"{labels[name]}, {plain(place)} {unit}: {point.value / scale:.4g}"
+            if point.interval:
+                low, high = point.interval
+                title += f" [{low / scale:.4g}, {high / scale:.4g}]"
+                parts.append(
+                    f'<line x1="{x(place)}" x2="{x(place)}" y1="{y(low)}" y2="{y(high)}" '
+                    f'stroke="{color}" stroke-width="1.4"/>'
+                )
+            parts.append(marker(shape, x(place), y(point.value), colors[name], title, 3))
+    names = [(labels[name], colors[name], shapes[name]) for name in series]
+    return drawing(250, label, [*parts, *legend(names)])
+
+
+def _polyline(points: Sequence[tuple[float, float]], color: str, width: float, opacity: float):
+    path = " ".join(f"{x},{y}" for x, y in points)
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" '
+        f'stroke-opacity="{opacity}"/>'
+    )

@@ -495,11 +495,13 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
     return recipe
 
 
-def recipes(runs: Iterable[Run], cell, free: Collection[str] = ()) -> list[list[Run]]:
+def recipes(
+    runs: Iterable[Run], cell, free: Collection[str] = (), of_norm: Collection[str] = ()
+) -> list[list[Run]]:
     """Runs by recipe, the recipe of most runs first: only runs of one list may share a figure.
 
     Two runs of one list differ in norm and setting at most; where `cell(run)` is the same, too, in
-    the seed alone. free: keys that may differ nevertheless.
+    the seed alone. free: keys that may differ nevertheless; of_norm: those that may between norms.
     """
     lists: list[list[Run]] = []
     for run in runs:
@@ -507,7 +509,14 @@ def recipes(runs: Iterable[Run], cell, free: Collection[str] = ()) -> list[list[
             cells = {cell(other): other for other in found}  # alike within: one of each is enough
             own = cells.get(cell(run))
             others = [other for other in cells.values() if other is not own]
-            if any(differences([run, other], one_cell=False, free=free) for other in others):
+            if any(
+                differences(
+                    [run, other],
+                    one_cell=False,
+                    free=free if other.norm == run.norm else {*free, *of_norm},
+                )
+                for other in others
+            ):
                 continue
             if own is None or not differences([run, own], free=free):
                 found.append(run)
@@ -515,6 +524,28 @@ def recipes(runs: Iterable[Run], cell, free: Collection[str] = ()) -> list[list[
         else:
             lists.append([run])
     return sorted(lists, key=len, reverse=True)
+
+
+def variants(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs of one norm by what they are called: the norm alone, for the recipe of most of them.
+
+    Others add what they differ in, `sn, optimizer.gate_lr_factor 10.0`.
+    """
+    lists = recipes(runs, lambda run: run.setting)
+    first, found = lists[0][0], {lists[0][0].norm: lists[0]}
+    for others in lists[1:]:
+        pairs = [(run, other) for run in lists[0] for other in others]
+        same = [pair for pair in pairs if pair[0].setting == pair[1].setting]
+        run, other = (same or pairs)[0]
+        keys = differences([run, other], one_cell=bool(same))
+        recipe = _recipe(other, one_cell=True)
+        values = [f"{key} {_plain(recipe.get(key, '(not set)'))}" for key in keys]
+        found[", ".join([first.norm, *values])] = others
+    return found
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe_differences(found: dict[str, list[str]]) -> str:

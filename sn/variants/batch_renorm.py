@@ -109,7 +109,8 @@ class BatchRenormBase(RunningNorm):
             merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2) if groups > 1 else x
             mean, var = self._moments(merged)
             gain, shift = self._affine(mean, var)
-            if gain.dtype not in (x.dtype, torch.float32):  # torch's takes no other mixture
+            # torch's batch norm takes no other mixture
+            if gain.dtype != x.dtype and (gain.dtype != torch.float32 or x.dtype.itemsize > 4):
                 gain, shift = gain.to(x.dtype), shift.to(x.dtype)
             gain, shift = gain.flatten(), shift.flatten()
             y = F.batch_norm(merged, None, None, gain, shift, True, 0.0, self.eps)

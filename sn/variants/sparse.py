@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..freezing import is_frozen
 from ..kernels import seen_through
 from ..kernels.common import PLAIN, goes_by_formula
 from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase, named_layers
@@ -194,7 +195,8 @@ class SparseSwitchNormBase(SwitchNormBase):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def begin_step(self, progress: float) -> None:
-        self.radius.fill_(progress)
+        if not is_frozen(self):  # the radius changes the outputs
+            self.radius.fill_(progress)
 
     def importance(self) -> tuple[Tensor, Tensor]:
         return self._importance_of((self.mean_weight, self.var_weight))
@@ -278,7 +280,10 @@ class SparseSwitchNorm3d(SparseSwitchNormBase, SwitchNorm3d):
 
 
 def set_radius(model: nn.Module, radius: float) -> None:
-    """Set SparsestMax's radius in every sparse layer, 0 to 1; `begin_step` does it in training."""
+    """Set SparsestMax's radius in every sparse layer, 0 to 1; `begin_step` does it in training.
+
+    Layers that `sn.freeze` has frozen keep theirs.
+    """
     if not 0 <= radius <= 1:
         raise ValueError(f"radius={radius}; expected a share of the training, 0 to 1")
     for layer in model.modules():

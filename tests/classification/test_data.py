@@ -6,11 +6,13 @@ import pickle
 import shutil
 import struct
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 from torchvision.transforms import v2
 
 from sn.training.classification.data import (
@@ -963,6 +965,43 @@ def test_hidden_folders_and_files_are_no_data(tmp_path):
     assert len(images) == 9 and all(images[index][0].size == (9, 9) for index in range(9))
     (line,) = bad.lines()
     assert r"\udcff.png: a link to nothing" in line
+
+
+def test_links_that_lead_back_have_an_end(tmp_path):
+    """Each image once in a class, in torchvision's order; a class that holds all is refused."""
+    root = folder_with_bad_images(tmp_path, bad=0)
+    inside = root / "train" / "a" / "more" / "0"
+    inside.mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(inside / "x.png")
+    expected = datasets.ImageFolder(str(root / "train")).samples
+    for link, target in (("a/more/up", ".."), ("a/z", "../b"), ("b/z", "../a"), ("a/here", ".")):
+        (root / "train" / link).symlink_to(target)
+    data = load_image_folder("x", str(root), image_size=8, resize=8)
+    names = [Path(path).relative_to(root / "train") for path, label in data.train.samples]
+    own = [sample for sample in data.train.samples if "/z/" not in sample[0]]
+    assert own == expected and len(data.train) == 2 * len(expected)
+    assert all(
+        label == (name.parts[0] == "b")
+        for name, label in zip(names, [label for _, label in data.train.samples])
+    )
+    (root / "train" / "c").symlink_to("..")
+    with pytest.raises(ValueError, match="train/c is a link to a folder that holds it"):
+        load_image_folder("x", str(root), image_size=8, resize=8)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    root = folder_with_bad_images(tmp_path, bad=0)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    (root / "train" / "a" / "closed").mkdir()
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="a/closed"):
+        load_image_folder("x", str(root), image_size=8, resize=8)
 
 
 def test_a_single_class_is_refused(tmp_path):

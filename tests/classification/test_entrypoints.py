@@ -454,7 +454,7 @@ def poison(monkeypatch, step, what):
         logits.register_hook(lambda grad: grad * math.inf)
         return cross_entropy(logits, target, **options)
 
-    needs = train_imagenet.needs
+    needs = train_imagenet.Task.needs
 
     def uncounted(task, run):
         estimated = needs(task, run)
@@ -462,7 +462,7 @@ def poison(monkeypatch, step, what):
         return estimated
 
     monkeypatch.setattr(F, "cross_entropy", poisoned)
-    monkeypatch.setattr(train_imagenet, "needs", uncounted)
+    monkeypatch.setattr(train_imagenet.Task, "needs", uncounted)
 
 
 @pytest.fixture(params=["host", "device"])

@@ -203,15 +203,28 @@ def run_script(name, *arguments):
     )
 
 
-def test_scripts(tmp_path):
+@pytest.fixture
+def call(load_script, monkeypatch):
+    """A script's `main`, called as from its command line."""
+
+    def called(name, *arguments):
+        main = load_script(name).main
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        main()
+
+    return called
+
+
+def test_scripts(tmp_path, call, capsys):
     state = official_state(official_network("resnet18"))
     torch.save({k: v.float() for k, v in state.items()}, tmp_path / "theirs.pth")
-    out = run_script("convert_checkpoint.py", tmp_path / "theirs.pth", tmp_path / "ours.pt")
-    assert out.returncode == 0 and "resnet18 with in+ln+bn" in out.stdout, out.stderr
+    call("convert_checkpoint", tmp_path / "theirs.pth", tmp_path / "ours.pt")
+    assert "resnet18 with in+ln+bn" in capsys.readouterr().out
     content = torch.load(tmp_path / "ours.pt", weights_only=True)
     assert content["norm"]["unbiased"] is True
-    bad = run_script("convert_checkpoint.py", tmp_path / "ours.pt", tmp_path / "again.pt")
-    assert bad.returncode == 2 and "a layer of ours" in bad.stderr
+    with pytest.raises(SystemExit) as bad:
+        call("convert_checkpoint", tmp_path / "ours.pt", tmp_path / "again.pt")
+    assert bad.value.code == 2 and "a layer of ours" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -239,16 +252,16 @@ def test_evaluating_checkpoints(norm, tmp_path):
     assert lost.returncode == 2 and "--data" in lost.stderr
 
 
-@pytest.mark.parametrize("script", ["convert_checkpoint.py", "evaluate_checkpoint.py"])
-def test_empty_file_is_one_message(script, tmp_path):
+@pytest.mark.parametrize("name", ["convert_checkpoint", "evaluate_checkpoint"])
+def test_empty_file_is_one_message(name, tmp_path, call, capsys):
     """torch's own error for it has no text."""
     path = tmp_path / "empty.pth"
     path.touch()
-    command = [sys.executable, str(ROOT / "scripts" / script), str(path)]
-    command += [str(tmp_path / "out.pt")] if script.startswith("convert") else []
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert str(path) in result.stderr and not (tmp_path / "out.pt").exists()
+    with pytest.raises(SystemExit) as error:
+        call(name, path, *([tmp_path / "out.pt"] if name.startswith("convert") else []))
+    errors = capsys.readouterr().err
+    assert error.value.code == 2 and errors.count("\n") == 1
+    assert str(path) in errors and not (tmp_path / "out.pt").exists()
 
 
 @pytest.fixture

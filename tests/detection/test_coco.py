@@ -131,7 +131,11 @@ FAULTS = {
     "NaN": (lambda d: d["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 1"),
     "crowd of a string": (
         lambda d: d["annotations"][2].update(iscrowd="no"),
-        "annotation 3 has iscrowd='no'; expected a number",
+        "annotation 3 has iscrowd='no'; expected 0 or 1",
+    ),
+    "crowd of a crowd": (
+        lambda d: d["annotations"][2].update(iscrowd=256),
+        "annotation 3 has iscrowd=256; expected 0 or 1",
     ),
     "no file name": (
         lambda d: d["images"][1].update(file_name=None),

@@ -22,6 +22,7 @@ import sn
 from enas import darts
 from enas.benchmark import EDGES, OPERATIONS
 from enas.darts_network import Cell, Supernet, derive
+from enas.tasks import DartsTask
 from sn.training.classification.data import build_data
 from sn.training.run.config import recorded
 from sn.training.run.session import Session
@@ -433,9 +434,9 @@ def test_table_without_the_derived_cells_operation(tmp_path):
     config = types.SimpleNamespace(table="t.csv")
     task = types.SimpleNamespace(model=model, table=small, config=config)
     with pytest.raises(ValueError, match="t.csv has no cells with nor_conv_3x3, only skip_con"):
-        darts.derived(task)
+        DartsTask.derived(task)
     model.operation_weights = lambda: one_hot(("nor_conv_1x1",) * 6).softmax(1)
-    found = darts.derived(task)
+    found = DartsTask.derived(task)
     number = int("222222", 5)
     assert small.operations == OPERATIONS[1:3]
     assert (found["cell_accuracy"], found["convolutions"]) == (number / 1000, 6)

@@ -137,23 +137,23 @@ def test_skipped_steps_count_on_after_an_epoch(tmp_path, monkeypatch):
         bad = child.training and len(calls) == 2
         return forward(child, x * (float("nan") if bad else 1), *arguments, **options)
 
-    def crashing(run, metrics):
+    def crashing(metrics):
         raise Crash
 
     monkeypatch.setattr(Child, "forward", poisoned)
     with monkeypatch.context() as patch:
-        patch.setattr(retrain, "print_epoch", crashing)
+        patch.setattr(retrain, "line_of", crashing)
         with pytest.raises(Crash):
             run(tmp_path, "max_skipped_steps=1")
     assert run(tmp_path, "max_skipped_steps=1")["skipped_steps"] == 1
 
 
 def test_checkpoint_of_another_network_is_one_message(tmp_path, monkeypatch):
-    def crashing(run, metrics):
+    def crashing(metrics):
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrain, "print_epoch", crashing)
+        patch.setattr(retrain, "line_of", crashing)
         with pytest.raises(Crash):
             run(tmp_path)
     path = tmp_path / "checkpoint.pt"

@@ -2,6 +2,7 @@
 
 import sys
 
+import hydra
 import pytest
 import torch
 import yaml
@@ -145,3 +146,22 @@ def test_a_config_file_that_cannot_be_read(error, capsys, monkeypatch):
     monkeypatch.setattr(entry, "_begun", True)
     with pytest.raises(type(error)):
         entry.start(main, "imagenet")
+
+
+@pytest.mark.parametrize("content", [b"a: &x {b: *x}", b"a: \xff", b"a: [", b"a: 1\na: 2"])
+def test_a_config_file_that_cannot_be_read_is_named(content, tmp_path, capsys, monkeypatch):
+    """Read by Hydra itself."""
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+
+    @hydra.main(version_base="1.3", config_path=str(tmp_path), config_name="mine")
+    def main(cfg):
+        raise AssertionError("was read")
+
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py"])
+    monkeypatch.setattr(entry, "_begun", False)
+    with pytest.raises(SystemExit) as end:
+        entry.start(main, "imagenet")
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert f"{path} cannot be read: " in text and text.count("\n") == 1

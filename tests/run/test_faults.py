@@ -31,9 +31,6 @@ from faults import (
     wait_for,
 )
 
-SHORT = [  # the short suite has these of one entrypoint
-    pytest.param(name, marks=[] if name == "imagenet" else pytest.mark.slow) for name in RUNS
-]
 DISTRIBUTED = [name for name in RUNS if name in ("imagenet", "detection")]
 
 
@@ -69,20 +66,38 @@ def kill_runs(name, tmp_path, expected, kills, seed):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_and_run_again(name, tmp_path, undisturbed):
-    """SIGKILL in mid-run, at no chosen place; every file is whole, the end equal bit for bit."""
+def test_stopped_moved_killed_and_run_again(name, tmp_path, undisturbed):
+    """The same command ends with the same bits, whatever came between.
+
+    SIGTERM: saved after the step, exit code 75. The folder is moved. SIGKILL in mid-run, at no
+    chosen place: every file is whole.
+    """
     module, *overrides = RUNS[name]
+    stopped = tmp_path / "first place"
+    # nothing is saved but what the signal asks for
+    words = (*overrides, "checkpoint_steps=0", f"output_dir='{stopped}'")
+    process = start(module, *words, errors=tmp_path / "errors")
+    wait_for(lambda: (stopped / "config.yaml").exists())
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(180)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 75, errors
+    assert "stopped by a signal" in errors and "Traceback" not in errors
+    saved = newest(stopped)
+    assert saved and not (stopped / "summary.json").exists()
     for attempt in range(5):
-        folder = tmp_path / str(attempt)
-        process = start(module, *overrides, f"output_dir={folder}")
-        wait_for(lambda: newest(folder))  # noqa: B023
+        folder = tmp_path / f"it's; $(another) place{attempt}"
+        shutil.copytree(stopped, folder)  # keeps times
+        quoted = str(folder).replace("'", r"\'")
+        process = start(module, *overrides, f"output_dir='{quoted}'")
+        wait_for(lambda: newest(folder) != saved)  # noqa: B023
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
             break  # else it has ended before
     assert not (folder / "summary.json").exists()
     readable(folder)
-    run(module, *overrides, f"output_dir={folder}")
+    run(module, *overrides, f"output_dir='{quoted}'")
     assert_same(outcome(folder), undisturbed(name), name)
 
 
@@ -96,24 +111,6 @@ def test_killed_at_random_moments(name, tmp_path, undisturbed):
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_fifty_times(name, tmp_path, undisturbed):
     kill_runs(name, tmp_path, undisturbed(name), kills=50, seed=1)
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_preempted(name, tmp_path, undisturbed):
-    """SIGTERM: saved after the step, exit code 75; the same command ends with the same bits."""
-    module, *overrides = RUNS[name]
-    overrides.append("checkpoint_steps=0")  # nothing is saved but what the signal asks for
-    folder = tmp_path / "stopped"
-    process = start(module, *overrides, f"output_dir={folder}", errors=tmp_path / "errors")
-    wait_for(lambda: (folder / "config.yaml").exists())
-    os.kill(process.pid, signal.SIGTERM)
-    process.join(180)
-    errors = (tmp_path / "errors").read_text()
-    assert process.exitcode == 75, errors
-    assert "stopped by a signal" in errors and "Traceback" not in errors
-    assert newest(folder) and not (folder / "summary.json").exists()
-    run(module, *overrides, f"output_dir={folder}")
-    assert_same(outcome(folder), undisturbed(name), name)
 
 
 def launch(tmp_path, processes, *arguments, **variables):
@@ -228,21 +225,6 @@ def test_a_finished_run_is_left_alone(name, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     run(module, *overrides, f"output_dir={tmp_path / 'run'}")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("name", SHORT)
-def test_moved_and_resumed(name, tmp_path, undisturbed):
-    """A run's folder may be moved between its interruption and its end."""
-    module, *overrides = RUNS[name]
-    folder, moved = tmp_path / "first place", tmp_path / "it's; $(another) place"
-    process = start(module, *overrides, f"output_dir='{folder}'")
-    wait_for(lambda: newest(folder))
-    process.kill()
-    process.join()
-    folder.rename(moved)
-    quoted = str(moved).replace("'", r"\'")
-    run(module, *overrides, f"output_dir='{quoted}'")
-    assert_same(outcome(moved), undisturbed(name), name)
 
 
 @pytest.mark.slow

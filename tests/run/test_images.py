@@ -113,6 +113,20 @@ def test_corrupt_files_are_named(tmp_path, content):
         picture(path)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "EMF"])
+def test_formats_of_no_photographs_are_refused(kind, tmp_path):
+    """An EPS would be run as a program; Pillow divides by zero in an EMF of no size."""
+    path = tmp_path / "x.png"
+    if kind == "EMF":
+        path.write_bytes(b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60))
+    else:
+        Image.new("RGB", (20, 12)).save(path, kind)
+    reason = "division by zero" if kind == "EMF" else f"it is {kind}; expected one of AVIF, BMP,"
+    for use in ("labels", "boxes", "picture"):
+        with pytest.raises(ValueError, match=f"cannot read image {path}: .*{reason}"):
+            read_image(path, use)
+
+
 def test_the_limit_is_named_and_a_setting(tmp_path, monkeypatch):
     """Twice MAX_IMAGE_PIXELS, as Pillow has it; the setting counts for that one image."""
     path = tmp_path / "huge.png"

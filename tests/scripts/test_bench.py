@@ -1,5 +1,7 @@
 """scripts/common/bench.py: who is timed when, how ratios are taken, what is said of the machine."""
 
+import sys
+
 import pytest
 from common import bench
 
@@ -55,3 +57,48 @@ def test_memory_setting_starts_the_script_anew_once(monkeypatch):
 @pytest.mark.parametrize("name", ["wall", "cpu"])
 def test_clocks_go_forward(name):
     assert bench.CLOCKS[name]() <= bench.CLOCKS[name]()
+
+
+# two epochs of three steps of 0.1 s after 0.5 s, with 20 MB at once, in the words of each script
+COMMAND = """
+import time
+time.sleep(0.5)
+held = bytearray(20_000_000)
+for epoch in (0, 1):
+    for step in range(3):
+        time.sleep(0.1)
+        print({line!r}.format(epoch=epoch, step=step), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "who, line",
+    [
+        ("ours", "epoch {epoch}, step {step} of 3  loss 1.0  0:00:01 left"),
+        ("timm", "Train: {epoch} [   {step}/3 ( 50%)]  Loss: 1.0"),
+    ],
+)
+def test_figures_of_a_whole_command(who, line, load_script):
+    script = load_script("bench_command")
+    found = script.measure([sys.executable, "-c", COMMAND.format(line=line)], who, batch=8)
+    assert 0.6 <= found["first_step_s"] <= found["command_s"] - 0.5  # sleeps are never shorter
+    assert 0 < found["images_per_s"] <= 80  # of the last epoch: 16 images in 0.2 s
+    assert 20 < found["memory_mib"] < 200
+    with pytest.raises(RuntimeError, match="ended with 3:\nno such folder"):
+        script.measure([sys.executable, "-c", "print('no such folder'); exit(3)"], who, batch=8)
+
+
+def test_table_of_plans(load_script):
+    """One plan for real; the other does not fit."""
+    script = load_script("bench_settings")
+    words = ["setting.gpus=2", "setting.images_per_gpu=4", "norm=bn", "device=cpu"]
+    words += ["model.name=resnet8", "model.width=8", "data.train_images=16"]
+    found = script.plan(words)
+    rows = [
+        script.row("(2,4)", "bn", found),
+        script.row("(8,32)", "bn", {"estimated_step_bytes": 5e9}),
+    ]
+    text = script.table(rows).splitlines()
+    assert text[-1] == "| (8,32) | bn | 5000 | " + " | ".join(["does not fit"] * 4) + " |"
+    assert rows[0]["epoch_s"] == pytest.approx(2 * rows[0]["step_ms"] / 1000)  # 16 images by 8
+    assert 100 < rows[0]["peak_mb"] < 10_000

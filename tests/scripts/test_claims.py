@@ -525,6 +525,66 @@ def test_style_loss_along_the_curve():
     assert claims.effect_of(the_test("bn - sn", of="style_loss"), runs) is None
 
 
+def style_run(wanted, steps, scale=1.0, overrides=()):
+    """A run of C11's design as its command makes it, its loss halving along the curve."""
+    from run_claims import Campaign
+    from workers import config as typed_config
+
+    from sn.training.run.config import recorded
+
+    campaign = Campaign(LEDGER, [], None, Path("outputs"), 1, overrides)
+    _, _, *options = campaign.command(wanted)
+    typed = typed_config(*options, root="style_transfer")
+    config = recorded(typed)
+    summary = {
+        **{"task": "style_transfer", "status": "finished", "norm": config["norm"]["name"]},
+        **{"run": f"style_transfer/x/{typed.run_name}/seed{typed.seed}", "seed": typed.seed},
+        **{"data": {"name": typed.photos.name, "train_images": 294}, "vgg": {"input": "caffe"}},
+        **{"image_size": typed.photos.image_size, "batch_size": typed.schedule.batch_size},
+        **{"steps": typed.schedule.steps, "lr": typed.schedule.lr, "style": config["style"]},
+    }
+    assert summary["steps"] == LEDGER.designs["style"].facts["steps"]
+    summary["steps"] = steps  # fewer lines
+    metrics = [
+        {"step": step, "train/content": scale, "train/style": scale * (2 - step / steps)}
+        for step in range(1, steps + 1)
+    ]
+    return typed, Run(Path(), summary, config, metrics=metrics)
+
+
+def test_style_runs_of_both_styles_are_made_and_judged_from_one_command():
+    """Each arm's command makes the run the ledger looks for, with the painting of its style."""
+    design = dataclasses.replace(
+        LEDGER.designs["style"], facts=LEDGER.designs["style"].facts | {"steps": 40}
+    )
+    given = ["photos.root=/photos", "style.image=/styles/${style.name}.jpg", "data.root=/no"]
+    ratios = {"bn": 1.2, "in": 1.0, "sn": 0.9, "sn_x10": 1.1}
+    runs, of_arm = [], {}
+    for seed in design.seeds:
+        for name, arm in design.arms.items():
+            scale = seed * ratios[name.removesuffix("_wave")] + 0.001 * seed * (name == "in")
+            wanted = claims.Wanted(design, arm, None, seed, None)
+            typed, run = style_run(wanted, 40, scale, given)
+            style = "wave" if name.endswith("_wave") else "starry_night"
+            assert (typed.style.name, typed.style.image) == (style, f"/styles/{style}.jpg")
+            assert (typed.photos.root, typed.run_name) == ("/photos", f"style_{name}")
+            runs.append(run)
+            of_arm[name] = run
+    for name, run in of_arm.items():
+        found = [arm.name for arm in design.arms.values() if claims.is_arm(run, design, arm)]
+        assert found == [name]
+    chosen = tuple(claim for claim in LEDGER.claims if claim.design == "style")
+    assert [claim.id for claim in chosen] == ["C11", "C11-x10"]
+    ledger = dataclasses.replace(LEDGER, designs={"style": design}, claims=chosen)
+    plain, scaled = claims.judge(ledger, runs)
+    assert (plain.verdict, scaled.verdict) == ("held", "not held")
+    means = [outcome.mean for outcome in scaled.outcomes]
+    expected = [1.2 / 1.001 - 1, 1 - 1.1 / 1.001, 0.2, -0.1]
+    assert means == pytest.approx(expected)
+    missing = claims.judge(ledger, runs[:-1])
+    assert [verdict.reason for verdict in missing] == ["", "missing: 1 of 30 runs"]
+
+
 # --- a whole campaign, and run_claims.py
 
 

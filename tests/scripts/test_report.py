@@ -8,11 +8,12 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import mean
 
 import claim_records
 import pytest
 from common import claims
-from common.records import load_paper, load_runs
+from common.records import Run, load_paper, load_runs
 from report import Report, main
 from scipy import stats
 
@@ -152,15 +153,101 @@ def test_effects_intervals_and_the_papers_figures_stand_in_columns_of_their_own(
 def test_figures_of_ours_and_of_the_paper_share_no_drawing(tree):
     figures = list(find(tree, "figure"))
     published = [f for f in figures if "published" in f[1].get("class", "")]
-    assert len(published) == 1 + 1 + 4 and len(figures) == 2 + 3 + 12
+    classifiers, others = figures[: 2 + 3 + 12], figures[2 + 3 + 12 :]
+    assert [len([f for f in some if f in published]) for some in (classifiers, others)] == [6, 5]
+    assert len(others) == 3 * 2 + 5 + 3  # Tables 4.2 to 4.4, Fig 5(a) of two styles, Fig 5(b)
     for node in figures:
         caption = words(next(find(node, "figcaption")))
         assert caption.startswith("Paper" if node in published else "Ours (proxy)")
-        assert bool(list(find(node, "a"))) == (node not in published)
-    tips = [words(t) for t in find(published[0], "title")]
-    assert len(tips) == 26 and "BN, (8,2): 65.3" in tips  # BN at (8,1) does not converge
-    tips = [words(t) for t in find(figures[0], "title")]
-    assert len(tips) == 9 * 3 + 8 and all("[" in tip for tip in tips)
+        if node in classifiers or node in published:
+            assert bool(list(find(node, "a"))) == (node not in published)
+    shown = tips(published[0])
+    assert len(shown) == 26 and "BN, (8,2): 65.3" in shown  # BN at (8,1) does not converge
+    shown = tips(figures[0])
+    assert len(shown) == 9 * 3 + 8 and all("[" in tip for tip in shown)
+
+
+def made_up(design, arm, seed, setting=None, metrics=(), **summary):
+    """A run that has the facts of an arm and nothing else."""
+    arm = design.arms[arm]
+    facts = design.facts | (arm.facts or {"norm": arm.norm}) | arm.set
+    summary |= {"task": design.task, "status": "finished", "seed": seed, "norm": arm.norm}
+    summary["run"] = f"{design.task}/{design.prefix}{arm.name}/seed{seed}"
+    if setting:
+        gpus, images = map(int, setting.split("x"))
+        summary["setting"] = {"gpus": gpus, "images_per_gpu": images}
+    return Run(Path(design.prefix + arm.name), summary, facts, metrics=list(metrics))
+
+
+def without_search(*names):
+    """The ledger, its named designs without a search of the lr."""
+    changed = {name: dataclasses.replace(LEDGER.designs[name], search=None) for name in names}
+    return dataclasses.replace(LEDGER, designs=LEDGER.designs | changed)
+
+
+def tips(figure):
+    return [words(node) for node in find(figure, "title")]
+
+
+def test_a_row_of_the_detection_tables_is_the_mean_of_its_seeds(tmp_path):
+    ledger = without_search("detection_scratch", "detection_finetune")
+    scratch, tuned = (ledger.designs[f"detection_{name}"] for name in ("scratch", "finetune"))
+    found = {1: 50.25, 2: 51.5, 4: 49.0}
+    runs = [made_up(scratch, "sn", seed, "8x2", box_ap=ap) for seed, ap in found.items()]
+    runs += [made_up(scratch, "sn", 1, "1x2", box_ap=10.0)]  # another setting
+    runs += [made_up(tuned, "head_sn", 1, "8x2", box_ap=60.0, mask_ap=58.75)]
+    tree = Tree(Report(ledger, runs, load_paper(), tmp_path).html()).root
+    rows = [[words(c) for c in row[2]] for f in find(tree, "figure") for row in find(f, "tr")]
+    [row] = [row for row in rows if row[0] == "from scratch: SN"]
+    low, high = stats.t.interval(0.95, 2, *(f(list(found.values())) for f in (mean, stats.sem)))
+    assert row[1] == f"{mean(found.values()):.1f} ± {(high - low) / 2:.1f}"
+    assert row[2:] == ["", "", "", "", "", "1 2 4"]
+    [published] = [row for row in rows if row[0] == "from scratch: SN, SN"]
+    assert published[1:] == ["29.5", "47.8", "31.6", "44.2", "32.6", "13.0"]
+    boxes, masks = [row for row in rows if row[0] == "frozen BN, heads SN"]
+    assert boxes[1] == "60.0" and [masks[1], masks[4]] == ["60.0", "58.8"]
+
+
+def test_style_curves_show_every_seed_and_are_compared_seed_by_seed(tmp_path):
+    design = LEDGER.designs["style"]
+    steps = design.facts["steps"]
+    runs = []
+    for arm, ratio in (("in", 1.0), ("sn", 0.5), ("bn", 2.0)):
+        for seed in (1, 2, 3)[: 2 if arm == "bn" else 3]:
+            loss = 1e5 * seed * ratio * (1 + 0.1 * (arm == "sn") * (seed - 2))
+            metrics = [
+                {"step": step, "train/content": loss, "train/style": 3 * loss}
+                for step in range(1, steps + 1)
+            ]
+            runs.append(made_up(design, arm, seed, metrics=metrics, steps=steps))
+    tree = Tree(Report(LEDGER, runs, load_paper(), tmp_path).fig_5()).root
+    curve, ratio, *_ = find(tree, "figure")
+    ends = {tip.split(",")[0]: tip for tip in tips(curve) if f", {steps} steps: " in tip}
+    assert ends["IN"].startswith(f"IN, {steps} steps: 8 [")  # (4 + 8 + 12) / 3, in 1e5
+    assert len(list(find(curve, "polyline"))) == 3 + 3 + 2 + 3  # every seed, and three means
+    ends = {tip.split(",")[0]: tip for tip in tips(ratio) if f", {steps} steps: " in tip}
+    values = [0.45, 0.5, 0.55]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert ends["SN"] == f"SN, {steps} steps: 0.5 [{low:.4g}, {high:.4g}]"
+    assert ends["BN"] == f"BN, {steps} steps: 2 [2, 2]" and "IN" not in ends
+    [row] = (r for r in find(curve, "tr") if words(r).startswith("SN"))
+    assert [words(a) for a in find(row, "a")] == ["1.800", "4.000", "6.600"]
+
+
+def test_search_curves_are_the_means_of_the_record(tmp_path):
+    design = LEDGER.designs["enas_nasbench201"]
+    lines = map(json.loads, (ROOT / design.record).read_text().splitlines())
+    best = {line["arm"]: [row[-1] for row in line["best_test"]] for line in lines}
+    tree = Tree(Report(LEDGER, [], load_paper(), tmp_path).fig_5b(design)).root
+    curve, less, published = find(tree, "figure")
+    shown = {tip.split(",")[0]: tip for tip in tips(curve) if ", 1000 cells asked for: " in tip}
+    assert len(shown) == 6
+    for name, arm in (("SN", "sn"), ("GN", "gn"), ("random", "random")):
+        assert f": {mean(best[arm]):.4g} [" in shown[name]
+    pairs = [a - b for a, b in zip(best["sn"], best["ln"])]
+    [tip] = (tip for tip in tips(less) if tip.startswith("LN, 1000 "))
+    assert f": {mean(pairs):.4g} [" in tip
+    assert published[1]["class"] == "published" and "SN, 150 search epochs: 73" in tips(published)
 
 
 def test_rank_correlation_with_fig_2(campaign, tree):

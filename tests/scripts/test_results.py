@@ -313,8 +313,9 @@ def test_unlike_runs_are_not_averaged(script, tmp_path, capsys):
     write_run(tmp_path, "bn", "8x2", 1, top1=70.0, epochs=9)
     script("make_tables", "--runs", tmp_path, "--print")
     out = capsys.readouterr().out
-    assert "60.0, 70.0 ‡" in out and "65.0" not in out
-    assert "bn (8,2), epochs: 2 / 9" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("bn")]
+    assert ["bn", "60.0"] in rows and ["bn,", "epochs", "9", "70.0"] in rows and "65.0" not in out
+    assert "epochs: 2 / 9" in out
     assert "proxy" in out and "76.4" not in out
 
 
@@ -395,6 +396,23 @@ def test_choices_of_the_plots(script, tmp_path, capsys):
     assert float(bn["value"]) == pytest.approx((0.7 + 1 / 3) / 2, abs=1e-6)
     assert (figures / "accuracy_by_setting_digits_resnet20_batch_average.png").is_file()
     assert str(figures) in capsys.readouterr().out
+
+
+def test_norms_may_have_lrs_of_their_own(script, tmp_path, capsys):
+    """In one figure, which says so; runs of one norm with two lrs stay apart."""
+    write_run(tmp_path, "bn", "8x2", 0, top1=50.0, config={"schedule": {"lr_per_256": 0.4}})
+    write_run(tmp_path, "sn", "8x2", 0, top1=60.0, config={"schedule": {"lr_per_256": 0.8}})
+    write_run(tmp_path / "z", "sn", "8x4", top1=80.0, config={"schedule": {"lr_per_256": 0.2}})
+    script("plot_accuracy", "--runs", tmp_path, "--format", "svg")
+    drawn = {
+        end: sorted(
+            row["top1"]
+            for row in read_csv(tmp_path / f"figures/accuracy_by_setting_cifar10_resnet20{end}.csv")
+            if row["source"] == "ours"
+        )
+        for end in ("", "_recipe2")
+    }
+    assert drawn == {"": ["50.0", "60.0"], "_recipe2": ["80.0"]}
 
 
 def test_unlike_runs_are_drawn_apart(script, tmp_path, capsys):

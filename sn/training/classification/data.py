@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from ..run.images import BadImages, is_hidden, listed, read_image
+from ..run.images import BadImages, files_below, is_hidden, listed, read_image
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -564,7 +565,7 @@ def _image_folder(folder: Path, root: str) -> datasets.ImageFolder:
     if not folder.is_dir():
         raise FileNotFoundError(f"data.root={root}: no folder {folder}; {layout}")
     try:
-        found = _ImageFolder(str(folder), is_valid_file=_is_image(folder))
+        found = _ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data.root={root}: {error}; {layout}") from None
     if len(found.classes) < 2:
@@ -575,25 +576,28 @@ def _image_folder(folder: Path, root: str) -> datasets.ImageFolder:
 
 
 class _ImageFolder(datasets.ImageFolder):
-    """torchvision's, without hidden folders."""
+    """torchvision's, without hidden folders and files, and without end where links lead back."""
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
         if not names:
             raise FileNotFoundError(f"no folders of classes in {directory}")
+        for name in names:
+            path = Path(directory, name)
+            if Path(directory).resolve().is_relative_to(path.resolve()):
+                raise ValueError(f"{path} is a link to a folder that holds it; remove it")
         return names, {name: label for label, name in enumerate(names)}
 
-
-def _is_image(folder: Path) -> Callable[[str], bool]:
-    """Whether a file below `folder` has an image's ending and nothing hidden in its path."""
-    start = len(str(folder)) + 1
-
-    def is_image(path: str) -> bool:
-        return path.lower().endswith(datasets.folder.IMG_EXTENSIONS) and not any(
-            map(is_hidden, path[start:].split(os.sep))
-        )
-
-    return is_image
+    @staticmethod
+    def make_dataset(directory, class_to_idx, **options) -> list[tuple[str, int]]:
+        samples = []
+        for name, label in class_to_idx.items():
+            files = files_below(os.path.join(directory, name))
+            images = [file for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+            if not images:
+                raise FileNotFoundError(f"no image in {os.path.join(directory, name)}")
+            samples += [(file, label) for file in sorted(images, key=os.path.split)]
+        return samples
 
 
 def _spread(samples: list, count: int | None) -> list:

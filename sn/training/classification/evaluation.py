@@ -10,6 +10,7 @@ from torch import nn
 
 from ...batch_average import batch_average
 from ..run.distributed import sum_over_processes, untrained_statistics
+from ..run.session import Session
 
 
 @torch.no_grad()
@@ -51,6 +52,33 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
     if count == 0:
         raise ValueError("there is no image to evaluate on")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def training_metrics(run: Session, steps: int, lr: float) -> dict[str, float]:
+    """What the epoch of `steps` steps that ends here came to, from the sums of its progress.
+
+    Raises FloatingPointError if every step was skipped.
+    """
+    progress, sums = run.progress, run.progress.totals()
+    if not sums["images"]:
+        raise FloatingPointError(f"every step of epoch {progress.epoch + 1} was skipped")
+    return {
+        "step": (progress.epoch + 1) * steps,
+        "images_seen": progress.images_seen,
+        "lr": lr,
+        "train/loss": sums["loss"] / sums["images"],
+        "train/top1": 100 * sums["correct"] / sums["images"],
+        "images_per_s": run.images_per_s(),
+    }
+
+
+def line_of(metrics: dict[str, float]) -> str:
+    """An epoch's metrics, as printed."""
+    return (
+        f"loss {metrics['train/loss']:.4f}  top-1 {metrics['train/top1']:.2f}  "
+        f"val loss {metrics['val/loss']:.4f}  val top-1 {metrics['val/top1']:.2f}  "
+        f"{metrics['images_per_s']:.0f} images/s"
+    )
 
 
 @contextmanager

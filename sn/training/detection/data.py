@@ -110,7 +110,7 @@ class CocoFile:
             raise ValueError(f"{where} is of image {annotation['image_id']!r}, which is not there")
         if annotation["category_id"] not in categories:
             raise ValueError(
-                f"{where} has category_id {annotation['category_id']!r}; there are "
+                f"{where} has category_id {short(repr(annotation['category_id']))}; there are "
                 f"{sorted(categories)[:10]}{' ...' if len(categories) > 10 else ''}"
             )
         box = _value(annotation, "bbox", where)
@@ -120,8 +120,9 @@ class CocoFile:
         for key, default in (("iscrowd", 0), ("area", area)):
             if annotation.get(key) is None:
                 annotation[key] = default
-            else:
-                _check(annotation, key, _is_number(annotation[key]), "a number", where)
+        _check(annotation, "area", _is_number(annotation["area"]), "a number", where)
+        _check(annotation, "iscrowd", annotation["iscrowd"] in (0, 1), "0 or 1", where)
+        annotation["iscrowd"] = int(annotation["iscrowd"])
 
 
 def _read(path: Path, folder: Path) -> bytes:

@@ -223,7 +223,7 @@ def plan(
             f"  {name}: {steps:,} steps of {pace.seconds:.3g} s ({pace.steps} measured), "
             f"{clock(pace.seconds * steps)} x {passes} = {clock(seconds)}"
         )
-        found[f"{name}_step_s"] = pace.seconds
+        found |= {f"{name}_step_s": pace.seconds, f"{name}_pass_s": pace.seconds * steps}
     run.say(f"  the run: {clock(whole)}")
     gpu = peak.gpu()
     told = f"  memory at most: {size(peak.host())}, {size(peak.before)} before the first step"

@@ -1,6 +1,8 @@
 """Checkpoints: written atomically, plain tensors and numbers, loaded with weights_only=True."""
 
 import os
+import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -194,7 +196,10 @@ def load_network(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no state: neither tensors by name nor a 'state_dict'")
+        raise ValueError(
+            f"{path} holds no state: neither tensors by name nor a 'state_dict', but "
+            f"{short(', '.join(content)) or 'nothing'}"
+        )
     try:
         return plain_names(tensors)
     except ValueError as error:
@@ -240,7 +245,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
+        found = re.search(r"GLOBAL (\S+)", text)
+        what = f"it holds {found.group(1)}" if found else "it is damaged, or holds other objects"
+        return f"{what}; expected plain tensors"
+    if " " not in text:  # a number or a key alone
+        return f"{type(error).__name__} {text}".strip()
+    return text.splitlines()[0]
 
 
 def _check_archive(path: Path) -> None:

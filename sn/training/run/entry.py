@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -99,7 +100,15 @@ def start(main: Callable[[], None], root: str) -> None:
         reason = " ".join(str(error).split())
         if isinstance(error, RecursionError):
             reason = "a value in it refers to itself"
-        end(f"a YAML file of the config cannot be read: {reason}", 2)
+        end(f"{_config_file(error)} cannot be read: {reason}", 2)
+
+
+def _config_file(error: BaseException) -> str:
+    """The file that Hydra was reading; not all of these errors name it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    loaders = [frame for frame in frames if frame.f_code.co_name == "load_config"]
+    paths = [frame.f_locals["full_path"] for frame in loaders if "full_path" in frame.f_locals]
+    return paths[0] if paths else "a YAML file of the config"
 
 
 def end(text: str, code: int) -> NoReturn:

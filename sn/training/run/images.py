@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -13,6 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 from .display import printable, say
 from .files import read_text
 
+# of Pillow's formats those of photographs and drawings; an EPS would be run by Ghostscript
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 OTHERS = ("__MACOSX", "@eaDir")  # what systems put into folders for themselves, beside .names
 _warned_of: set[Path] = set()  # folders
 
@@ -20,6 +22,27 @@ _warned_of: set[Path] = set()  # folders
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is nobody's data, such as `.DS_Store`, `._1.jpg`."""
     return name.startswith(".") or name in OTHERS
+
+
+def files_below(root: str | Path) -> list[str]:
+    """The files below `root`, links followed, hidden ones and those of hidden folders left out.
+
+    A folder that is met twice, through links, is taken once. Raises OSError, naming it, for one
+    that cannot be read.
+    """
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    files, seen = [], set()
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        inner[:] = sorted(name for name in inner if not is_hidden(name))
+        if os.path.realpath(folder) in seen:  # a link back: no end
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        files += [os.path.join(folder, name) for name in names if not is_hidden(name)]
+    return files
 
 
 def listed(path: str | Path, root: str | Path) -> bytes:
@@ -52,6 +75,8 @@ def read_image(
         raise ValueError(f"cannot read image {path}: {what}")
     try:
         with _limit(max_megapixels), Image.open(path) as image:
+            if image.format not in FORMATS:
+                raise ValueError(f"it is {image.format}; expected one of {', '.join(FORMATS)}")
             if use == "picture":
                 image = ImageOps.exif_transpose(image)
             elif use == "boxes" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -70,7 +95,9 @@ def read_image(
         raise ValueError(
             f"cannot read image {path}: {reason}; scale the file down{setting}"
         ) from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"cannot read image {path}: {error}") from None
 
 

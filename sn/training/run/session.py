@@ -219,6 +219,7 @@ class Session:
         self.recorder.open(count, self._done(), steps)
         self._started = time.perf_counter() - self.progress.wall_s
         self._began, self._first = time.perf_counter(), self._done()
+        self._epoch_began = self._began, self.progress.images_seen
         if not self.resumed and importance is not None:
             self.recorder.importance(0, importance, blocks=blocks)
 
@@ -267,6 +268,7 @@ class Session:
     def epochs(self) -> Iterator[int]:
         """The epochs that are left; each is over with `end_epoch`."""
         while self.progress.epoch < self._epochs:
+            self._epoch_began = time.perf_counter(), self.progress.images_seen
             yield self.progress.epoch
 
     def steps(
@@ -573,6 +575,11 @@ class Session:
         """Seconds of the run so far, those before a resumption included."""
         return time.perf_counter() - self._started
 
+    def images_per_s(self) -> float:
+        """Speed of training since the epoch began, or the run went on."""
+        began, images = self._epoch_began
+        return (self.progress.images_seen - images) / (time.perf_counter() - began)
+
     def _done(self) -> int:
         return self.progress.epoch * self._steps + self.progress.done
 
@@ -588,6 +595,19 @@ class Session:
         """Print a line, in the main process."""
         if self.is_main:
             say(text)
+
+    def say_epoch(self, text: str) -> None:
+        """Print the line of the epoch that has ended."""
+        self.say(f"epoch {self.progress.epoch}/{self._epochs}  {text}  {self.time_left()} left")
+
+    def say_resumed(self, bad_images: int = 0) -> None:
+        """Say where the run goes on, and what was skipped so far, if it had begun before."""
+        progress, skipped = self.progress, self.guard.skipped
+        epochs = f"{progress.epoch} epochs and " if self.unit == "epoch" else ""
+        lost = f"; {skipped} steps and {bad_images} images were skipped"
+        so_far = lost if skipped or bad_images else ""
+        if self.resumed:
+            self.say(f"resuming after {epochs}{progress.step} steps{so_far}")
 
 
 def _due(count: int, every: int) -> bool:

@@ -1,7 +1,6 @@
 """Photographs and style images: any folder, any image file, crops drawn from (seed, number)."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..run.images import BadImages, is_hidden, listed, read_image
+from ..run.images import BadImages, files_below, listed, read_image
 from ..run.schedule import mix_seed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -43,15 +42,7 @@ def find_images(root: str | Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(f"no file or folder {root}")
-    files, seen = [], set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        inner[:] = sorted(name for name in inner if not is_hidden(name))
-        if os.path.realpath(folder) in seen:  # a link back: no end
-            inner.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        names = [name for name in names if not is_hidden(name)]
-        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    files = [Path(name) for name in files_below(root) if name.lower().endswith(SUFFIXES)]
     files.sort()
     if not files:
         raise FileNotFoundError(
