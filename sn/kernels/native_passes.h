@@ -482,8 +482,13 @@ static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
         }
         for (int64_t i = task; i < smaller(end, task + step); i++) {
             int64_t at = i * length;
-            NAME(row_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, length,
-                            work->a[i], work->k[i], work->b[i], relu);
+            int64_t most = far && !backwards ? AHEAD_WRITTEN / sizeof(T) : length;
+            for (int64_t l = 0; l < length; l += most) {
+                int64_t here = at + l, count = smaller(most, length - l);
+                if (most < length) fetch(y + here, AHEAD_WRITTEN, count * sizeof(T), 1);
+                NAME(row_apply)(x + here, residual == NULL ? NULL : residual + here, y + here,
+                                count, work->a[i], work->k[i], work->b[i], relu);
+            }
         }
     }
 }
