@@ -16,6 +16,7 @@ Writes <output>.json (with the environment) and <output>.png.
 """
 
 import argparse
+import copy
 import os
 import statistics as stats
 from contextlib import contextmanager, nullcontext
@@ -100,6 +101,13 @@ class Forced(sn.SwitchNorm2d):
             return super().forward(x)
 
 
+def virtual(make, num_features: int) -> nn.Module:
+    """A layer of two virtual GPUs, the most that every set of shapes has samples for."""
+    layer = make(num_features)
+    layer.virtual_gpus = 2
+    return layer
+
+
 def contestants(device: str, only: list[str] | None = None) -> dict:
     """name -> callable(channels); bn is the measure of the others."""
     layers = {"bn": nn.BatchNorm2d, "sn": sn.SwitchNorm2d}
@@ -108,6 +116,9 @@ def contestants(device: str, only: list[str] | None = None) -> dict:
     layers["official_style"] = OfficialStyle
     layers["gn"] = sn.make_norm("gn")
     layers["ln"] = sn.make_norm("ln")
+    layers["bn_2gpus"] = partial(virtual, sn.make_norm("bn"))
+    layers["brn_2gpus"] = partial(virtual, sn.make_norm("brn", r_images=(0, 0), d_images=(0, 0)))
+    layers["ssn"] = sn.make_norm("ssn")
     layers["bn+relu"] = lambda c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(inplace=True))
     if hasattr(sn, "SwitchNormAct2d"):
         layers["sn+relu"] = sn.SwitchNormAct2d
@@ -128,10 +139,10 @@ def is_right(make, channels: int, dtype: torch.dtype, device: str, layout) -> fl
     exact = torch.float64
     for kind in (exact, dtype):
         inputs = x.to(dtype).to(device, kind).contiguous(memory_format=layout).requires_grad_()
-        layer = layer.to(exact if kind == exact else torch.float32)
+        own = copy.deepcopy(layer).to(exact if kind == exact else torch.float32)
         with sn.backend("reference") if kind == exact else nullcontext():
-            y = layer(inputs)
-        grads = torch.autograd.grad(y, (inputs, *layer.parameters()), dy.to(device, y.dtype))
+            y = own(inputs)
+        grads = torch.autograd.grad(y, (inputs, *own.parameters()), dy.to(device, y.dtype))
         results.append([y.detach().double(), *(g.double() for g in grads)])
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results))
 
@@ -214,9 +225,9 @@ def bench_layers(args, sets: dict, save) -> list[dict]:
                 row["megabytes"] = round(x.nbytes / 1e6, 2)
                 built = {n: make(shape[0]).to(device) for n, make in layers.items()}
                 built = {n: layer for n, layer in built.items() if n not in wrong}
-                copy = partial(torch.Tensor.clone, x.detach())
+                clone = partial(torch.Tensor.clone, x.detach())
                 least = 0.005 if device == "cpu" else 0.01
-                copies = bench.interleaved({"bn": copy}, *how, least=least)["bn"]
+                copies = bench.interleaved({"bn": clone}, *how, least=least)["bn"]
                 one_pass = stats.median(copies) / 2
 
                 def train(layer, x=x, dy=dy):
@@ -384,7 +395,7 @@ def chart(result: dict, path: Path) -> None:
     ]
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     figure, axes = plt.subplots(len(layouts), 1, figsize=(11, 3.4 * len(layouts)), squeeze=False)
-    markers = dict(zip(contestants(result["environment"]["kind"]), "_os^DvPX*<>"))
+    markers = dict(zip(contestants(result["environment"]["kind"]), "_os^DvPX*<>hp"))
     for axis, layout in zip(axes[:, 0], layouts):
         group = [row for row in rows if row["layout"] == layout]
         for name in group[0]["forward+backward"]:

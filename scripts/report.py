@@ -711,14 +711,14 @@ class Report:
             if design.search is None:
                 continue
             search = design.search
-            rows = [["lr per 256", *(f"{v:g}" for v in search.values), "chosen", "runs"]]
+            rows = [[escape(search.key), *(f"{v:g}" for v in search.values), "chosen", "runs"]]
             for arm in design.arms.values():
                 if arm.lr_of != arm.name:
                     continue
                 choice = self.evidence.choice(design, arm)
                 scores = [choice.scores.get(v) for v in search.values]
                 runs = " ".join(
-                    link(f"{run.setting} {plain(run, 'top1')}", self.record(run))
+                    link(f"{run.setting} {plain(run, search.of)}", self.record(run))
                     for run in choice.runs
                 )
                 row = [arm.name, *("" if s is None else f"{s:.1f}" for s in scores)]
@@ -726,7 +726,7 @@ class Report:
                 rows.append([*row, runs])
             parts.append(
                 f'<p class="small">Search of the lr with seed {search.seed}: '
-                f"{escape(search.chosen)}. Mean top-1 in percent:</p>{table(rows)}"
+                f"{escape(search.chosen)}. Mean {search.of}:</p>{table(rows)}"
             )
         return "\n".join(parts)
 
@@ -786,8 +786,8 @@ class Report:
             MARKDOWN_NOTE,
             "# The paper's claims, and what our runs say",
             f"{counts}. The rule was written before the runs: `claims.yaml`, which explains the "
-            "effects too. With every seed, the commands and Figs 2, 3 and 4: `report.html`. Our "
-            "runs are proxies, which can show a trend, not an accuracy.",
+            "effects too. With every seed, the commands, Tables 4.2 to 4.4 and Figs 2 to 6: "
+            "`report.html`. Our runs are proxies, which can show a trend, not an accuracy.",
             md_table(short),
             "## Every effect",
             md_table(long),

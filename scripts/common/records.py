@@ -136,7 +136,8 @@ class Run:
         that keeps BN at one image is not, and gets a row of its own.
         """
         norm, statistics = self.summary["norm"], self.summary.get("statistics")
-        if self.summary["setting"]["images_per_gpu"] == 1 and norm in ("sn", "sn_in_ln"):
+        one = bool(self.setting) and self.summary["setting"]["images_per_gpu"] == 1
+        if one and norm in ("sn", "sn_in_ln"):
             return "sn_with_bn" if "bn" in (statistics or ()) else "sn"
         return norm
 
@@ -513,7 +514,7 @@ def recipes(
                 differences(
                     [run, other],
                     one_cell=False,
-                    free=free if other.norm == run.norm else {*free, *of_norm},
+                    free={*free, *of_norm} if of_norm and other.norm != run.norm else free,
                 )
                 for other in others
             ):

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
+from . import native
 from .common import PLAIN, Options, is_transformed
 from .native import native_switch_norm, quick_switch_norm, takes
 
@@ -178,6 +179,37 @@ def batch_norm(
     if y is None and choose_backend(*tensors) == "native":
         y = native_switch_norm(tensors, options)
     return None if y is None else (y, mean, var.mul_(count / (count - 1)))
+
+
+def batch_moments(x: Tensor, virtual_gpus: int) -> Tensor | None:
+    """Means and biased variances of a batch's groups, (2, virtual_gpus, C); None without kernels.
+
+    Not differentiable. With what `batch_norm_by_group` is given of them it is a function of both.
+    """
+    if seen_through() or not x.is_cpu or choose_backend(x) != "native":
+        return None
+    return native.batch_moments(x, virtual_gpus)
+
+
+def batch_norm_by_group(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor | None:
+    """Batch norm of training, each group by itself, with weight and bias (groups, C) of its own.
+
+    None where the kernels do not apply.
+    """
+    one = torch.ones(1, dtype=weight.dtype)
+    tensors = (x, one, one, weight.flatten(), bias.flatten(), None, None)
+    options = Options(("bn",), None, True, 0.0, eps, len(weight))
+    return _quick(tensors, options, None, False, None, True)
+
+
+def vectors(tensors: tuple[Tensor, ...], num_groups: int, eps: float):
+    """`native.vectors`; None where the CPU's kernels do not apply."""
+    if _backend not in ("auto", "native") or seen_through():
+        return None
+    found = native.quick_vectors(tensors, num_groups, eps)
+    if found is None and choose_backend(*tensors) == "native":
+        found = native.vectors(tensors, num_groups, eps)
+    return found
 
 
 def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Tensor | None:

@@ -4,6 +4,7 @@
 // not usual, wrong shapes too, and changes nothing then: kernels/__init__.py goes on. Built when the
 // package is installed where PyTorch can be imported (setup.py), for that version of it.
 
+#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <ATen/ATen.h>
@@ -83,6 +84,44 @@ struct Call {
   Maybe counter;
 };
 
+// Gradient of x, and those of the four `parameters` in their place. Hooks may have changed what was
+// saved: its layout is mended, more is an error.
+Tensor gradients(const Head& head, Tensor dy, Tensor x, Tensor y, Tensor saved,
+                 Tensor (&parameters)[4], bool needed, Tensor* d_residual) {
+  const Layer* layer = &head.layer;
+  TORCH_CHECK(x.scalar_type() == dy.scalar_type() && x.sizes() == dy.sizes() &&
+                  saved.scalar_type() == at::kDouble && saved.numel() == saved_of(layer) &&
+                  is_plain(x) && is_plain(saved) && (!y.defined() || y.sizes() == x.sizes()),
+              "what the layer saved came back with another dtype, shape or device: ",
+              x.toString(), x.sizes(), " and ", saved.toString(), saved.sizes());
+  at::AutoDispatchBelowADInplaceOrView guard;
+  // Instances of one value have one layout: there the library is told that channels are last.
+  auto format = format_of(x, layer->last && layer->length > 1);
+  auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  x = x.contiguous(format);
+  dy = dy.contiguous(format);
+  saved = saved.contiguous();
+  if (y.defined()) y = y.to(x.scalar_type()).contiguous(format);
+  bool both = head.relu && head.residual_needed;  // one pass writes both
+  Tensor dx, found[4];
+  if (needed || both) dx = at::empty_like(x);
+  if (head.residual_needed) *d_residual = head.relu ? at::empty_like(x) : dy;
+  for (int i = 0; i < 4; i++)
+    if (parameters[i].defined()) {
+      parameters[i] = parameters[i].to(dtype).contiguous();
+      found[i] = at::empty_like(parameters[i]);
+    }
+  Backward given = {layer, at::get_num_threads(), head.relu, dy.data_ptr(), x.data_ptr(),
+                    address(y), address(dx), both ? address(*d_residual) : nullptr,
+                    saved.data_ptr<double>(), address(parameters[2]), address(parameters[3]),
+                    address(found[0]), address(found[1]), address(found[2]), address(found[3])};
+  int failed = backward_of[kind_of(x)](&given);
+  TORCH_CHECK_WITH(OutOfMemoryError, !failed,
+                   "no memory for the gradients of an input of shape ", x.sizes());
+  for (int i = 0; i < 4; i++) parameters[i] = found[i];
+  return dx;
+}
+
 struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
   // Output and what the backward pass needs.
   static std::pair<Tensor, Tensor> compute(const Call& call, const Tensor& x,
@@ -136,42 +175,14 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
     Tensor x = inputs[0], y = inputs[7], saved = inputs[8], dy = grads[0];
     Head head;
     std::memcpy(&head, ctx->saved_data["head"].toStringRef().data(), sizeof(Head));
-    const Layer* layer = &head.layer;
     bool transformed = c10::impl::tls_is_dispatch_key_included(
         c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
     if (at::GradMode::is_enabled() || transformed || !is_plain(dy) || dy._fw_grad(0).defined())
       return by_formula(ctx, head, dy, inputs);
-    // Hooks may have changed what was saved: its layout is mended, more is an error.
-    TORCH_CHECK(x.scalar_type() == dy.scalar_type() && x.sizes() == dy.sizes() &&
-                    saved.scalar_type() == at::kDouble && saved.numel() == saved_of(layer) &&
-                    is_plain(x) && is_plain(saved) && (!y.defined() || y.sizes() == x.sizes()),
-                "what the layer saved came back with another dtype, shape or device: ",
-                x.toString(), x.sizes(), " and ", saved.toString(), saved.sizes());
-    at::AutoDispatchBelowADInplaceOrView guard;
-    // Instances of one value have one layout: there the library is told that channels are last.
-    auto format = format_of(x, layer->last && layer->length > 1);
-    auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    x = x.contiguous(format);
-    dy = dy.contiguous(format);
-    saved = saved.contiguous();
-    if (y.defined()) y = y.to(x.scalar_type()).contiguous(format);
-    for (int i = 1; i < 5; i++)
-      if (inputs[i].defined()) inputs[i] = inputs[i].to(dtype).contiguous();
-    Tensor dx, d_residual;
-    bool both = head.relu && head.residual_needed;  // one pass writes both
-    if (ctx->needs_input_grad(0) || both) dx = at::empty_like(x);
-    if (head.residual_needed) d_residual = head.relu ? at::empty_like(x) : dy;
-    variable_list small;
-    for (int i = 1; i < 5; i++)
-      small.push_back(inputs[i].defined() ? at::empty_like(inputs[i]) : Tensor());
-    Backward given = {layer, at::get_num_threads(), head.relu, dy.data_ptr(), x.data_ptr(),
-                      address(y), address(dx), both ? address(d_residual) : nullptr,
-                      saved.data_ptr<double>(), address(inputs[3]), address(inputs[4]),
-                      address(small[0]), address(small[1]), address(small[2]), address(small[3])};
-    int failed = backward_of[kind_of(x)](&given);
-    TORCH_CHECK_WITH(OutOfMemoryError, !failed,
-                     "no memory for the gradients of an input of shape ", x.sizes());
-    return {Tensor(), dx, small[0], small[1], small[2], small[3], Tensor(), Tensor(), d_residual};
+    Tensor parameters[4] = {inputs[1], inputs[2], inputs[3], inputs[4]}, d_residual;
+    Tensor dx = gradients(head, dy, x, y, saved, parameters, ctx->needs_input_grad(0), &d_residual);
+    return {Tensor(), dx, parameters[0], parameters[1], parameters[2], parameters[3], Tensor(),
+            Tensor(), d_residual};
   }
 
   // The gradients as a differentiable function, by the plain formula.
@@ -214,54 +225,63 @@ bool take(PyObject* object, Maybe* to) {
 
 bool needs_grad(const Maybe& t) { return t && t->requires_grad(); }
 
-// run(x, mean_weight, var_weight, weight, bias, running_mean, running_var, residual, counter,
-//     layer, momentum, relu): `layer` is a `Layer` without a shape, as bytes.
-PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 12, "run takes 12 arguments, got ", count);
-  Maybe t[9];
+// The arguments of `run` and `alone` into `to` and `t`; whether they are usual: (x, mean_weight,
+// var_weight, weight, bias, running_mean, running_var, residual, counter, layer, momentum, relu).
+// `layer` is a `Layer` without a shape, as bytes.
+bool parse(PyObject* const* arguments, Py_ssize_t count, Call* to, Maybe (&t)[9]) {
+  TORCH_CHECK(count == 12, "expected 12 arguments, got ", count);
+  Call& call = *to;
   for (int i = 0; i < 9; i++)
-    if (!take(arguments[i], t + i)) Py_RETURN_NONE;
-  if (!t[0]) Py_RETURN_NONE;
+    if (!take(arguments[i], t + i)) return false;
+  if (!t[0]) return false;
   const Tensor& x = *t[0];
   int kind = kind_of(x);
-  if (kind == KINDS || x.dim() < 2 || x.numel() == 0) Py_RETURN_NONE;
-  if (!parallel && at::get_num_threads() > 2) Py_RETURN_NONE;
+  if (kind == KINDS || x.dim() < 2 || x.numel() == 0) return false;
+  if (!parallel && at::get_num_threads() > 2) return false;
   int64_t channels = x.size(1), batch = x.size(0), length = x.numel() / (batch * channels);
 
-  Call call;
   bool last = !x.is_contiguous();
-  if (last && (x.dim() < 4 || x.dim() > 5)) Py_RETURN_NONE;
+  if (last && (x.dim() < 4 || x.dim() > 5)) return false;
   call.format = format_of(x, last);
-  if (last && !x.is_contiguous(call.format)) Py_RETURN_NONE;
+  if (last && !x.is_contiguous(call.format)) return false;
   Layer& layer = call.head.layer;
   std::memcpy(&layer, PyBytes_AS_STRING(arguments[9]), sizeof(Layer));
   layer.batch = batch;
   layer.channels = channels;
   layer.length = length;
   layer.last = last || length == 1;
-  if (layer.groups < 1 || batch % layer.groups) Py_RETURN_NONE;
-  if (layer.num_groups < 1 || channels % layer.num_groups) Py_RETURN_NONE;
+  if (layer.groups < 1 || batch % layer.groups) return false;
+  if (layer.num_groups < 1 || channels % layer.num_groups) return false;
 
   auto dtype = kind == F64 ? at::kDouble : at::kFloat;
   for (int i = 1; i < 3; i++)
-    if (!t[i] || !is_vector(*t[i], layer.places, dtype)) Py_RETURN_NONE;
+    if (!t[i] || !is_vector(*t[i], layer.places, dtype)) return false;
   for (int i = 3; i < 7; i++)
-    if (t[i] && !is_vector(*t[i], channels, dtype)) Py_RETURN_NONE;
+    if (t[i] && !is_vector(*t[i], i < 5 ? layer.affine * channels : channels, dtype)) return false;
   bool running = layer.running || layer.update;
   for (int i = 5; i < 7; i++)
-    if (needs_grad(t[i]) || (running ? !t[i] : t[i].has_value())) Py_RETURN_NONE;
+    if (needs_grad(t[i]) || (running ? !t[i] : t[i].has_value())) return false;
   if (t[7] && (t[7]->sizes() != x.sizes() || t[7]->scalar_type() != x.scalar_type()))
-    Py_RETURN_NONE;
-  if (t[8] && (t[8]->scalar_type() != at::kLong || t[8]->numel() != 1)) Py_RETURN_NONE;
+    return false;
+  if (t[8] && (t[8]->scalar_type() != at::kLong || t[8]->numel() != 1)) return false;
   for (int i : {5, 6, 8})  // those of inference mode have no versions
-    if (t[i] && t[i]->is_inference()) Py_RETURN_NONE;
+    if (t[i] && t[i]->is_inference()) return false;
 
   call.counter = t[8];
   call.momentum = layer.update ? PyFloat_AsDouble(arguments[10]) : 0.0;
   if (PyErr_Occurred()) throw python_error();
   call.head.relu = PyObject_IsTrue(arguments[11]);
   call.head.residual_needed = needs_grad(t[7]);
+  return true;
+}
+
+// The output, with autograd.
+PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Maybe t[9];
+  Call call;
+  if (!parse(arguments, count, &call, t)) Py_RETURN_NONE;
+  const Tensor& x = *t[0];
   bool needed = false;
   for (const Maybe& each : t) needed |= needs_grad(each);
   needed &= at::GradMode::is_enabled();
@@ -270,6 +290,36 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         SwitchNorm::compute(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]).first);
   return THPVariable_Wrap(
       SwitchNorm::apply(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]));
+  END_HANDLE_TH_ERRORS
+}
+
+// The output without autograd, and the two things that `alone_backward` is to be given.
+PyObject* alone(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Maybe t[9];
+  Call call;
+  if (!parse(arguments, count, &call, t)) Py_RETURN_NONE;
+  auto [y, saved] =
+      SwitchNorm::compute(call, *t[0], *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]);
+  return Py_BuildValue("NNy#", THPVariable_Wrap(y), THPVariable_Wrap(saved),
+                       reinterpret_cast<const char*>(&call.head), Py_ssize_t{sizeof(Head)});
+  END_HANDLE_TH_ERRORS
+}
+
+// alone_backward(dy, x, mean_weight, var_weight, weight, bias, saved, head): gradients of five.
+PyObject* alone_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 8, "expected 8 arguments, got ", count);
+  Maybe t[7];
+  for (int i = 0; i < 7; i++)
+    TORCH_CHECK(take(arguments[i], t + i) && t[i], "argument ", i, " is not a plain tensor");
+  Head head;
+  std::memcpy(&head, PyBytes_AS_STRING(arguments[7]), sizeof(Head));
+  Tensor parameters[4] = {*t[2], *t[3], *t[4], *t[5]};
+  Tensor dx = gradients(head, *t[0], *t[1], Tensor(), *t[6], parameters, true, nullptr);
+  return Py_BuildValue("NNNNN", THPVariable_Wrap(dx), THPVariable_Wrap(parameters[0]),
+                       THPVariable_Wrap(parameters[1]), THPVariable_Wrap(parameters[2]),
+                       THPVariable_Wrap(parameters[3]));
   END_HANDLE_TH_ERRORS
 }
 
@@ -294,6 +344,10 @@ PyObject* setup(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
+    {"alone", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(alone)), METH_FASTCALL,
+     nullptr},
+    {"alone_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(alone_backward)),
+     METH_FASTCALL, nullptr},
     {"setup", setup, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "autograd", nullptr, -1, methods};

@@ -87,6 +87,17 @@ def keep(ctx, inputs, options: Options, y, *kept, relu=False, residual=False) ->
     ctx.save_for_backward(*inputs[:5], *running, y if relu and residual else None, *kept)
 
 
+def _formula(inputs, options: Options) -> Tensor:
+    """`switch_norm`; weight and bias may be (virtual_gpus C,), those of each group of samples."""
+    x, *control, weight, bias, mean, var = inputs
+    if weight is None or weight.shape[0] == x.shape[1]:
+        return switch_norm(*inputs, **options._asdict())
+    y = switch_norm(x, *control, None, None, mean, var, **options._asdict())
+    each = (options.virtual_gpus, 1, x.shape[1]) + (1,) * (x.dim() - 2)
+    y = y.unflatten(0, (options.virtual_gpus, -1)) * weight.view(each) + bias.view(each)
+    return y.flatten(0, 1)
+
+
 def reference_backward(ctx, dy, inputs, y) -> tuple[Tensor | None, ...]:
     """The gradients of the seven inputs and of a residual as a differentiable function.
 
@@ -94,7 +105,7 @@ def reference_backward(ctx, dy, inputs, y) -> tuple[Tensor | None, ...]:
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        plain = switch_norm(*inputs, **ctx.options._asdict())
+        plain = _formula(inputs, ctx.options)
     if ctx.relu:
         dy = dy * ~((plain if y is None else y) <= 0)  # NaN passes, as in PyTorch
     needed = ctx.needs_input_grad[:5]

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import vectors
+from .native import vectors_backward
+
 
 class Norm(NamedTuple):
     """How a vector (B, D) is normalised: kind "none", "group" (1 group: LN) or "switch" (LN + GN).
@@ -145,6 +148,9 @@ def norm_forward(norm: Norm, tensors: Sequence[Tensor], x: Tensor) -> tuple[Tens
         batch, size = x.shape
         y, mean, rstd = torch.native_group_norm(x, weight, bias, batch, size, 1, groups, norm.eps)
         return y, (mean, rstd)
+    found = vectors((x, *tensors), groups, norm.eps)
+    if found is not None:
+        return found
     grouped = x.view(len(x), groups, -1)
     var_gn, mean_gn = torch.var_mean(grouped, 2, correction=0, keepdim=True)
     spread, mean_ln = torch.var_mean(mean_gn, 1, correction=0, keepdim=True)
@@ -180,6 +186,8 @@ def norm_backward(
             [True, True, True],
         )
         return dx, (d_weight, d_bias)
+    if len(kept) == 2:
+        return vectors_backward(dy, (x, *tensors), kept)
     normed, rstd, mean_gap, var_gap, ratios = kept
     mean_ratio, var_ratio = ratios.unbind()
     length = size // groups

@@ -73,6 +73,9 @@ static int64_t together(const Layer *s, int64_t size, int threads) {
     return larger(threads, CACHE / (s->channels * s->length * size));
 }
 
+/* Whether the running statistics are all there is: the instances' own are not asked for. */
+static int constants(const Layer *s) { return s->running && s->places == 1; }
+
 /* Rows of (L, C) in one task, and tasks per sample. */
 static int64_t segment_rows(const Layer *s) {
     return smaller(s->length, larger(COLUMN_BLOCK, SEGMENT / s->channels));
@@ -193,6 +196,11 @@ static const double *bn_vars(const Layer *s, const Mix *mix, int64_t n) {
     return bn_means(s, mix, n) + s->groups * s->channels;
 }
 
+/* Where sample n's weight, bias and their gradients begin. */
+static int64_t affine_row(const Layer *s, int64_t n) {
+    return n * s->affine / s->batch * s->channels;
+}
+
 /* Channels from `first` to `end` of a sample, where ln and gn are one mean each: gives the offset,
    from var0 + the other variances the reciprocal deviation. in and bn are there or not: 0 times an
    infinite variance would be NaN. */
@@ -201,6 +209,7 @@ INLINE void mix_channels(int64_t first, int64_t end, double var0, double w_ln, d
                          const double *restrict mean, const double *restrict var,
                          const double *restrict bn_mean, const double *restrict bn_var,
                          double *restrict rstd, double *restrict offset, int in, int bn) {
+    double common = 1.0 / sqrt(var0);
     for (int64_t c = first; c < end; c++) {
         double mixed = var0, shift = w_ln * (ln_mean - mean[c]) + w_gn * (gn_mean - mean[c]);
         if (in) mixed += u_in * var[c];
@@ -209,7 +218,7 @@ INLINE void mix_channels(int64_t first, int64_t end, double var0, double w_ln, d
             shift += w_bn * (bn_mean[c] - mean[c]);
         }
         offset[c] = shift;
-        rstd[c] = 1.0 / sqrt(mixed);
+        rstd[c] = in || bn ? 1.0 / sqrt(mixed) : common;
     }
 }
 
@@ -381,22 +390,22 @@ static void softmax_backward(const double *ratios, double *grads, int64_t places
 
 /* Of the backward pass alone, in one allocation. */
 typedef struct {
-    double *weight;                    /* (C) */
+    double *weight;                    /* (affine, C) */
     double *total, *product;           /* (N, C): sum dy, sum dy (x - mean) */
     double *mean_part, *var_part;      /* (N, C): P, Q of __init__.py */
     double *p, *q;                     /* (N, C): dx = scale dy + p (x - mean) + q */
-    double *grad_weight, *grad_bias;   /* (C) */
+    double *grad_weight, *grad_bias;   /* (affine, C) */
     double *pools;                     /* (2, C) */
 } Gradients;
 
 static double *allocate_gradients(const Layer *s, Gradients *to) {
-    int64_t c = s->channels, nc = s->batch * c;
-    double *next = malloc((6 * nc + 5 * c) * sizeof(double)), *memory = next;
+    int64_t c = s->channels, nc = s->batch * c, ac = s->affine * c;
+    double *next = malloc((6 * nc + 3 * ac + 2 * c) * sizeof(double)), *memory = next;
     if (memory == NULL) return NULL;
     double **wide[] = {&to->total, &to->product, &to->mean_part, &to->var_part, &to->p, &to->q};
     for (int i = 0; i < 6; i++, next += nc) *wide[i] = next;
     double **narrow[] = {&to->weight, &to->grad_weight, &to->grad_bias, &to->pools};
-    for (int i = 0; i < 4; i++, next += c) *narrow[i] = next;
+    for (int i = 0; i < 4; i++, next += ac) *narrow[i] = next;
     return memory;
 }
 
@@ -406,15 +415,16 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, do
     int64_t channels = s->channels, width = channels / s->num_groups;
     const double *mean = mix->mean, *var = mix->var;
     double each = -1.0 / s->length;
-    memset(to->grad_weight, 0, channels * sizeof(double));
-    memset(to->grad_bias, 0, channels * sizeof(double));
+    memset(to->grad_weight, 0, s->affine * channels * sizeof(double));
+    memset(to->grad_bias, 0, s->affine * channels * sizeof(double));
     memset(grad_w, 0, 4 * sizeof(double));
     memset(grad_u, 0, 4 * sizeof(double));
     for (int64_t n = 0, i = 0; n < s->batch; n++, i += channels) {
         const double *mean_part = to->mean_part + i, *var_part = to->var_part + i;
-        parts_of_sample(channels, to->weight, mix->rstd + i, mix->offset + i, to->total + i,
+        int64_t own = affine_row(s, n);
+        parts_of_sample(channels, to->weight + own, mix->rstd + i, mix->offset + i, to->total + i,
                         to->product + i, to->mean_part + i, to->var_part + i, to->p + i,
-                        to->q + i, to->grad_weight, to->grad_bias);
+                        to->q + i, to->grad_weight + own, to->grad_bias + own);
         if (s->in >= 0)
             own_row(channels, var + i, each * mix->w[s->in], each * mix->u[s->in], mean_part,
                     var_part, to->p + i, to->q + i, grad_u + s->in);

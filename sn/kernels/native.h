@@ -7,6 +7,7 @@ typedef struct {
     int64_t batch, channels, length;
     int64_t num_groups;                 /* of gn */
     int64_t groups;                     /* virtual GPUs of bn */
+    int64_t affine;                     /* rows of weight and bias: 1, or one for each group */
     int64_t last;                       /* channels last: (N, L, C) instead of (N, C, L) */
     int64_t places, in, ln, gn, bn;     /* number of statistics; index of each, -1 if unused */
     int64_t running;                    /* bn takes the running statistics */
@@ -20,7 +21,7 @@ typedef struct {
     int64_t threads, relu;
     double momentum;
     const void *x, *residual;
-    void *y;
+    void *y;                            /* NULL: the moments alone */
     double *saved;                      /* sn_saved of them, for the backward pass */
     const void *mean_logits, *var_logits, *weight, *bias;
     void *running_mean, *running_var;   /* updated if the layer says so */

@@ -98,7 +98,7 @@ def extension() -> ModuleType | None:
 class _Layer(ctypes.Structure):
     """`Layer` of native.h."""
 
-    _names = ("batch", "channels", "length", "num_groups", "groups", "last", "places")
+    _names = ("batch", "channels", "length", "num_groups", "groups", "affine", "last", "places")
     _names += ("in", "ln", "gn", "bn", "running", "update")
     _fields_ = [*((name, ctypes.c_int64) for name in _names), ("eps", ctypes.c_double)]
 
@@ -111,12 +111,14 @@ def _description(
     eps: float,
     virtual_gpus: int,
     running: bool,
+    by_group: bool = False,
 ) -> bytes:
-    """A `Layer` without the shape of its input."""
+    """A `Layer` without the shape of its input; `by_group`: each group has a weight and bias."""
     has_bn = "bn" in statistics
     layer = _Layer(
         num_groups=num_groups if "gn" in statistics else 1,
         groups=virtual_gpus if training and has_bn else 1,
+        affine=virtual_gpus if by_group else 1,
         places=len(statistics),
         running=running and has_bn and not training,
         update=running and has_bn and training,
@@ -167,10 +169,11 @@ def quick_switch_norm(
     residual: Tensor | None = None,
     relu: bool = False,
     counter: Tensor | None = None,
+    by_group: bool = False,
 ) -> Tensor | None:
     """`native_switch_norm` by the extension; None if it is not there or not for such arguments.
 
-    `counter`, if any, is increased by 1.
+    `counter`, if any, is increased by 1. `by_group`: weight and bias are (virtual_gpus C,).
     """
     module = extension()
     if module is None:
@@ -179,7 +182,7 @@ def quick_switch_norm(
     if type(virtual_gpus) is not int or "gn" in statistics and type(num_groups) is not int:
         return None  # for the checks to judge
     running = tensors[5] is not None
-    layer = _description(statistics, num_groups, training, eps, virtual_gpus, running)
+    layer = _description(statistics, num_groups, training, eps, virtual_gpus, running, by_group)
     return module.run(*tensors, residual, counter, layer, momentum, relu)
 
 
@@ -219,6 +222,49 @@ def native_switch_norm(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _SwitchNorm.apply(*inputs, options, relu, counter)
     return _forward(inputs, options, relu, counter)[0]
+
+
+def batch_moments(x: Tensor, virtual_gpus: int) -> Tensor:
+    """Means and biased variances of a batch's groups, (2, virtual_gpus, C) in float64."""
+    x, last = dense_in_layout(x.detach())
+    layer = _layer(x.shape, last, ("bn",), None, True, 0.0, virtual_gpus, False)
+    saved = torch.empty(layer.size, dtype=torch.float64)
+    tensors = (x, None, None, saved, *[None] * 7)
+    call = _FORWARD.pack(layer.address, torch.get_num_threads(), False, 0.0, *_addresses(tensors))
+    if _functions(x.dtype)[0](call):
+        raise torch.OutOfMemoryError(f"no memory for the statistics of shape {tuple(x.shape)}")
+    return saved[-2 * virtual_gpus * x.shape[1] :].view(2, virtual_gpus, x.shape[1])
+
+
+def quick_vectors(tensors: tuple[Tensor, ...], num_groups: int, eps: float):
+    """`vectors` by the extension; None if it is not there or not for such arguments."""
+    module = extension()
+    if module is None:
+        return None
+    layer = _description(("ln", "gn"), num_groups, True, eps, 1, False)
+    found = module.alone(*tensors, None, None, None, None, layer, 0.0, False)
+    return None if found is None else (found[0], found[1:])
+
+
+def vectors(tensors: tuple[Tensor, ...], num_groups: int, eps: float):
+    """LN + GN of x (B, D) without autograd, `tensors` x and the four parameters.
+
+    Returns y and what `vectors_backward` needs.
+    """
+    options = Options(("ln", "gn"), num_groups, True, 0.0, eps, 1)
+    y, layer, saved = _forward((*tensors, None, None, None), options, False, None)
+    return y, (saved, layer)
+
+
+def vectors_backward(dy: Tensor, tensors: tuple[Tensor, ...], kept) -> tuple[Tensor, tuple]:
+    """Gradients of x and of the four parameters."""
+    saved, layer = kept
+    if isinstance(layer, bytes):
+        dx, *grads = extension().alone_backward(dy, *tensors, saved, layer)
+    else:
+        needed = (True,) * 7 + (False,)
+        dx, grads, _ = _backward(layer, dy, tensors, None, saved, False, needed)
+    return dx, tuple(grads)
 
 
 def _addresses(tensors) -> list[int]:
@@ -277,6 +323,35 @@ def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
     return y, layer, saved
 
 
+def _backward(layer: _Layer, dy: Tensor, inputs, y, saved: Tensor, relu: bool, needed):
+    """Gradients of x, of the control parameters, weight and bias, and of a residual."""
+    # Hooks may have changed what was saved: its layout is mended, more is an error.
+    x, dy = (like_layout(t, bool(layer.last)) for t in (inputs[0], dy))
+    y = y if y is None else like_layout(y.to(x.dtype), bool(layer.last))
+    _check_saved(x, saved, dy, layer.size)
+    both = relu and needed[7]  # one pass writes both
+    dx = torch.empty_like(x) if needed[0] or both else None
+    d_residual = None
+    if needed[7]:
+        d_residual = torch.empty_like(x) if relu else dy
+    parameters = _dense(inputs[1:5], x)
+    grads = [None if t is None else torch.empty_like(t) for t in parameters]
+    written = d_residual if relu else None
+    call = _BACKWARD.pack(
+        layer.address,
+        torch.get_num_threads(),
+        relu,
+        *_addresses((dy, x, y, dx, written, saved, *parameters[2:], *grads)),
+    )
+    failed = _functions(x.dtype)[1](call)
+    if failed:
+        raise torch.OutOfMemoryError(
+            f"no memory for the gradients of an input of shape {tuple(x.shape)}"
+        )
+    grads = [g if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs[1:5])]
+    return dx, grads, d_residual
+
+
 class _SwitchNorm(torch.autograd.Function):
     """Keeps x and some doubles per instance for the backward pass."""
 
@@ -292,29 +367,7 @@ class _SwitchNorm(torch.autograd.Function):
         *inputs, y, saved = ctx.saved_tensors
         if goes_by_formula(dy):
             return *reference_backward(ctx, dy, inputs, y), None, None, None
-        layer, needed = ctx.layer, ctx.needs_input_grad
-        # Hooks may have changed what was saved: its layout is mended, more is an error.
-        x, dy = (like_layout(t, bool(layer.last)) for t in (inputs[0], dy))
-        y = y if y is None else like_layout(y.to(x.dtype), bool(layer.last))
-        _check_saved(x, saved, dy, layer.size)
-        both = ctx.relu and needed[7]  # one pass writes both
-        dx = torch.empty_like(x) if needed[0] or both else None
-        d_residual = None
-        if needed[7]:
-            d_residual = torch.empty_like(x) if ctx.relu else dy
-        parameters = _dense(inputs[1:5], x)
-        grads = [None if t is None else torch.empty_like(t) for t in parameters]
-        written = d_residual if ctx.relu else None
-        call = _BACKWARD.pack(
-            layer.address,
-            torch.get_num_threads(),
-            ctx.relu,
-            *_addresses((dy, x, y, dx, written, saved, *parameters[2:], *grads)),
+        dx, grads, d_residual = _backward(
+            ctx.layer, dy, inputs, y, saved, ctx.relu, ctx.needs_input_grad
         )
-        failed = _functions(x.dtype)[1](call)
-        if failed:
-            raise torch.OutOfMemoryError(
-                f"no memory for the gradients of an input of shape {tuple(x.shape)}"
-            )
-        grads = [g if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs[1:5])]
         return dx, *grads, None, None, d_residual, None, None, None

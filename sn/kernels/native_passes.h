@@ -371,6 +371,15 @@ CLONES static void NAME(coefficients)(int64_t channels, const double *restrict m
     }
 }
 
+/* Instances of one value: their means, and variances of 0; or sums of dy and of dy times 0. */
+CLONES static void NAME(copy)(int64_t count, const T *restrict x, double *restrict to,
+                              double *restrict zero) {
+    for (int64_t i = 0; i < count; i++) {
+        to[i] = LOAD(x[i]);
+        zero[i] = 0;
+    }
+}
+
 /* Memory of the passes: what does not fit a stack. */
 typedef struct {
     A *scratch;               /* 3 C for each thread */
@@ -399,8 +408,9 @@ static void NAME(all_coefficients)(const Layer *s, const Mix *mix, const A *weig
                                    const NAME(Work) *work, Range part, int threads) {
     #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t n = part.from; n < part.to; n++) {
-        int64_t i = n * s->channels;
-        NAME(coefficients)(s->channels, mix->mean + i, mix->rstd + i, mix->offset + i, weight, bias,
+        int64_t i = n * s->channels, own = affine_row(s, n);
+        NAME(coefficients)(s->channels, mix->mean + i, mix->rstd + i, mix->offset + i,
+                           weight == NULL ? NULL : weight + own, bias == NULL ? NULL : bias + own,
                            work->a + i, work->k + i, work->b + i);
     }
 }
@@ -408,6 +418,11 @@ static void NAME(all_coefficients)(const Layer *s, const Mix *mix, const A *weig
 static void NAME(instance_moments)(const Layer *s, const T *x, const NAME(Work) *work, double *mean,
                                    double *var, Range part, int threads) {
     int64_t channels = s->channels, length = s->length;
+    if (length == 1) {
+        int64_t i = part.from * channels;
+        NAME(copy)(part.to * channels - i, x + i, mean + i, var + i);
+        return;
+    }
     if (!s->last) {
         int64_t end = part.to * channels;
         #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -467,8 +482,13 @@ static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
         }
         for (int64_t i = task; i < smaller(end, task + step); i++) {
             int64_t at = i * length;
-            NAME(row_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, length,
-                            work->a[i], work->k[i], work->b[i], relu);
+            int64_t most = far && !backwards ? AHEAD_WRITTEN / sizeof(T) : length;
+            for (int64_t l = 0; l < length; l += most) {
+                int64_t here = at + l, count = smaller(most, length - l);
+                if (most < length) fetch(y + here, AHEAD_WRITTEN, count * sizeof(T), 1);
+                NAME(row_apply)(x + here, residual == NULL ? NULL : residual + here, y + here,
+                                count, work->a[i], work->k[i], work->b[i], relu);
+            }
         }
     }
 }
@@ -498,13 +518,14 @@ int NAME(sn_forward)(const Forward *call) {
     int64_t step = together(s, sizeof(T), threads);
     for (int64_t from = 0; from < s->batch; from += step) {
         Range part = {from, smaller(from + step, s->batch)};
-        if (s->running && s->places == 1) /* constants: the instances' own are not asked for */
+        if (constants(s))
             for (int64_t n = part.from; n < part.to; n++) {
                 memcpy(mix.mean + n * channels, mix.bn, channels * sizeof(double));
                 memcpy(mix.var + n * channels, mix.bn + channels, channels * sizeof(double));
             }
         else NAME(instance_moments)(s, x, &work, mix.mean, mix.var, part, threads);
         mix_moments(s, &mix, part, threads);
+        if (y == NULL) continue;
         NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, part, threads);
         NAME(apply)(s, x, residual, y, &work, relu, part, threads);
     }
@@ -521,6 +542,10 @@ static void NAME(sums)(const Layer *s, const T *dy, const T *x, const T *y,
                        const NAME(Work) *work, double *total, double *product, int act,
                        int threads) {
     int64_t channels = s->channels, size = s->batch * channels, length = s->length;
+    if (length == 1 && act == NO_ACT && !constants(s)) {
+        NAME(copy)(size, dy, total, product);
+        return;
+    }
     if (!s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < size; i++) {
@@ -588,7 +613,7 @@ int NAME(sn_backward)(const Backward *call) {
         return 1;
     }
     lay_out(s, call->saved, &mix);
-    NAME(widen)(call->weight, channels, 1, grads.weight);
+    NAME(widen)(call->weight, s->affine * channels, 1, grads.weight);
     NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, (Range){0, s->batch}, threads);
     NAME(sums)(s, dy, x, y, &work, grads.total, grads.product, act, threads);
     NAME(about_mean)(size, work.k, mix.mean, grads.total, grads.product);
@@ -597,9 +622,9 @@ int NAME(sn_backward)(const Backward *call) {
         grad_mean_logits[i] = (A)grad_w[i];
         grad_var_logits[i] = (A)grad_u[i];
     }
-    for (int64_t c = 0; c < channels && grad_weight != NULL; c++)
+    for (int64_t c = 0; c < s->affine * channels && grad_weight != NULL; c++)
         grad_weight[c] = (A)grads.grad_weight[c];
-    for (int64_t c = 0; c < channels && grad_bias != NULL; c++)
+    for (int64_t c = 0; c < s->affine * channels && grad_bias != NULL; c++)
         grad_bias[c] = (A)grads.grad_bias[c];
     NAME(about_k)(size, work.k, mix.mean, grads.p, grads.q, work.p, work.q);
     if (dx != NULL && !s->last) {

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import batch_moments, batch_norm_by_group
 from ..running import RunningNorm, in_backward
 from ..tracing import Proxy
 
@@ -98,49 +99,71 @@ class BatchRenormBase(RunningNorm):
         if not self.training or x.numel() == 0:
             return self._evaluate(x)
         groups = self.virtual_gpus
-        # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
-        merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2) if groups > 1 else x
         again = self._before is not None and in_backward()
         if not again:
             moving = (self.running_mean, self.running_var, self.images_seen)
             self._before = tuple(buffer.clone() for buffer in moving)
-        r, d, mean, var = self._correction(merged)
-        if self.weight is not None:
-            d = d * self.weight  # (G, C)
-            r = r * self.weight
-        if self.bias is not None:
-            d = d + self.bias
-        # torch's batch norm takes no other mixture
-        if r.dtype != x.dtype and (r.dtype != torch.float32 or x.dtype.itemsize > 4):
-            r, d = r.to(x.dtype), d.to(x.dtype)
-        y = F.batch_norm(merged, None, None, r.flatten(), d.flatten(), True, 0.0, self.eps)
+        y, mean, var = self._by_kernels(x)
+        if y is None:
+            # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
+            merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2) if groups > 1 else x
+            mean, var = self._moments(merged)
+            gain, shift = self._affine(mean, var)
+            # torch's batch norm takes no other mixture
+            if gain.dtype != x.dtype and (gain.dtype != torch.float32 or x.dtype.itemsize > 4):
+                gain, shift = gain.to(x.dtype), shift.to(x.dtype)
+            gain, shift = gain.flatten(), shift.flatten()
+            y = F.batch_norm(merged, None, None, gain, shift, True, 0.0, self.eps)
+            if groups > 1:
+                y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
+                if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+                    y = y.contiguous(memory_format=torch.channels_last)
         if not again:
             self._count_images(x.shape[0])
             self._update(mean.mean(0), var.mean(0))
-        if groups == 1:
-            return y
-        y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous(memory_format=torch.channels_last)
         return y
 
+    def _by_kernels(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Output and moments (G, C) by the CPU's kernels; None where they do not apply."""
+        moments = None
+        if x.numel() > self.virtual_gpus * self.num_features:  # else torch's error
+            moments = batch_moments(x, self.virtual_gpus)
+        if moments is None:
+            return None, None, None
+        mean, var = moments.to(torch.promote_types(x.dtype, self.running_mean.dtype))
+        y = batch_norm_by_group(x, *self._affine(mean, var), self.eps)
+        return y, mean, var
+
+    def _affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and shift of each group's normalized values, (G, C)."""
+        r, d = self._correction(mean, var)
+        if self.weight is not None:
+            d = d * self.weight
+            r = r * self.weight
+        return r, d if self.bias is None else d + self.bias
+
     @torch.no_grad()
-    def _correction(self, merged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """r, d and the batch's mean and biased variance, each (G, C)."""
+    def _moments(self, merged: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's mean and biased variance, (G, C) each."""
         dtype = torch.promote_types(merged.dtype, self.running_mean.dtype)
         dims = (0, *range(2, merged.dim()))
         var, mean = torch.var_mean(merged.to(dtype), dims, correction=0)
-        var, mean = var.view(-1, self.num_features), mean.view(-1, self.num_features)
+        return mean.view(-1, self.num_features), var.view(-1, self.num_features)
+
+    @torch.no_grad()
+    def _correction(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """r and d, (G, C) each."""
         kept = self.running_mean.dtype
         if self.reference == "batch":
-            return torch.ones_like(mean, dtype=kept), torch.zeros_like(mean, dtype=kept), mean, var
+            return torch.ones_like(mean, dtype=kept), torch.zeros_like(mean, dtype=kept)
         moving = self._before if self.reference is None else self.reference
         moving_mean, moving_var, images = moving
+        dtype = mean.dtype
         r_max, d_max = (limit.to(dtype) for limit in self.limits(images))
         rstd = (moving_var.to(dtype) + self.eps).rsqrt()
         r = ((var + self.eps).sqrt() * rstd).clamp(1 / r_max, r_max)
         d = ((mean - moving_mean) * rstd).clamp(-d_max, d_max)
-        return r.to(kept), d.to(kept), mean, var
+        return r.to(kept), d.to(kept)
 
     @contextmanager
     def micro_batches(self) -> Iterator[None]:

@@ -99,14 +99,15 @@ def sparsestmax_of_numbers(
         before = centre
         away = [a - b for a, b in zip(point, centre)]
         distance = sum(a * a for a in away)
-        if tie < distance < square:
-            ratio = math.sqrt(square / distance)
-            point = [a + b * ratio for a, b in zip(centre, away)]
-            if derivatives:  # of the direction alone: the length is given
-                along = [sum(a * row[j] for a, row in zip(away, slopes)) / distance for j in each]
-                slopes = [
-                    [ratio * (row[j] - a * along[j]) for j in each] for a, row in zip(away, slopes)
-                ]
+        if not tie < distance < square:
+            return point, slopes
+        ratio = math.sqrt(square / distance)
+        point = [a + b * ratio for a, b in zip(centre, away)]
+        if derivatives:  # of the direction alone: the length is given
+            along = [sum(a * row[j] for a, row in zip(away, slopes)) / distance for j in each]
+            slopes = [
+                [ratio * (row[j] - a * along[j]) for j in each] for a, row in zip(away, slopes)
+            ]
     return _sparsemax_of_numbers(point, slopes)
 
 

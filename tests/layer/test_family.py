@@ -91,6 +91,45 @@ def test_batch_renorm_equals_the_paper(dim, shape, r_max, d_max, virtual_gpus):
     torch.testing.assert_close(layer.eval()(x), fixed(wide).view(shape))
 
 
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("virtual_gpus", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_batch_renorm_by_kernels_is_that_by_torchs_batch_norm(options, virtual_gpus, layout, dtype):
+    layer = randomise(sn.BatchRenorm2d(4, virtual_gpus=virtual_gpus, **options, **FULL))
+    layer = layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    found = []
+    for backend in ("reference", "auto"):
+        own = copy.deepcopy(layer)
+        x = oracle.values((6, 4, 5, 3)).to(dtype, memory_format=layout).requires_grad_()
+        with sn.backend(backend):
+            y = own(x)
+        if backend == "auto" and sn.kernels.native.extension() is not None:
+            assert "SwitchNorm" in y.grad_fn.name()
+        assert y.is_contiguous(memory_format=layout) and y.dtype == dtype
+        y.backward(oracle.values((6, 4, 5, 3), 1).to(dtype))
+        found.append((y, x.grad, *(p.grad for p in own.parameters()), *own.buffers()))
+    close = {} if dtype != torch.bfloat16 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(found[1], found[0], **close)
+
+
+def test_second_derivatives_of_batch_renorm():
+    layer = randomise(sn.BatchRenorm2d(2, virtual_gpus=2, momentum=0.0, **FULL).double())
+    x, values = oracle.values((4, 2, 2, 2)).requires_grad_(), tuple(layer.parameters())
+
+    def call(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x).sin()
+
+    wanted = []
+    for backend in ("reference", "auto"):
+        with sn.backend(backend):
+            inputs = (x, *values)
+            first = torch.autograd.grad(call(*inputs).sum(), inputs, create_graph=True)
+            second = torch.autograd.grad(sum((g**2).sum() for g in first), inputs)
+        wanted.append([*first, *second])
+    torch.testing.assert_close(wanted[1], wanted[0])
+
+
 def test_batch_renorm_without_limits_is_its_own_evaluation():
     """r_max = 1, d_max = 0 is batch norm; without limits training is the evaluation function."""
     x = oracle.values((5, 4, 3, 3))

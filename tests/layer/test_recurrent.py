@@ -160,14 +160,18 @@ def test_one_dominant_gate_is_that_norm(dominant, norm, per_gate):
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
-def test_vectors_against_switch_norm(num_groups):
-    """The hand-written derivatives and the short plain form, both against the shelf's formula."""
+def test_vectors_against_switch_norm(num_groups, monkeypatch):
+    """The hand-written derivatives, the kernels and the short plain form against the formula."""
     norm = randomise(sn.SwitchNormRecurrent(12, num_groups)).double()
     x = (randn(4, 12) * 3 + 5).requires_grad_()
     spec, tensors = norm_spec(norm)
     results = []
     with sn.backend("reference"):
         outputs = [norm(x), vector_norm(x, norm), norm_plain(spec, tensors, x)]
+    outputs.append(vector_norm(x, norm))  # by the extension, if it was built
+    monkeypatch.setattr(sn.kernels.native, "extension", lambda: None)
+    outputs.append(vector_norm(x, norm))
+    monkeypatch.undo()
     for y in outputs:
         loss = (y * randn(4, 12, seed=1)).sum()
         results.append([y, *torch.autograd.grad(loss, [x, *norm.parameters()])])
