@@ -59,15 +59,14 @@ def test_clocks_go_forward(name):
     assert bench.CLOCKS[name]() <= bench.CLOCKS[name]()
 
 
-# two epochs of three steps of 0.1 s after 0.5 s, with 20 MB at once, in the words of each script
+# two epochs of three steps, with 20 MB for a second, in the words of each script
 COMMAND = """
 import time
-time.sleep(0.5)
 held = bytearray(20_000_000)
 for epoch in (0, 1):
     for step in range(3):
-        time.sleep(0.1)
         print({line!r}.format(epoch=epoch, step=step), flush=True)
+time.sleep(1)
 """
 
 
@@ -78,11 +77,13 @@ for epoch in (0, 1):
         ("timm", "Train: {epoch} [   {step}/3 ( 50%)]  Loss: 1.0"),
     ],
 )
-def test_figures_of_a_whole_command(who, line, load_script):
+def test_figures_of_a_whole_command(who, line, load_script, monkeypatch):
+    """By a clock that ticks once for the start, each line and the end."""
     script = load_script("bench_command")
+    monkeypatch.setattr(script.time, "perf_counter", iter(range(100)).__next__)
     found = script.measure([sys.executable, "-c", COMMAND.format(line=line)], who, batch=8)
-    assert 0.6 <= found["first_step_s"] <= found["command_s"] - 0.5  # sleeps are never shorter
-    assert 0 < found["images_per_s"] <= 80  # of the last epoch: 16 images in 0.2 s
+    assert (found["first_step_s"], found["command_s"]) == (1, 7)
+    assert found["images_per_s"] == 8  # the last epoch's: 16 images, ticks 4 to 6
     assert 20 < found["memory_mib"] < 200
     with pytest.raises(RuntimeError, match="ended with 3:\nno such folder"):
         script.measure([sys.executable, "-c", "print('no such folder'); exit(3)"], who, batch=8)
