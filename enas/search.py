@@ -68,9 +68,7 @@ def search(config: SearchConfig) -> dict:
         for epoch in run.epochs():
             train_child(task, run, epoch)
             train_controller(task, run, epoch)
-            speed = run.images_per_s()
             metrics = task.epoch_metrics(run) | validate(task, run, epoch)
-            metrics["images_per_s"] = speed
             run.progress.last = {
                 "shared_top1": metrics["val/shared_top1"],
                 "shared_loss": metrics["val/shared_loss"],

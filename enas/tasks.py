@@ -8,6 +8,7 @@ from torch import nn
 
 import sn
 from sn.training.classification.data import ImageData
+from sn.training.classification.evaluation import training_metrics
 from sn.training.run.config import number, whole
 from sn.training.run.session import Progress, Session
 
@@ -89,11 +90,7 @@ class SearchTask:
         progress, updates = run.progress, self.config.controller.updates
         sums, means = progress.sums, ("accuracy", "reward", "entropy", "log_prob", "gradient_norm")
         return {
-            "step": (progress.epoch + 1) * self.steps,
-            "images_seen": progress.images_seen,
-            "lr": self.child_optimizer.param_groups[0]["lr"],
-            "train/loss": sums["loss"] / sums["images"],
-            "train/top1": 100 * sums["correct"] / sums["images"],
+            **training_metrics(run, self.steps, self.child_optimizer.param_groups[0]["lr"]),
             "controller/baseline": progress.baseline,
             **{f"controller/{name}": sums[name] / updates for name in means},
         }

@@ -3,8 +3,9 @@
     python scripts/bench_settings.py -- experiment=imagenet/cifar10_16px data.root=data device=cpu
     python scripts/bench_settings.py --settings 8x4 --norms bn sn -- data=imagenet data.root=...
 
-Overrides of train_imagenet.py follow `--`. Each row is a process of its own, which measures some
-ten seconds of training and of validation. Writes <output>.json, with the environment, and .md.
+Overrides of train_imagenet.py follow `--`. Each row is a process of its own, of one thread, which
+measures some ten seconds of training and of validation. Writes <output>.json, with the environment,
+and <output>.md.
 """
 
 import argparse
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=None, help="<output>.json and .md")
     parser.add_argument("overrides", nargs="*", help="of train_imagenet.py, after --")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # as in each process; for the record
     rows, fresh = [], multiprocessing.get_context("spawn")
     for setting in args.settings:
         for norm in args.norms:

@@ -530,7 +530,7 @@ def recipes(
 def variants(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs of one norm by what they are called: the norm alone, for the recipe of most of them.
 
-    Others add what they differ in, `sn, optimizer.gate_lr_factor 10.0`.
+    Others add what they differ in, `sn, optimizer.gate_lr_factor 10`; two that read alike are one.
     """
     lists = recipes(runs, lambda run: run.setting)
     first, found = lists[0][0], {lists[0][0].norm: lists[0]}
@@ -541,7 +541,7 @@ def variants(runs: Iterable[Run]) -> dict[str, list[Run]]:
         keys = differences([run, other], one_cell=bool(same))
         recipe = _recipe(other, one_cell=True)
         values = [f"{key} {_plain(recipe.get(key, '(not set)'))}" for key in keys]
-        found[", ".join([first.norm, *values])] = others
+        found.setdefault(", ".join([first.norm, *values]), []).extend(others)
     return found
 
 
