@@ -26,7 +26,7 @@ from common.records import (
 
 METRICS = {"top1": "BN by moving average", "top1_batch_average": "BN by batch average"}
 LR = "schedule.lr_per_256"  # may be chosen for each norm
-MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v"}
+MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v", "brn": "*"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,13 +122,17 @@ def draw_paper(panel, paper: dict) -> None:
 def draw_line(panel, settings: list[str], values: list, norm: str, shift: float) -> None:
     """One norm's points, joined within a number of GPUs."""
     style = {"color": figures.color(norm), "marker": MARKERS.get(norm, "P"), "markersize": 6}
-    label = norm.upper() if norm in MARKERS else norm
+    label = label_of(norm)
     gpus = [setting.split("x")[0] for setting in settings]
     for g in dict.fromkeys(gpus):
         xs = [x for x, v in enumerate(values) if gpus[x] == g and v is not None]
         if xs:
             panel.plot([x + shift for x in xs], [values[x] for x in xs], label=label, **style)
             label = None
+
+
+def label_of(norm: str) -> str:
+    return norm.upper() if norm in MARKERS else norm
 
 
 def captions(runs: list[Run]) -> list[str]:
@@ -140,7 +144,7 @@ def captions(runs: list[Run]) -> list[str]:
                      f"{figures.INTERVAL}.")  # fmt: skip
     lrs = {run.norm: run.config.get("schedule", {}).get("lr_per_256") for run in runs}
     if len(set(lrs.values())) > 1:
-        values = ", ".join(f"{norm.upper()} {lrs[norm]}" for norm in sort_norms(lrs))
+        values = ", ".join(f"{label_of(norm)} {lrs[norm]}" for norm in sort_norms(lrs))
         lines.append(f"lr per 256 images: {values}.")
     if any(run.norm == "sn" and run.without_bn for run in runs):
         lines.append("SN at one image per GPU: IN and LN only, as in the paper.")
