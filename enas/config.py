@@ -12,9 +12,8 @@ from sn.training.run.config import (
     LOSS,
     LR,
     SIZE,
-    NormKeys,
     RunConfig,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -218,7 +217,7 @@ class DartsConfig(RunConfig):
     dataset: str = option(choices=tuple(DATASETS))
 
     def check(self) -> None:
-        check_open(self.norm, "norm", NormKeys)
+        check_norm(self.norm)
         if self.optimizer.min_lr > self.optimizer.max_lr:
             raise ValueError(
                 f"optimizer.min_lr={self.optimizer.min_lr}; expected at most "

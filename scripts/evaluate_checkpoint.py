@@ -36,7 +36,7 @@ from sn.training.classification.evaluation import evaluate
 from sn.training.classification.models import build_model
 from sn.training.run import distributed, entry
 from sn.training.run.checkpoint import load_network, load_weights
-from sn.training.run.config import NormKeys, check_open, short
+from sn.training.run.config import check_norm, check_open, short
 from sn.training.run.display import say
 
 
@@ -95,7 +95,7 @@ def build_and_load(build: Any, norm: Any, state: dict[str, Tensor]) -> nn.Module
         if not isinstance(values, dict):
             raise ValueError(f"{key}={short(values)}; expected options by name")
     check_open(build, "model", Model)
-    check_open(norm, "norm", NormKeys)
+    check_norm(norm)
     if "num_classes" not in build:
         ends = [k for k in ("fc.weight", "classifier.weight", "head.weight") if k in state]
         if not ends:

@@ -6,6 +6,7 @@ in the diagonal form of the authors' code for CIFAR.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 
 import torch
@@ -90,7 +91,7 @@ class BatchKalmanNormBase(RunningNorm):
         groups = groups.to(torch.promote_types(x.dtype, torch.float32))
         over = (1, *range(3, groups.dim()))
         var, mean = torch.var_mean(groups, over, correction=0)
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             before, own = self.place
             if before is not None:
                 mean, var = kalman_update((mean, var), self.flow.moments(before), self.gain)

@@ -23,7 +23,7 @@ from workers import CONFIGS, SCHEMAS, composed, config, schema, with_value
 from sn.training.run.config import (
     NormKeys,
     Setting,
-    check_open,
+    check_norm,
     check_ranges,
     option,
     recorded,
@@ -378,8 +378,13 @@ def test_open_mappings():
         ({"unbiased": "on"}, "norm.unbiased=on; expected true or false"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_open(values, "norm", NormKeys)
-    check_open({"name": "sn", "momentum": None, "whatever": 3}, "norm", NormKeys)
+            check_norm({"name": "sn"} | values)
+    check_norm({"name": "sn", "momentum": None, "whatever": 3})
+    for key in ("device", "dtype", "process_group"):
+        with pytest.raises(ValueError, match=f"parts.fpn.{key}=x: the run chooses it"):
+            check_norm({"name": "sn", key: "x"}, "parts.fpn")
+    with pytest.raises(ValueError, match="norm.name is not set"):
+        check_norm({})
 
 
 def test_recorded_leaves_out_the_machine_and_what_was_always_so():

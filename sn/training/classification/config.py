@@ -6,10 +6,9 @@ from typing import Any
 from ..run.config import (
     CLIP,
     LR,
-    NormKeys,
     RunConfig,
     Setting,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -113,7 +112,7 @@ class ImagenetConfig(RunConfig):
     compile: bool = option(machine=True)
 
     def check(self) -> None:
-        check_open(self.norm, "norm", NormKeys)
+        check_norm(self.norm)
         if self.init.name == "checkpoint" and self.init.path is None:
             raise ValueError("init.path is not set; add init.path=... to the command")
         if self.init.name == "scratch" and self.init.gate_start:

@@ -10,10 +10,9 @@ from ..run.config import (
     CLIP,
     LR,
     SIZE,
-    NormKeys,
     RunConfig,
     Setting,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -191,7 +190,7 @@ class DetectionConfig(RunConfig):
 
     def check(self) -> None:
         for part, options in vars(self.parts).items():
-            check_open(options, f"parts.{part}", NormKeys)
+            check_norm(options, f"parts.{part}")
         self.detector()  # whether there are such norms
         for key, lengths in (
             ("data.sizes", self.data.sizes),

@@ -138,6 +138,22 @@ class NormKeys:
     d_images: list[float] = number(0, 1e15)
 
 
+def check_norm(values: dict[str, Any], prefix: str = "norm") -> None:
+    """Check the arguments of a `make_norm` as far as `NormKeys` knows them; ValueError as `typed`.
+
+    Where and in which dtype a layer is, the run says for the whole network.
+    """
+    if "name" not in values:
+        raise ValueError(f"{prefix}.name is not set; choose an option {prefix}=...")
+    for key in ("device", "dtype", "process_group"):
+        if key in values:
+            raise ValueError(
+                f"{prefix}.{key}={short(values[key])}: the run chooses it for all layers "
+                "(device=, precision=)"
+            )
+    check_open(values, prefix, NormKeys)
+
+
 def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
     """Check those keys of an open mapping that `schema` has. Raises ValueError as `typed`."""
     for field in dataclasses.fields(schema):

@@ -7,9 +7,8 @@ from ..run.config import (
     LOSS,
     LR,
     SIZE,
-    NormKeys,
     RunConfig,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -131,7 +130,7 @@ class StyleConfig(RunConfig):
     export: Export = option(Export, machine=True)
 
     def check(self) -> None:
-        check_open(self.norm, "norm", NormKeys)
+        check_norm(self.norm)
         if not self.loss.style_layers:
             raise ValueError(f"loss.style_layers=[]; expected at least one of {', '.join(RELUS)}")
         size, resize = self.photos.image_size, self.photos.resize
