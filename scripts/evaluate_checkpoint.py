@@ -36,8 +36,10 @@ from sn.training.classification.evaluation import evaluate
 from sn.training.classification.models import build_model
 from sn.training.run import distributed, entry
 from sn.training.run.checkpoint import load_network, load_weights
-from sn.training.run.config import check_norm, check_open, short
+from sn.training.run.config import COUNT, SIZE, check_norm, check_open, short
 from sn.training.run.display import say
+
+NUMBERS = (("workers", 0, 1024), ("batch_size", 1, SIZE), ("batches", 1, COUNT), ("seed", 0, COUNT))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -143,6 +145,10 @@ def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[st
 def main() -> None:
     args = parse_arguments()
     try:
+        for key, low, high in NUMBERS:
+            if not low <= getattr(args, key) <= high:
+                option = key.replace("_", "-")
+                raise ValueError(f"--{option} {getattr(args, key)}; expected {low} to {high}")
         processes = distributed.start(args.device)
         model, options = load(args, partial(say, error=True) if processes.is_main else None)
         if args.root is not None:

@@ -264,6 +264,17 @@ def test_empty_file_is_one_message(name, tmp_path, call, capsys):
     assert str(path) in errors and not (tmp_path / "out.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("batch-size", 0), ("batches", -1), ("workers", -1), ("seed", -1), ("batch-size", 10**9)],
+)
+def test_numbers_of_the_evaluation_are_checked(option, value, call, capsys):
+    with pytest.raises(SystemExit) as error:
+        call("evaluate_checkpoint", "none.pt", f"--{option}", value, "--device", "cpu")
+    assert error.value.code == 2
+    assert f"--{option} {value}; expected " in capsys.readouterr().err
+
+
 @pytest.fixture
 def load(load_script):
     """What scripts/evaluate_checkpoint.py makes of a file: the network."""
