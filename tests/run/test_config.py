@@ -203,7 +203,7 @@ def test_lists_and_texts_have_a_length():
         ({"points": [1] * 10_001}, r"points=.*; expected a list, each .*, at most 10,000 of them"),
         ({"words": ["a"] * 10_001}, r"words=.*; expected a list of words, at most 10,000 of them"),
         ({"words": ["a", "b" * 4097]}, "words="),
-        ({"note": "x" * 4097}, r"note=x{80}\.\.\. .*; expected a text of at most 4096 characters"),
+        ({"note": "x" * 4097}, r"note=x{80}\.\.\. .*; expected a text of none to 4096 characters"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             check_ranges(dataclasses.replace(right, **changed))
@@ -380,7 +380,7 @@ def test_open_mappings():
         with pytest.raises(ValueError, match=message):
             check_norm({"name": "sn"} | values)
     check_norm({"name": "sn", "momentum": None, "whatever": 3})
-    for key in ("device", "dtype", "process_group"):
+    for key in ("device", "dtype", "process_group", "virtual_gpus"):
         with pytest.raises(ValueError, match=f"parts.fpn.{key}=x: the run chooses it"):
             check_norm({"name": "sn", key: "x"}, "parts.fpn")
     with pytest.raises(ValueError, match="norm.name is not set"):
@@ -405,6 +405,21 @@ def test_recorded_leaves_out_the_machine_and_what_was_always_so():
     assert recorded(Outer()) == {"seed": 0, "inner": {"gpus": 2}, "norm": {"name": "sn"}}
     changed = recorded(Outer(gates="bilevel", clip=1.0))
     assert changed["gates"] == "bilevel" and changed["clip"] == 1.0
+
+
+def test_a_folder_of_outputs_has_a_name():
+    """Else it would be the folder one is in, and with an empty output_root the machine's root."""
+    for override in ("output_dir=", "output_root=", "output_dir=' '"):
+        key = override.partition("=")[0]
+        with pytest.raises(ValueError, match=rf"^{key}=\s*; expected a text of one to 4096"):
+            config(override)
+
+
+def test_images_per_step_have_an_end():
+    for root in ("imagenet", "detection"):
+        words = [w for w in SMALL[root] if not w.startswith("setting.")]
+        with pytest.raises(ValueError, match="setting 65536x65536 has 4,294,967,296 images per st"):
+            config(*words, "setting.gpus=65536", "setting.images_per_gpu=65536", root=root)
 
 
 def test_setting():

@@ -113,6 +113,7 @@ class ImagenetConfig(RunConfig):
 
     def check(self) -> None:
         check_norm(self.norm)
+        self.setting.check()
         if self.init.name == "checkpoint" and self.init.path is None:
             raise ValueError("init.path is not set; add init.path=... to the command")
         if self.init.name == "scratch" and self.init.gate_start:

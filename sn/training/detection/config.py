@@ -191,6 +191,7 @@ class DetectionConfig(RunConfig):
     def check(self) -> None:
         for part, options in vars(self.parts).items():
             check_norm(options, f"parts.{part}")
+        self.setting.check()
         self.detector()  # whether there are such norms
         for key, lengths in (
             ("data.sizes", self.data.sizes),

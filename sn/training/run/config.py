@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 NOTHING = object()
 COUNT = 2**31 - 1  # largest number of steps, images, ...
 SIZE = 65536  # largest size of a tensor's axis: channels, pixels, images per GPU
+STEP = 2**20  # most images per step
 LR = 1e4  # largest learning rate, factor of one, weight decay
 LOSS = 1e15  # largest weight of a loss
 CLIP = 1e9  # largest norm of gradients to clip at
@@ -34,6 +35,7 @@ def option(
     below: float | None = None,
     choices: tuple | None = None,
     name: bool = False,
+    filled: bool = False,
     machine: bool = False,
     before: Any = NOTHING,
     expected: str | None = None,
@@ -44,13 +46,14 @@ def option(
         low, high: least and largest number, both allowed; above, below: both not allowed.
             Of a list they bound each element.
         choices: all values allowed.
-        name: a name fit to be a part of a path.
+        name: a name fit to be a part of a path; filled: a text that is not empty.
         machine: says where or how fast, not what: not recorded, may change at a resumption.
         before: what runs did before this field existed, or a tuple of such values; a record
             leaves it out then.
         expected: what is expected, in words, if it cannot be said from the rest.
     """
     metadata = dict(low=low, high=high, above=above, below=below, choices=choices, name=name)
+    metadata |= dict(filled=filled)
     metadata |= dict(machine=machine, before=before, expected=expected)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -84,6 +87,13 @@ class Setting:
         """Images per step over all GPUs."""
         return self.gpus * self.images_per_gpu
 
+    def check(self) -> None:
+        """Raise ValueError for more images per step than anybody's machine has."""
+        if self.total > STEP:
+            raise ValueError(
+                f"setting {self.name} has {self.total:,} images per step; expected at most {STEP:,}"
+            )
+
     def lr(self, base: float, images: int) -> float:
         """Linear rule: `base` is the lr at `images` per step. Source: official README."""
         return base * self.total / images
@@ -111,8 +121,8 @@ class RunConfig:
     timeout_minutes: float = number(0.001, 1e6, machine=True)
     note: str | None = option(machine=True)
     run_name: str = option(name=True)
-    output_root: str = option(machine=True)
-    output_dir: str = option(machine=True)
+    output_root: str = option(machine=True, filled=True)
+    output_dir: str = option(machine=True, filled=True)
 
     def check(self) -> None:
         """Raise ValueError where values do not go together."""
@@ -130,7 +140,6 @@ class NormKeys:
     track_running_stats: bool = option()
     unbiased: bool = option()
     num_groups: int | None = whole(1, SIZE)
-    virtual_gpus: int = whole(1, SIZE)
     gain: float = number(0, 1)
     r_max: float = number(1, 1e6)
     d_max: float = number(0, 1e6)
@@ -141,15 +150,15 @@ class NormKeys:
 def check_norm(values: dict[str, Any], prefix: str = "norm") -> None:
     """Check the arguments of a `make_norm` as far as `NormKeys` knows them; ValueError as `typed`.
 
-    Where and in which dtype a layer is, the run says for the whole network.
+    Device, dtype and virtual GPUs are the run's, for the whole network.
     """
     if "name" not in values:
         raise ValueError(f"{prefix}.name is not set; choose an option {prefix}=...")
-    for key in ("device", "dtype", "process_group"):
+    for key in ("device", "dtype", "process_group", "virtual_gpus"):
         if key in values:
             raise ValueError(
                 f"{prefix}.{key}={short(values[key])}: the run chooses it for all layers "
-                "(device=, precision=)"
+                "(device=, precision=, setting=)"
             )
     check_open(values, prefix, NormKeys)
 
@@ -286,6 +295,7 @@ def _holds(metadata: typing.Mapping, value: Any) -> bool:
         return False
     if isinstance(value, str):
         is_text = len(value) <= TEXT and "\0" not in value
+        is_text = is_text and (value.strip() != "" or not metadata.get("filled"))
         return is_name(value) if metadata.get("name") else is_text
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
@@ -327,7 +337,8 @@ def describe(hint: Any, metadata: typing.Mapping, full: bool = False) -> str:
         length = f", shorter than {NAME} characters" if full else ""
         return f"a name without / and control characters, not starting with a dot{length}"
     if hint is str:
-        return f"a text of at most {TEXT} characters, none of them null" if full else "a text"
+        least = "one" if metadata.get("filled") else "none"
+        return f"a text of {least} to {TEXT} characters, not null" if full else "a text"
     if hint in (int, float):
         return ("a whole number" if hint is int else "a number") + _bounds(metadata, full)
     return "a group of keys"

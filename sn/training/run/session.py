@@ -166,6 +166,8 @@ class Session:
             estimated = need()
         except (RuntimeError, ValueError):  # the run itself will say what is wrong, if it is
             return None
+        except AssertionError as error:  # timm's and torchvision's, of the images' size
+            raise ValueError(f"the network refuses its input: {error}") from None
         if not self.config.plan and self.is_main:
             for text in estimated.warnings():
                 say(f"warning: {text}", error=True)
