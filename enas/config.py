@@ -23,7 +23,7 @@ from sn.training.run.config import (
 from .benchmark import DATASETS
 from .controller import Controller
 
-LAYERS, NODES, WIDTH = 1000, 100, 8192  # the most of a child, of a cell, of the LSTM's vectors
+LAYERS, NODES, WIDTH = 200, 20, 8192  # the most of a child, of a cell, of the LSTM's vectors
 
 
 @dataclass
@@ -122,6 +122,9 @@ class SearchConfig(RunConfig):
     evaluation: SearchEvaluation = option(SearchEvaluation)
     names: Names = option(Names)
 
+    def check(self) -> None:
+        _check_lrs(self.optimizer)
+
 
 @dataclass
 class RetrainEvaluation:
@@ -140,6 +143,9 @@ class RetrainConfig(RunConfig):
     child: FixedChild = option(FixedChild)
     optimizer: ChildOptimizer = option(ChildOptimizer)
     evaluation: RetrainEvaluation = option(RetrainEvaluation)
+
+    def check(self) -> None:
+        _check_lrs(self.optimizer)
 
 
 @dataclass
@@ -218,11 +224,15 @@ class DartsConfig(RunConfig):
 
     def check(self) -> None:
         check_norm(self.norm)
-        if self.optimizer.min_lr > self.optimizer.max_lr:
-            raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr}; expected at most "
-                f"optimizer.max_lr={self.optimizer.max_lr}"
-            )
+        _check_lrs(self.optimizer)
+
+
+def _check_lrs(optimizer: ChildOptimizer | DartsOptimizer) -> None:
+    if optimizer.min_lr > optimizer.max_lr:
+        raise ValueError(
+            f"optimizer.min_lr={optimizer.min_lr}; expected at most "
+            f"optimizer.max_lr={optimizer.max_lr}"
+        )
 
 
 register("enas", SearchConfig)

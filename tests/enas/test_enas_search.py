@@ -447,6 +447,8 @@ def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):
         (["controller.places=[output]"], ["controller.places", "hidden"]),
         (["controller.places=hidden"], ["controller.places=hidden", "list"]),
         (["controller.updates=0"], ["controller.updates=0"]),
+        (["optimizer.min_lr=1", "optimizer.max_lr=0.1"], ["optimizer.min_lr=1.0", "max_lr=0.1"]),
+        (["child.layers=201"], ["child.layers=201", "1 to 200"]),
         (["controller.lr=abc"], ["controller.lr=abc"]),
         (["controller.baseline_decay=1"], ["controller.baseline_decay=1"]),
         (["controller.grad_clip=0"], ["controller.grad_clip=0"]),

@@ -203,7 +203,7 @@ def test_lists_and_texts_have_a_length():
         ({"points": [1] * 10_001}, r"points=.*; expected a list, each .*, at most 10,000 of them"),
         ({"words": ["a"] * 10_001}, r"words=.*; expected a list of words, at most 10,000 of them"),
         ({"words": ["a", "b" * 4097]}, "words="),
-        ({"note": "x" * 4097}, r"note=x{80}\.\.\. .*; expected a text of none to 4096 characters"),
+        ({"note": "x" * 4097}, r"note=x{80}\.\.\. .*; expected a text of 0 to 4096 characters"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             check_ranges(dataclasses.replace(right, **changed))
@@ -411,8 +411,13 @@ def test_a_folder_of_outputs_has_a_name():
     """Else it would be the folder one is in, and with an empty output_root the machine's root."""
     for override in ("output_dir=", "output_root=", "output_dir=' '"):
         key = override.partition("=")[0]
-        with pytest.raises(ValueError, match=rf"^{key}=\s*; expected a text of one to 4096"):
+        with pytest.raises(ValueError, match=rf"^{key}=\s*; expected a text of 1 to 4096"):
             config(override)
+
+
+def test_anchors_of_the_pyramid_are_counted_before_any_data_are_drawn():
+    with pytest.raises(ValueError, match=r"model.anchor_sizes=\[8, 16\]; expected five lengths"):
+        config(*SMALL["detection"], "model.anchor_sizes=[8,16]", root="detection")
 
 
 def test_images_per_step_have_an_end():

@@ -578,6 +578,11 @@ def test_same_names_do_not_overwrite_one_another(tmp_path):
 @pytest.mark.parametrize(
     "override, message",
     [
+        (
+            "loss.style_layers=[relu1_2,relu1_2]",
+            "loss.style_layers=['relu1_2', 'relu1_2'] names one",
+        ),
+        ("stylize.images=[[x]]", "stylize.images=[['x']]; expected a file, a folder, or a list"),
         ("schedule.steps=0", "schedule.steps=0; expected a whole number, 1 to 2147483647"),
         ("schedule.batch_size=1.5", "schedule.batch_size=1.5; expected a whole number, 1 to 65536"),
         ("schedule.lr=0", "schedule.lr=0.0; expected a number, above 0"),

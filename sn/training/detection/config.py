@@ -16,6 +16,7 @@ from ..run.config import (
     number,
     option,
     register,
+    short,
     whole,
 )
 from .detectors import ARCHITECTURES, check_frozen
@@ -199,6 +200,11 @@ class DetectionConfig(RunConfig):
         ):
             if not lengths:
                 raise ValueError(f"{key}=[]; expected {LENGTHS}")
+        if "fpn" in self.own_parts and len(self.model.anchor_sizes) != 5:
+            raise ValueError(
+                f"model.anchor_sizes={short(self.model.anchor_sizes)}; expected five lengths, one "
+                "for each level of the FPN"
+            )
         if self.setting.emulation == "grouped":
             raise ValueError(
                 "setting.emulation=grouped: images and RoIs of a step differ in number and size, "

@@ -337,8 +337,8 @@ def describe(hint: Any, metadata: typing.Mapping, full: bool = False) -> str:
         length = f", shorter than {NAME} characters" if full else ""
         return f"a name without / and control characters, not starting with a dot{length}"
     if hint is str:
-        least = "one" if metadata.get("filled") else "none"
-        return f"a text of {least} to {TEXT} characters, not null" if full else "a text"
+        length = "1" if metadata.get("filled") else "0"
+        return f"a text of {length} to {TEXT} characters, none of them null" if full else "a text"
     if hint in (int, float):
         return ("a whole number" if hint is int else "a number") + _bounds(metadata, full)
     return "a group of keys"

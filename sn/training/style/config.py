@@ -34,7 +34,7 @@ class PhotoOptions:
 class StyleImage:
     name: str = option(name=True)
     image: str | None = option(machine=True)
-    size: int = whole(1, 8192)
+    size: int = whole(16, 8192)
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Evaluation:
 @dataclass
 class Stylize:
     checkpoint: str | None = option()
-    images: Any = option()  # a path or a list of them
+    images: Any = option(expected="a file, a folder, or a list of them")
     output: str = option()
     size: int | None = whole(1, SIZE)
     strip_pixels: float = number(1, 1e12)
@@ -133,6 +133,8 @@ class StyleConfig(RunConfig):
         check_norm(self.norm)
         if not self.loss.style_layers:
             raise ValueError(f"loss.style_layers=[]; expected at least one of {', '.join(RELUS)}")
+        if len(set(self.loss.style_layers)) < len(self.loss.style_layers):
+            raise ValueError(f"loss.style_layers={self.loss.style_layers} names one twice")
         size, resize = self.photos.image_size, self.photos.resize
         if size % 4:
             raise ValueError(f"photos.image_size={size}; expected a multiple of 4")
