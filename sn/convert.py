@@ -1,6 +1,7 @@
 """Replace every batch norm of any network by another norm."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -68,12 +69,18 @@ def convert(
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
 
     Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, or for a
-    batch norm that is still lazy or of an unknown class.
+    batch norm that is still lazy or of an unknown class. Warns if there is no batch norm.
     """
     new = {}
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) or type(layer).__name__ in _FROZEN:
             new[layer] = _replacement(name, layer, norm, keep_outputs, gate_start, dim, options)
+    if not new:
+        warnings.warn(
+            f"sn.convert: {type(model).__name__} has no batch norm, nothing was converted; it "
+            "looks for BatchNorm1d, 2d, 3d, SyncBatchNorm, FrozenBatchNorm2d, timm's and our own",
+            stacklevel=2,
+        )
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:
