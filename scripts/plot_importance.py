@@ -7,8 +7,9 @@ Three figures per data set, model and recipe, each with a CSV of what it draws:
 importance_by_setting (Fig 2, and how the weights changed in training), importance_by_block (Fig 3)
 and importance_over_epochs; of detectors importance_by_part: the stages of the backbone, FPN and
 heads. Bars begin where the run did: at 1/K, the weight of each of K statistics that count alike,
-unless it was fine-tuned; axes show what occurs. The paper's bars stand beside ours in a panel of their own. The paper does not say which
-weights Fig 2 draws nor how layers are averaged, so each title says what ours does.
+unless it was fine-tuned; axes show what occurs. The paper's bars stand beside ours in a panel of
+their own. The paper does not say which weights Fig 2 draws nor how layers are averaged, so each
+title says what ours does.
 
 Source: Fig 2 and Fig 3, from results/paper.yaml.
 """
