@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, BooleanNode, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -315,6 +316,11 @@ def _bounds(metadata: typing.Mapping) -> str:
     if below is not None:
         parts.append(f"less than {below:g}")
     return f", {' and '.join(parts)}" if parts else ""
+
+
+def as_yaml(value: Any) -> str:
+    """A value as the command line takes it: `null`, `true`, `[in, ln]`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
 
 
 def short(value: Any, length: int = 80) -> str:
