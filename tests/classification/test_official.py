@@ -270,8 +270,8 @@ def load(load_script):
     script = load_script("evaluate_checkpoint")
 
     def load(path, **options):
-        given = {"model": None, "source": "cifar", "norm": "sn", "data": "digits"} | options
-        return script.load(argparse.Namespace(checkpoint=path, **given))[0]
+        given = {"model": None, "source": "cifar", "norm": "sn", "data": "digits", "key": None}
+        return script.load(argparse.Namespace(checkpoint=path, **given | options), None)[0]
 
     return load
 
@@ -302,7 +302,11 @@ def test_wrapped_networks_are_evaluated(prefix, load, tmp_path):
     [
         ({"width": 10**7}, "model.width=10000000; expected a whole number, 1 to 4096"),
         ({"num_classes": 10**12}, "size mismatch for fc.weight"),  # no memory is taken for it
-        ({"name": 3}, "unknown CIFAR model"),
+        ({"name": 3}, "model.name=3; expected a name"),
+        ({"width": True}, "model.width=True; expected a whole number"),
+        ({"width": "8"}, "model.width=8; expected a whole number"),
+        ({"dropout": "0.5"}, "model.dropout=0.5; expected a number"),
+        ({"dropout": True}, "model.dropout=True; expected a number"),
         ({"whidth": 8}, "whidth"),
     ],
     ids=str,

@@ -181,7 +181,7 @@ def explain(error: BaseException, schema: type) -> str:
     if value is None:
         found = re.search(r"Value '(.*)' of type|value: (.*)", text)
         value = (found.group(1) or found.group(2)) if found else "null"
-    expected = describe(hint, metadata) if hint is not None else "another type of value"
+    expected = describe(hint, metadata, full=True) if hint is not None else "another type of value"
     return f"{where}{key.group(1)}={short(value)}; expected {expected}"
 
 

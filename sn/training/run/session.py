@@ -43,8 +43,8 @@ class Progress:
     logged: dict[str, list] = field(default_factory=dict)  # [sum, count] since steps' last line
     images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
     skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
-    best: float | None = number(None, default=None)  # of the validations
-    wall_s: float = number(default=0.0)
+    best: float | None = number(None, None, default=None)  # of the validations
+    wall_s: float = number(0, None, default=0.0)
 
     @property
     def done(self) -> int:
