@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
+from .freezing import freeze, is_frozen
 from .hooks import connect
 from .modules import SwitchNormBase
 from .norms import FrozenBatchNorm, NoNorm, _options, make_norm
@@ -25,6 +27,10 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_OWN = {"num_features", "eps", "momentum", "affine", "track_running_stats"}  # of batch norm
+_OWN |= {"num_batches_tracked", "process_group", "virtual_gpus", *_TENSORS}
+_KNOWN = ("torch.nn.", "torchvision.", "timm.layers.", "sn.")  # their forwards are batch norm's
 _EXACT = (_BatchNorm, RunningNorm, FrozenBatchNorm)  # their evaluation is batch norm's
 
 
@@ -52,10 +58,11 @@ def convert(
 
     Batch norm is torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, our own, timm's fused
     BatchNormAct2d (dropout and activation stay) and its synchronised form, and FrozenBatchNorm2d,
-    whose replacement learns. `norm` and `options` are those of `make_norm`, or a callable; eps and
-    momentum are the replaced layer's unless given. Gain and shift, a missing one included, device,
-    dtype, mode, requires_grad and forward and backward hooks are kept wherever the new norm has
-    them; an optimizer needs the new parameters.
+    whose replacement learns. `norm` and `options` are those of `make_norm`, or a callable; eps,
+    momentum, process group and virtual GPUs are the replaced layer's unless given. Gain and shift
+    stay the same parameters, ties and an optimizer's reference included; a missing one, device,
+    dtype, mode, `freeze`, forward and backward hooks and what a user has set on the layer are kept
+    wherever the new norm has their like. Control parameters are new to an optimizer.
 
     Args:
         keep_outputs: also keep the running statistics, and start switchable layers with bn's
@@ -68,13 +75,16 @@ def convert(
             deviation.
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
 
-    Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, or for a
-    batch norm that is still lazy or of an unknown class. Warns if there is no batch norm.
+    Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, and for a
+    batch norm that is lazy, of an unknown class, scripted, of a model in DistributedDataParallel or
+    FSDP (convert before), or with what would be lost: a parametrised, normalised or pruned gain,
+    further parameters, hooks of its state dict. Warns if there is no batch norm.
     """
     new = {}
     for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm) or type(layer).__name__ in _FROZEN:
+        if _is_batch_norm(layer):
             new[layer] = _replacement(name, layer, norm, keep_outputs, gate_start, dim, options)
+        _check_wrapper(layer)
     if not new:
         warnings.warn(
             f"sn.convert: {type(model).__name__} has no batch norm, nothing was converted; it "
@@ -93,15 +103,60 @@ def convert(
     return connect(model)
 
 
+def _is_batch_norm(layer: nn.Module) -> bool:
+    frozen = any(kind.__name__ in _FROZEN for kind in type(layer).__mro__)
+    return isinstance(layer, _BatchNorm) or frozen
+
+
+def _check_wrapper(layer: nn.Module) -> None:
+    """Raise ValueError for batch norm in a wrapper that would not know of the new parameters."""
+    if isinstance(layer, torch.jit.ScriptModule):
+        if str(getattr(layer, "original_name", "")).startswith("BatchNorm"):
+            raise ValueError("the model is compiled by torch.jit; convert it before")
+    wraps = isinstance(layer, DistributedDataParallel)
+    if wraps or type(layer).__name__ == "FullyShardedDataParallel":
+        if any(_is_batch_norm(inner) for inner in layer.modules()):
+            raise ValueError(f"the model is in {type(layer).__name__}; convert it before")
+
+
+def _check_layer(where: str, layer: nn.Module) -> None:
+    """Raise ValueError for a batch norm that no other norm can stand for."""
+    owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
+    known = owner.__module__.startswith(_KNOWN) or owner.__name__ in _FROZEN
+    if "forward" in vars(layer) or not known:
+        raise ValueError(f"{where} has a forward of its own; replace it by hand first")
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"{where} is lazy; run the model once before converting it")
+    tensors = layer._parameters | layer._buffers
+    for key in _TENSORS:
+        if getattr(layer, key, None) is not None and key not in tensors:
+            raise ValueError(
+                f"the {key} of {where} is computed from other tensors (a parametrization, weight "
+                "norm, pruning), which would be lost; remove that before converting "
+                "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                "prune.remove) and add it to the new layer"
+            )
+    if any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):
+        raise ValueError(f"{where} is sharded; convert the model before FSDP")
+    further = sorted({k for k, p in layer._parameters.items() if p is not None} - {*_TENSORS})
+    further += sorted(layer._modules.keys() - {"act", "drop"})
+    if further:
+        raise ValueError(
+            f"{where} has {', '.join(further)}, which the new norm would lose; replace it by hand"
+        )
+    kinds = ("_state_dict_hooks", "_state_dict_pre_hooks")
+    kinds += ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    if any(getattr(layer, kind) for kind in kinds):
+        raise ValueError(
+            f"{where} has hooks of its state dict; remove them before converting and register them "
+            "with the new layer"
+        )
+
+
 def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> nn.Module:
     where = f"{name or 'the model'} ({type(layer).__name__})"
     fused = hasattr(layer, "act") or hasattr(layer, "drop")
-    known = ("torch.nn.", "torchvision.", "timm.layers.", "sn.")
-    if isinstance(layer, _BatchNorm) and not type(layer).__module__.startswith(known):
-        if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-            raise ValueError(f"{where} has a forward of its own; replace it by hand first")
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        raise ValueError(f"{where} is lazy; run the model once before converting it")
+    _check_layer(where, layer)
     tensors = [t for t in (layer.running_mean, layer.weight) if t is not None]
     features = tensors[0].shape[0] if tensors else layer.num_features
     if isinstance(norm, str):
@@ -111,10 +166,13 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         inherited["bias"] = layer.bias is not None
         if not issubclass(build.func, nn.modules.instancenorm._InstanceNorm):
             inherited["track_running_stats"] = layer.running_mean is not None
-        if hasattr(layer, "momentum"):
-            inherited["momentum"] = layer.momentum
+        for key in ("momentum", "process_group"):
+            if hasattr(layer, key):
+                inherited[key] = getattr(layer, key)
         known = set(_options(build.func)) - set(options)
         twin = build(features, **{k: v for k, v in inherited.items() if k in known})
+        if "virtual_gpus" not in options and hasattr(twin, "virtual_gpus"):
+            twin.virtual_gpus = getattr(layer, "virtual_gpus", twin.virtual_gpus)
     else:
         if options:
             raise TypeError(f"options {sorted(options)} are those of a norm given by its name")
@@ -129,10 +187,13 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
     with torch.no_grad():
         for key in ("weight", "bias"):
             old, value = getattr(layer, key), getattr(twin, key, None)
-            if old is not None and value is not None:
+            if old is None or value is None:
+                continue
+            both = isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter)
+            if both and old.shape == value.shape:
+                setattr(twin, key, old)
+            else:
                 value.copy_(old)
-                if isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter):
-                    value.requires_grad_(old.requires_grad)
         if keep_outputs and layer.running_mean is not None:
             twin.running_mean.copy_(layer.running_mean)
             twin.running_var.copy_(layer.running_var)
@@ -147,7 +208,21 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         twin = NormAct(twin, drop, copy.copy(act))
     for hooks in _HOOKS:  # the dictionaries themselves: handles stay valid
         setattr(twin, hooks, getattr(layer, hooks))
+    _keep_what_users_set(layer, twin)
+    if is_frozen(layer):
+        freeze(twin)
     return twin.train(layer.training)
+
+
+def _keep_what_users_set(layer: nn.Module, twin: nn.Module) -> None:
+    """Give `twin` the buffers and attributes that `layer` has beyond those of batch norm."""
+    for key, buffer in layer._buffers.items():
+        if key not in _OWN and not hasattr(twin, key):
+            persistent = key not in layer._non_persistent_buffers_set
+            twin.register_buffer(key, buffer, persistent=persistent)
+    for key, value in vars(layer).items():
+        if not key.startswith("_") and key not in _OWN and not hasattr(twin, key):
+            setattr(twin, key, value)
 
 
 def _check_keeps(where: str, layer: nn.Module, twin: nn.Module) -> None:

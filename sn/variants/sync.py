@@ -182,8 +182,17 @@ def convert_sync_switchnorm(module: nn.Module, process_group=None) -> nn.Module:
     """Return `module` with every SwitchNorm1d, 2d, Act2d and 3d that has bn synchronised.
 
     In the manner of nn.SyncBatchNorm.convert_sync_batchnorm, but the layers are changed in place:
-    parameters, hooks and an optimizer that holds them stay valid. Batch norm layers are left alone.
+    parameters, hooks and an optimizer that holds them stay valid. Batch norm and sparse layers are
+    left alone. Raises ValueError, with nothing changed, for a layer of a class that is not ours, as
+    parametrised ones are.
     """
+    for name, layer in module.named_modules():
+        ours = type(layer).__module__.startswith(__name__.partition(".")[0] + ".")
+        if isinstance(layer, SwitchNormBase) and "bn" in layer.statistics and not ours:
+            raise ValueError(
+                f"{name or 'the model'} is a {type(layer).__name__}, which has no synchronised "
+                "form; remove its parametrization before, or take norm 'sync_sn' there"
+            )
     for layer in module.modules():
         if type(layer) in _SYNCHRONISED and "bn" in layer.statistics:
             layer.__dict__.pop("virtual_gpus")

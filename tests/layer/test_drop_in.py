@@ -172,6 +172,145 @@ def test_convert_keeps_hooks_and_their_handles():
     assert len(seen) == 3
 
 
+def in_sequence(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm)
+
+
+def parametrised(key):
+    norm = nn.BatchNorm2d(4)
+    parametrize.register_parametrization(norm, key, nn.Softplus(), unsafe=True)
+    return norm
+
+
+def with_legacy_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.BatchNorm2d(4), dim=None)
+
+
+class WithParameter(nn.BatchNorm2d):
+    def __init__(self, features):
+        super().__init__(features)
+        self.slope = nn.Parameter(torch.ones(1))
+
+
+class OwnForwardFrozen(torchvision.ops.FrozenBatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def with_forward_of_the_instance():
+    norm = nn.BatchNorm2d(4)
+    norm.forward = lambda x: x  # as accelerate hooks modules
+    return norm
+
+
+def with_state_dict_hook():
+    norm = nn.BatchNorm2d(4)
+    norm.register_state_dict_post_hook(lambda *args: None)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: parametrised("weight"), "the weight of 1 .*remove_parametrizations"),
+        (lambda: parametrised("bias"), "the bias of 1 "),
+        (lambda: parametrised("running_var"), "the running_var of 1 "),
+        (with_legacy_weight_norm, "the weight of 1 .*remove_weight_norm"),
+        (lambda: prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 2), r"weight of 1 .*prune\."),
+        (lambda: WithParameter(4), r"1 \(WithParameter\) has slope"),
+        (lambda: OwnForwardFrozen(4), "1 .*forward of its own"),
+        (with_forward_of_the_instance, "1 .*forward of its own"),
+        (with_state_dict_hook, "1 .*hooks of its state dict"),
+    ],
+)
+def test_convert_refuses_what_it_would_lose(make, message):
+    model = in_sequence(make())
+    norm, state = model[1], copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        sn.convert(model, "sn")
+    assert model[1] is norm
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_convert_refuses_wrappers_that_would_not_know_of_new_parameters():
+    model = in_sequence(nn.BatchNorm2d(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(model)
+    with pytest.raises(ValueError, match=r"torch\.jit; convert it before"):
+        sn.convert(scripted)
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    with pytest.raises(ValueError, match="in DistributedDataParallel; convert it before"):
+        sn.convert(wrapped)
+    wrapped.module = nn.Conv2d(3, 4, 1)
+    assert sn.convert(wrapped) is wrapped
+
+
+@pytest.mark.parametrize("name", ["sn", "ssn", "bn", "gn", "in", "brn"])
+def test_convert_keeps_the_parameters_themselves(name):
+    """Ties, hooks, gradients, flags and an optimizer's references, as convert_sync_batchnorm."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    model[3].weight = model[1].weight
+    model[0].bias = model[1].bias
+    model[3].bias.requires_grad_(False)
+    model[1].weight.no_decay = True
+    seen = []
+    model[1].weight.register_hook(lambda grad: seen.append(grad))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    sn.convert(model, name)
+    assert model[1].weight is model[3].weight and model[0].bias is model[1].bias
+    assert id(model[1].weight) in known and id(model[3].bias) in known
+    assert model[1].weight.no_decay and not model[3].bias.requires_grad
+    model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    assert seen
+    new = {n for n, p in model.named_parameters() if id(p) not in known}
+    assert {n.rpartition(".")[2] for n in new} <= {"mean_weight", "var_weight"}
+
+
+def test_convert_keeps_what_users_set():
+    model = in_sequence(nn.BatchNorm2d(4))
+    norm = model[1]
+    norm.register_buffer("mask", torch.tensor([1.0, 0, 1, 0]))
+    norm.register_buffer("seen", torch.zeros(1), persistent=False)
+    norm.label = "stem"
+    norm.register_forward_hook(lambda m, args, y: y * m.mask.view(-1, 1, 1))
+    for name in ("sn", "gn"):
+        twin = sn.convert(copy.deepcopy(model), name)
+        assert twin[1].label == "stem" and "1.mask" in twin.state_dict()
+        assert "1.seen" not in twin.state_dict() and (twin[1].seen == 0).all()
+        y = twin(torch.randn(2, 3, 5, 5))
+        assert (y[:, 1::2] == 0).all() and (y[:, ::2] != 0).any()
+        assert not hasattr(twin[1], "virtual_gpus") or name == "sn"
+    frozen = sn.convert(sn.freeze(copy.deepcopy(model)), "sn").train()
+    assert not frozen[1].training and not any(p.requires_grad for p in frozen.parameters())
+    assert sn.unfreeze(frozen).train()[1].training
+
+
+def test_convert_keeps_groups_of_processes_and_virtual_gpus():
+    group = object()
+    sync = sn.convert(nn.SyncBatchNorm(4, process_group=group), "sync_sn")
+    assert sync.process_group is group
+    ghost = sn.GhostBatchNorm2d(4)
+    ghost.virtual_gpus = 2
+    for name in ("sn", "bn", "brn"):
+        assert sn.convert(ghost, name).virtual_gpus == 2
+    assert sn.convert(ghost, "brn", virtual_gpus=4).virtual_gpus == 4
+    assert not hasattr(sn.convert(ghost, "gn"), "virtual_gpus")
+
+
+def test_synchronising_refuses_layers_of_other_classes():
+    model = nn.Sequential(sn.SwitchNorm2d(4), sn.SwitchNorm2d(4))
+    parametrize.register_parametrization(model[1], "weight", nn.Softplus(), unsafe=True)
+    with pytest.raises(ValueError, match="1 is a ParametrizedSwitchNorm2d"):
+        sn.convert_sync_switchnorm(model)
+    assert type(model[0]) is sn.SwitchNorm2d
+
+
 # --- torch.fx, torch.jit, fusion
 
 

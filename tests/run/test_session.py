@@ -22,7 +22,7 @@ from faults import assert_same, outcome, readable, wait_for
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from workers import processes
+from workers import processes, run_in_group
 
 import sn
 from sn.training.run import checkpoint, entry, lock, record, session
@@ -755,6 +755,27 @@ def test_one_writer_per_folder(tmp_path, quick, capsys):
         owner.join()
         assert try_now(tmp_path) is None
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+def one_of_a_group(rank, folder, summary_for=None):
+    """Start the run as a rank of a group; `summary_for`: the one rank that sees a summary."""
+    if summary_for is not None:
+        read = record.Recorder.summary
+        record.Recorder.summary = lambda self: read(self) if rank == summary_for else None
+    lock.FolderLock.acquire = functools.partialmethod(lock.FolderLock.acquire, 0.3)
+    entry.run(by_epochs, OmegaConf.structured(config(folder)))
+
+
+def test_all_ranks_end_with_the_code_of_a_folder_in_use(tmp_path, quick):
+    with running(tmp_path), pytest.raises(RuntimeError, match=r"exit codes \[73, 73\]"):
+        run_in_group(2, one_of_a_group, tmp_path)
+
+
+def test_the_main_rank_says_for_all_whether_a_run_has_ended(tmp_path, quick):
+    """Another machine may see the summary late, or that of a run which ends just now early."""
+    by_epochs(config(tmp_path))
+    for sees_it in range(2):  # else one would end, the other wait for it
+        run_in_group(2, one_of_a_group, tmp_path, sees_it)
 
 
 def test_a_data_worker_does_not_keep_the_folder(tmp_path, quick):

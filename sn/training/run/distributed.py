@@ -17,6 +17,7 @@ from ... import kernels
 from ...batch_average import batch_statistics_layers, sum_over_processes
 from ...kernels import check
 from ...modules import set_virtual_gpus
+from .lock import Busy
 
 TORCHRUN = "start it with torchrun (scripts/launch.sh), or unset that"
 
@@ -115,19 +116,22 @@ def agree_on_kernels(device: torch.device) -> None:
 def in_main(write: Callable[[], None], processes: Processes) -> None:
     """Call `write` in the main process while the others wait; its error ends them all.
 
-    The wait matters: a process that ends may take those with it that still write.
+    The others raise Busy where it does, so that all end with its exit code, else OSError. The wait
+    matters: a process that ends may take those with it that still write.
     """
-    error = None
+    error, kinds = None, (None, OSError, Busy)
     if processes.is_main:
         try:
             write()
         except Exception as caught:
             error = caught
-    failed = any_process(error is not None, processes.device)
+    kind = 0 if error is None else 2 if isinstance(error, Busy) else 1
+    found = sum_over_processes(torch.tensor(float(kind), device=processes.device))
     if error is not None:
         raise error
-    if failed:
-        raise OSError("the main process has failed; its message says why")
+    failure = kinds[int(found)]
+    if failure is not None:
+        raise failure("the main process has failed; its message says why")
 
 
 def parallelise(model: nn.Module, processes: Processes) -> nn.Module:

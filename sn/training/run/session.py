@@ -137,6 +137,9 @@ class Session:
             config.output_dir, recorded(config), self.is_main, self.unit, machine_keys(type(config))
         )
         self.summary = self.recorder.summary()
+        ended = distributed.any_process(self.is_main and self.summary is not None, self.device)
+        if not self.is_main:  # on another machine the file may not be there yet
+            self.summary = (self.summary or {}) if ended else None
         self.precision = Precision(config.precision, self.device, config.channels_last)
         self.scaler = self.precision.scaler
         self.autocast, self.to_device = self.precision.autocast, self.precision.to_device
