@@ -19,21 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import sn
-from sn.batch_average import batch_statistics_layers
 from sn.training.classification import bilevel
 from sn.training.classification.config import ImagenetConfig
 from sn.training.classification.data import (
     BadImages,
     SettingSampler,
     TransformedImages,
-    batch_average_batches,
     build_data,
     evaluation_batches,
     make_loader,
 )
 from sn.training.classification.evaluation import (
-    batch_averaged,
     evaluate,
+    evaluate_both_ways,
     line_of,
     training_metrics,
 )
@@ -85,7 +83,7 @@ def train(config: ImagenetConfig) -> dict:
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             run.end_epoch(metrics, score=validation["top1"])
             run.say_epoch(line_of(metrics))
-        summary = run.finish(final_evaluation(task, run, validation))
+        summary = run.finish(evaluate_both_ways(task, run, lambda: validate(task, run), validation))
         run.say(
             f"top-1 {summary['top1']:.2f} (moving average), "
             f"{summary['top1_batch_average']:.2f} (batch average); records in {config.output_dir}"
@@ -267,34 +265,6 @@ def validate(task: Task, run: Session) -> dict[str, float]:
     loader = make_loader(images, batches, task.config.data.workers, run.device)
     with run.autocast():
         return evaluate(task.model, run.evaluating(loader), run.to_device)
-
-
-def final_evaluation(task: Task, run: Session, moving: dict | None) -> dict:
-    """Evaluate with the moving average, then with the batch average of training images.
-
-    `moving` is what the last epoch's validation gave, None if this process did not run it.
-    The checkpoint keeps the moving average, and the averaged buffers beside it.
-    """
-    model, data, options = task.model, task.data, task.config.evaluation.batch_average
-    moving = moving or validate(task, run)
-    results = {"top1": moving["top1"], "top5": moving["top5"], "val_loss": moving["loss"]}
-    results["bad_images"] = len(task.bad_images.lines())
-    if not batch_statistics_layers(model):  # nothing to average: the same model
-        return results | {"top1_batch_average": moving["top1"], "batch_average_images": 0}
-    where = (run.processes.rank, run.processes.world_size)
-    batches = batch_average_batches(
-        len(data.train), options.batch_size, options.batches, task.config.seed, *where
-    )
-    transformed = TransformedImages(data.train, data.evaluation, epochs=1)
-    loader = make_loader(transformed, batches, task.config.data.workers, run.device)
-    # no early end: synchronised norms need as many batches in every process
-    images = (run.to_device(x) for x, _ in run.watchdog.over(loader, "batch average"))
-    with run.autocast(), batch_averaged(model, images, len(batches)) as averaged:
-        results["top1_batch_average"] = validate(task, run)["top1"]
-    size = min(options.batch_size, len(data.train))
-    results["batch_average_images"] = size * min(options.batches, len(data.train) // size)
-    run.save(batch_average=averaged)
-    return results
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sn
 from sn.training.classification.data import ImageData
 from sn.training.classification.evaluation import training_metrics
 from sn.training.run.config import number, whole
+from sn.training.run.display import counted
 from sn.training.run.session import Progress, Session
 
 from .benchmark import Table, write_cell
@@ -98,21 +99,21 @@ class SearchTask:
     def announce(self, run: Session) -> None:
         """Say what is trained."""
         config, data = self.config, self.data.describe()
-        random = self.controller is None
+        random, updates = self.controller is None, config.controller.updates
         modules: list = [self.child] if random else [self.child, self.controller]
         sizes = [f"{sum(p.numel() for p in module.parameters()):,}" for module in modules]
         run.say(
             f"{config.run_name}: child of {sizes[0]} shared parameters, "
             f"{'no controller' if random else f'controller of {sizes[1]}'}; {data['name']}, "
             f"{data['train_images']:,} training and {data['val_images']:,} held-out images\n"
-            f"{config.epochs} epochs of {self.steps} child steps and {config.controller.updates} "
-            f"{'scored architectures' if random else 'controller updates'}"
+            f"{counted(config.epochs, 'epoch')} of {counted(self.steps, 'child step')} and "
+            f"{counted(updates, 'scored architecture' if random else 'controller update')}"
         )
         if run.resumed:
             progress = run.progress
             run.say(
-                f"resuming after {progress.epoch} epochs, {progress.step} child steps and "
-                f"{progress.update} updates"
+                f"resuming after {counted(progress.epoch, 'epoch')}, "
+                f"{counted(progress.step, 'child step')} and {counted(progress.update, 'update')}"
             )
 
 
@@ -154,7 +155,7 @@ class RetrainTask:
         run.say(
             f"{run.config.run_name}: {parameters:,} parameters; {data['name']}, "
             f"{data['train_images']:,} training and {data['val_images']:,} held-out images\n"
-            f"{run.config.epochs} epochs of {self.steps} steps"
+            f"{counted(run.config.epochs, 'epoch')} of {counted(self.steps, 'step')}"
         )
         run.say_resumed()
 
@@ -239,10 +240,10 @@ class DartsTask:
         parameters = sum(p.numel() for p in self.model.parameters())
         other = "" if self.other is None else f", {len(self.other):,} others for what is bilevel"
         run.say(
-            f"{config.run_name}: supernet of {config.network.cells} cells per stage, "
-            f"{parameters:,} parameters; {data['name']}, {len(self.train):,} images for the "
+            f"{config.run_name}: supernet of {counted(config.network.cells, 'cell')} per "
+            f"stage, {parameters:,} parameters; {data['name']}, {len(self.train):,} images for the "
             f"weights{other}, {len(self.val):,} held out\n"
-            f"{config.epochs} epochs of {self.steps} steps"
+            f"{counted(config.epochs, 'epoch')} of {counted(self.steps, 'step')}"
         )
         if self.table is None:
             run.say("note: without table= the derived cell's accuracy stays unknown")

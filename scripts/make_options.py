@@ -8,17 +8,17 @@ import importlib
 import sys
 from pathlib import Path
 
-from sn.training.run.options import markdown
+from sn.training.run.options import COMMANDS, markdown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
-ROOTS = {  # root config -> (module of its schema, title)
-    "imagenet": ("sn.training.classification.config", "train_imagenet.py"),
-    "detection": ("sn.training.detection.config", "train_detection.py"),
-    "style_transfer": ("sn.training.style.config", "style_transfer.py"),
-    "enas": ("enas.config", "python -m enas.search"),
-    "enas_retrain": ("enas.config", "python -m enas.retrain"),
-    "nasbench201": ("enas.config", "python -m enas.nasbench201"),
-    "darts": ("enas.config", "python -m enas.darts"),
+SCHEMAS = {  # root config -> module of its schema
+    "imagenet": "sn.training.classification.config",
+    "detection": "sn.training.detection.config",
+    "style_transfer": "sn.training.style.config",
+    "enas": "enas.config",
+    "enas_retrain": "enas.config",
+    "nasbench201": "enas.config",
+    "darts": "enas.config",
 }
 HEAD = """# Options
 
@@ -31,9 +31,9 @@ have the keys: the arguments of `sn.make_norm`.
 
 def page() -> str:
     sections = []
-    for root, (module, title) in ROOTS.items():
+    for root, module in SCHEMAS.items():
         importlib.import_module(module)
-        sections.append(markdown(root, title))
+        sections.append(markdown(root, COMMANDS[root]))
     return "\n".join([HEAD, *sections])
 
 

@@ -1,7 +1,7 @@
 """Draw architecture searches: Fig 5(b) from logged runs, the controller, its importance weights.
 
     python scripts/plot_enas.py                    # results/ -> results/enas/README.md and figures/
-    python scripts/plot_enas.py --runs outputs
+    python scripts/plot_enas.py --runs outputs --out searches    # page and figures in one folder
 
 Three figures for each data set and child, each with a CSV of what it draws: search (the accuracy of
 drawn architectures with shared weights; the paper's curves in a panel of their own), controller
@@ -79,15 +79,16 @@ def main(argv: list[str] | None = None) -> None:
 
     groups = {group_name(group): found for group, found in by_group(runs).items()}
     groups = figures.by_recipe(groups, label, NAMED)
+    folder = out if args.out else out / "figures"
     for name, (found, lines) in groups.items():
-        folder = out / "figures"
         draw_search(by_label(found), folder / f"search_{name}.{args.format}", lines)
         draw_controller(by_label(found), folder / f"controller_{name}.{args.format}", lines)
         if any(run.importance for run in found):
             path = folder / f"importance_{name}.{args.format}"
             draw_importance([run for run in found if run.importance], path, lines)
     retrained = figures.read(args.runs, "enas_retrain")
-    pages.write(out / "README.md", markdown(groups, retrained, notes, out, args.format))
+    pictures = {name: (folder / f"search_{name}.{args.format}").relative_to(out) for name in groups}
+    pages.write(out / "README.md", markdown(groups, retrained, notes, out, pictures))
     print(out / "README.md")
 
 
@@ -232,7 +233,7 @@ def title(found: dict[str, list[Run]]) -> str:
 
 
 def markdown(
-    groups: dict, retrained: list[Run], notes: str, folder: Path, suffix: str
+    groups: dict, retrained: list[Run], notes: str, folder: Path, pictures: dict[str, Path]
 ) -> list[str]:
     """The parts of the page; `folder` is where it will lie, for its links."""
     parts = [*pages.begin(SCRIPT, "# Architecture search", notes), SHARED]
@@ -242,7 +243,7 @@ def markdown(
         parts += [f"## {data}, child {model} ({'proxy runs' if scale == 'proxy' else scale})"]
         parts += [PROXY] if scale == "proxy" else []
         parts += lines
-        parts += [f"![search](figures/search_{name}.{suffix})"]
+        parts += [f"![search]({pictures[name].as_posix()})"]
         parts += [pages.md_table(spread_table(found)), *budget(found), *leads(found)]
         parts += ["### Every run", pages.md_table(run_table(found, folder))]
     if retrained:

@@ -6,9 +6,10 @@
 Three figures per data set, model and recipe, each with a CSV of what it draws:
 importance_by_setting (Fig 2, and how the weights changed in training), importance_by_block (Fig 3)
 and importance_over_epochs; of detectors importance_by_part: the stages of the backbone, FPN and
-heads. Bars begin at 1/K, the weight of each of K statistics that count alike, and axes show what
-occurs. The paper's bars stand beside ours in a panel of their own. The paper does not say which
-weights Fig 2 draws nor how layers are averaged, so each title says what ours does.
+heads. Bars begin where the run did: at 1/K, the weight of each of K statistics that count alike,
+unless it was fine-tuned; axes show what occurs. The paper's bars stand beside ours in a panel of
+their own. The paper does not say which weights Fig 2 draws nor how layers are averaged, so each
+title says what ours does.
 
 Source: Fig 2 and Fig 3, from results/paper.yaml.
 """
@@ -41,7 +42,7 @@ WEIGHTS = figures.PARTS | {"both": "average of mean and variance weights"}
 HATCH = "////"
 ABSENT = "absent: left out of the layer by construction (IN and LN only), not learned."
 BLOCKS = "Each block: the average over its SN layers."
-BARS = "Bars begin at 1/K; each panel has a scale of its own."
+BARS = "Bars begin where training did, the paper's at 1/K; each panel has a scale of its own."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,17 +143,20 @@ def draw_by_setting(
     cells, weights: str, average: str, paper: dict, path: Path, lines: list[str]
 ) -> None:
     """Fig 2: bars per setting, averaged over the network; below, their change in training."""
-    last = {
-        setting: [(run.seed, average_importance(run.importance[-1], weights, average))
-                  for run in runs]
-        for setting, runs in cells.items()
-    }  # fmt: skip
+    first, last = (
+        {
+            setting: [(run.seed, average_importance(run.importance[which], weights, average))
+                      for run in runs]
+            for setting, runs in cells.items()
+        }
+        for which in (0, -1)
+    )  # fmt: skip
     published = {setting: [(0, bars)] for setting, bars in paper["weights"].items()}
     figure = plt.figure(figsize=(10, 10.5), layout="constrained")
     ours, change, theirs = figure.subfigures(3, 1, height_ratios=(3.6, 3, 3.8))
     panel = ours.subplots()
     how = f"{WEIGHTS[weights]}, over all {'SN layers' if average == 'layers' else average} alike"
-    draw_bars(panel, last)
+    draw_bars(panel, last, starts=first)
     panel.set_title(f"Ours ({title(cells)})\n{how}")
     panels = change.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     for small, (setting, runs) in zip(panels, cells.items()):
@@ -195,7 +199,7 @@ def draw_by_block(cells, settings: list[str], paper: dict, path: Path, lines: li
         ours = bars_by_block(runs)
         rows += block_rows("ours", setting, ours)
         statistics |= {s for found in ours.values() for _, bars in found for s in bars["mean"]}
-        draw_bars(left, ours, split=True)
+        draw_bars(left, ours, True, bars_by_block(runs, 0))
         left.set_title(f"Ours {setting_label(setting)}: {title({setting: runs})}", fontsize=11)
         weights = paper["weights"].get(setting, {})
         published = {block: [("", bars)] for block, bars in weights.items()}
@@ -284,7 +288,7 @@ def draw_by_part(runs: list[Run], path: Path, lines: list[str]) -> None:
         bars = bars_by_block(found)
         rows += [[norms, start, *row] for row in block_rows("ours", setting, bars)]
         statistics |= {s for same in bars.values() for _, bar in same for s in bar["mean"]}
-        draw_bars(panel, {block.replace("backbone.", ""): b for block, b in bars.items()}, True)
+        draw_bars(panel, bars, True, bars_by_block(found, 0))
         steps = "/".join(sorted({str(count(run.importance[-1])) for run in found}))
         panel.set_title(f"{norms}, {start}, {setting_label(setting)}, {steps} steps", fontsize=11)
         for part in figures.PARTS:
@@ -308,11 +312,13 @@ def draw_by_part(runs: list[Run], path: Path, lines: list[str]) -> None:
 # --- panels
 
 
-def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> None:
-    """Bars from 1/K to the mean over seeds, each run as a dot, the intervals as error bars.
+def draw_bars(
+    panel, groups: dict[str, list[tuple]], split: bool = False, starts: dict | None = None
+) -> None:
+    """Bars from the start to the mean over seeds, each run as a dot, intervals as error bars.
 
     groups: for each key (seed, {statistic: weight}) of each run, with `split` the same for each
-    part: (seed, {"mean": ..., "var": ...}).
+    part: (seed, {"mean": ..., "var": ...}). starts: the same before training; None: all at 1/K.
     """
     parts = tuple(figures.PARTS) if split else (None,)
 
@@ -322,10 +328,9 @@ def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> Non
     everything = [of(bars, p) for found in groups.values() for _, bars in found for p in parts]
     slots = [(part, s) for part in parts for s in figures.present(everything)]
     width = 0.84 / len(slots)
-    starts, spreads, missing, dots = set(), [], [], []
-    for x, found in enumerate(groups.values()):
-        start = 1 / len(figures.present(of(bars, p) for _, bars in found for p in parts))
-        starts.add(round(1 / start))
+    alike, spreads, missing, dots = set(), [], [], []
+    for x, (key, found) in enumerate(groups.items()):
+        count = len(figures.present(of(bars, p) for _, bars in found for p in parts))
         for i, (part, s) in enumerate(slots):
             values = [(seed, of(bars, part)[s]) for seed, bars in found if s in of(bars, part)]
             at = x + (i - (len(slots) - 1) / 2) * width
@@ -333,6 +338,14 @@ def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> Non
                 missing.append((at, s))
                 continue
             spreads.append(spread := over_seeds(values))
+            before = [(seed, of(bars, part)[s]) for seed, bars in (starts or {}).get(key, ())]
+            start = over_seeds(before).mean if before else 1 / count
+            if abs(start - 1 / count) < 1e-4:
+                alike.add(count)
+            else:
+                half = 0.47 * width
+                panel.hlines(start, at - half, at + half, color=figures.COLORS[s], linewidth=2)
+            dots.append(start)
             panel.bar(at, spread.mean - start, width * 0.94, start, color=figures.COLORS[s],
                       linewidth=0, hatch=HATCH if part == "var" else None,
                       edgecolor="white")  # fmt: skip
@@ -342,10 +355,13 @@ def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> Non
                            markeredgecolor="black", markersize=3)  # fmt: skip
             if spread.half is not None:
                 panel.errorbar(at, spread.mean, spread.half, color="0.25", linewidth=1)
-    low, high = figures.reach_of(spreads, [*dots, *(1 / count for count in starts)])
+    low, high = figures.reach_of(spreads, dots)
     low, high = max(low, 0), min(high, 1)
     panel.set_ylim(low, high)
-    figures.mark_start(panel, starts)
+    room = max(0, 3 - len(groups)) / 2
+    if room:
+        panel.set_xlim(-0.5 - room, len(groups) - 0.5 + room)
+    figures.mark_start(panel, alike)
     for at, s in missing:
         panel.text(at, low, " absent", rotation=90, fontsize=8, ha="center", va="bottom",
                    color=figures.COLORS[s])  # fmt: skip
@@ -356,7 +372,7 @@ def draw_bars(panel, groups: dict[str, list[tuple]], split: bool = False) -> Non
 
 def label_of(key: str) -> str:
     """A setting as the paper writes it; anything else as it is."""
-    return setting_label(key) if key.replace("x", "", 1).isdigit() else key
+    return setting_label(key) if key.replace("x", "", 1).isdigit() else key.replace("backbone.", "")
 
 
 def draw_change(panel, runs: list[Run], weights: Callable, style: str = "-") -> None:
@@ -409,11 +425,11 @@ def blocks_of(runs: list[Run]) -> list[str]:
     return list(block_importance(runs[0].importance[-1]))
 
 
-def bars_by_block(runs: list[Run]) -> dict[str, list[tuple]]:
-    """The weights of each block at the end of training, (seed, {part: weights}) for each run."""
+def bars_by_block(runs: list[Run], which: int = -1) -> dict[str, list[tuple]]:
+    """The weights of each block in a record, (seed, {part: weights}) for each run."""
     bars = defaultdict(list)
     for run in runs:
-        parts = {part: block_importance(run.importance[-1], part) for part in figures.PARTS}
+        parts = {part: block_importance(run.importance[which], part) for part in figures.PARTS}
         for block in parts["mean"]:
             bars[block].append((run.seed, {part: parts[part][block] for part in figures.PARTS}))
     return bars

@@ -1,6 +1,7 @@
 """Replace every batch norm of any network by another norm."""
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -77,13 +78,19 @@ def convert(
     Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, and for a
     batch norm that is lazy, of an unknown class, scripted, of a model in DistributedDataParallel or
     FSDP (convert before), or with what would be lost: a parametrised, normalised or pruned gain,
-    further parameters, hooks of its state dict.
+    further parameters, hooks of its state dict. Warns if there is no batch norm.
     """
     new = {}
     for name, layer in model.named_modules():
         if _is_batch_norm(layer):
             new[layer] = _replacement(name, layer, norm, keep_outputs, gate_start, dim, options)
         _check_wrapper(layer)
+    if not new:
+        warnings.warn(
+            f"sn.convert: {type(model).__name__} has no batch norm, nothing was converted; it "
+            "looks for BatchNorm1d, 2d, 3d, SyncBatchNorm, FrozenBatchNorm2d, timm's and our own",
+            stacklevel=2,
+        )
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in new:

@@ -208,8 +208,10 @@ NORMS = {
 def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Module]:
     """Return the normaliser `name` as a callable(num_features) -> Module.
 
-    It fits `norm_layer=` of torchvision and timm. `dim` is the number of spatial dimensions of the
-    layer; `options` are keyword arguments of its constructor, such as `statistics` or `num_groups`.
+    It fits `norm_layer=` of torchvision, and of timm where norm and activation are layers of their
+    own; `sn.convert` replaces the fused ones (EfficientNet, RegNet...). `dim` is the number of
+    spatial dimensions of the layer; `options` are keyword arguments of its constructor, such as
+    `statistics` or `num_groups`.
 
     Raises ValueError for an unknown name, dim or statistic, TypeError for an unknown option.
     """

@@ -22,33 +22,34 @@ STYLE = """
   --x10: #e08fc0; } }
 * { box-sizing: border-box; }
 html { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 1360px; padding: 1rem 1.25rem 3rem; background: var(--bg);
+body { margin: 0 auto; max-width: 1280px; padding: 1rem 1.25rem 3rem; background: var(--bg);
   color: var(--fg); font: 16px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1.05rem; margin: 1.25rem 0 .25rem; } .head h3 { margin: 0; }
-p { margin: .4rem 0; max-width: 75ch; }
+p { margin: .4rem 0; }
 a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 2px; }
 a:hover, a:focus-visible { text-decoration-thickness: 2px; }
 :focus-visible { outline: 2px solid var(--held); outline-offset: 2px; }
 .soft, figcaption, th { color: var(--soft); }
 .small, figcaption, details { font-size: .875rem; }
 code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
-.columns { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; margin: .75rem 0; }
-.columns > section, .waiting { background: var(--panel); border-top: 4px solid;
-  border-radius: 3px; padding: .6rem .8rem; }
-.columns h2 { margin: 0 0 .35rem; font-size: 1.1rem; }
-.columns .count { font-size: 1.7rem; font-weight: 700; margin-right: .35rem; }
-.columns ul, .waiting ul { list-style: none; margin: 0; padding: 0; font-size: .9rem; }
-.columns li { margin: .25rem 0; line-height: 1.3; }
-.columns li a, .waiting a { font-weight: 600; }
-.waiting li { display: inline-block; margin-right: .9rem; }
-.waiting { border-color: var(--line); margin: 0 0 1rem; }
+.cards { display: flex; flex-wrap: wrap; gap: 1rem; align-items: start; margin: .75rem 0; }
+.cards > * { flex: 1 1 300px; min-width: 0; } .cards > .not-run-yet { flex-basis: 100%; }
+.cards section { background: var(--panel); border-top: 4px solid; border-radius: 3px;
+  padding: .6rem .8rem; }
+.cards section + section { margin-top: 1rem; } .cards > section + section { margin-top: 0; }
+.cards h2 { margin: 0 0 .35rem; font-size: 1.1rem; }
+.cards .count { font-size: 1.7rem; font-weight: 700; margin-right: .35rem; }
+.cards .reason { font-weight: 400; }
+.cards ul { list-style: none; margin: 0; padding: 0; font-size: .9rem; columns: 3 260px; }
+.cards li { padding: .125rem 0; line-height: 1.3; break-inside: avoid; }
+.cards li a { font-weight: 600; }
 .held { border-color: var(--held) !important; } .held h2, .chip.held { color: var(--held); }
 .not-held { border-color: var(--not-held) !important; }
 .not-held h2, .chip.not-held { color: var(--not-held); }
-.undecided { border-color: var(--undecided) !important; }
-.undecided h2, .chip.undecided { color: var(--undecided); }
+.undecided, .not-run-yet { border-color: var(--undecided) !important; }
+.undecided h2, .not-run-yet h2, .chip.undecided, .chip.not-run-yet { color: var(--undecided); }
 .chip { border: 1.5px solid; border-radius: 1em; padding: .05em .6em; font-size: .875rem;
   font-weight: 600; white-space: nowrap; }
 .claim { border-top: 1px solid var(--line); padding: 1rem 0; }
@@ -79,7 +80,6 @@ summary { cursor: pointer; padding: .15rem 0; }
 @media (max-width: 1200px) { .panels.wide { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 760px) {
   body { padding: .75rem .75rem 2rem; }
-  .columns { grid-template-columns: 1fr; }
   .test, .test.titles { grid-template-columns: 1fr; } .test.titles { display: none; }
   .test > div > b.label { display: inline; margin-right: .4rem; }
 }
@@ -89,10 +89,9 @@ summary { cursor: pointer; padding: .15rem 0; }
     --sn: #000; --in: #00805d; --ln: #c25000; --x10: #b0578a; }
   body { font-size: 10pt; max-width: none; }
   .claim, figure { break-inside: avoid; }
-  .columns { grid-template-columns: repeat(3, 1fr); }
 }
 """
-SIGNS = {"held": "✓", "not held": "✗", "undecided": "?"}
+SIGNS = {"held": "✓", "not held": "✗", "undecided": "?", "not run yet": "○"}
 SHAPES = ("circle", "square", "triangle", "diamond")
 WIDTH = 360  # of every drawing, in its own units
 
@@ -107,13 +106,14 @@ def page(title: str, body: str) -> str:
     )
 
 
-def css_class(verdict: str) -> str:
-    return verdict.replace(" ", "-")
+def css_class(name: str) -> str:
+    return name.replace(": ", "-").replace(" ", "-")
 
 
-def chip(verdict: str) -> str:
-    """A verdict as a word with its sign and colour."""
-    return f'<span class="chip {css_class(verdict)}">{SIGNS[verdict]} {escape(verdict)}</span>'
+def chip(name: str) -> str:
+    """Where a claim stands, `undecided: runs missing`, with its verdict's sign and colour."""
+    verdict = name.partition(": ")[0]
+    return f'<span class="chip {css_class(verdict)}">{SIGNS[verdict]} {escape(name)}</span>'
 
 
 def link(text: str, target: str) -> str:
@@ -244,10 +244,13 @@ def strip(outcome: Outcome, target: str) -> str:
     values, wanted = outcome.values, outcome.test.wanted
     if not values:
         return '<span class="soft">no seed yet</span>'
-    spans = [outcome.interval or (), outcome.corrected or ()]
-    ends = [0.0, *values.values(), *filter(math.isfinite, wanted), *(x for s in spans for x in s)]
-    space = 0.08 * (max(ends) - min(ends)) or 1.0
-    scale = Scale(min(ends) - space, max(ends) + space, 8, WIDTH - 8)
+    ends = [0.0, *values.values(), *filter(math.isfinite, wanted), *(outcome.interval or ())]
+    room = (max(ends) - min(ends)) or 1.0  # a corrected interval that is wider still is cut
+    space = 0.08 * room
+    wide = outcome.corrected or (min(ends), max(ends))
+    low = min(ends) - min(max(0.0, min(ends) - wide[0]), room) - space
+    high = max(ends) + min(max(0.0, wide[1] - max(ends)), room) + space
+    scale = Scale(low, high, 8, WIDTH - 8)
     bottom, rows = 58, len(values)
     low, high = map(scale, wanted)
     parts = [f'<rect class="band" x="{low}" y="2" width="{high - low:.2f}" height="{bottom - 2}"/>']

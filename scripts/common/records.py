@@ -469,6 +469,8 @@ def differences(
         missing = any(key not in recipe for recipe in recipes)
         if len(values) > 1 or (missing and one_cell and all(run.config for run in runs)):
             found[key] = values + ["(not set)"] * missing
+    if any(key.startswith("schedule.lr_per_") for key in found):
+        found.pop("lr", None)  # which follows from it
     short = {key for key in found if "." not in key}
     return {key: found[key] for key in found if key in short or key.split(".")[-1] not in short}
 

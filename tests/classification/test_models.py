@@ -210,7 +210,7 @@ def test_dropout_without_fc():
         ("inception_v3", "torchvision", ["inception_v3", "norm_layer"]),
         ("fasterrcnn_resnet50_fpn", "torchvision", ["fasterrcnn_resnet50_fpn"]),
         ("densenet121", "timm", ["densenet121", "norm+activation"]),
-        ("efficientnet_b0", "timm", ["efficientnet_b0", "norm+activation"]),
+        ("efficientnet_b0", "timm", ["efficientnet_b0", "norm+activation", "sn.convert"]),
         ("regnety_002", "timm", ["regnety_002", "norm+activation"]),
         ("vgg11_bn", "timm", ["vgg11_bn"]),
         ("hrnet_w18_small", "timm", ["hrnet_w18_small", "norm_layer"]),

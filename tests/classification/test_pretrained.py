@@ -112,6 +112,20 @@ def test_what_does_not_fit_is_one_error(theirs, norm, options, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("theirs, norm", [("bn", "gn"), ("bn", "sn_in_ln"), ("sn", "sn")])
+def test_a_start_without_effect_is_said(theirs, norm):
+    state = network(norm=theirs).state_dict()
+    plain, _ = pretrained_model(state, {"name": norm}, 10, **SMALL)
+    model, how = pretrained_model(state, {"name": norm}, 10, 2, **SMALL)
+    assert "init.gate_start=2 has no effect" in how
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[key])
+    assert (
+        "no effect"
+        not in pretrained_model(network().state_dict(), {"name": "sn"}, 10, 2, **SMALL)[1]
+    )
+
+
 def test_library_networks():
     """Their eps stays; those that take no norm callable are converted all the same."""
     theirs = torchvision.models.mobilenet_v3_small(num_classes=7).eval()

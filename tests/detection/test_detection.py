@@ -33,13 +33,14 @@ from sn.training.run.schedule import mix_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (  # 4 steps of (2,1) on pictures of 48 pixels
-    *("device=cpu", "setting.gpus=2", "setting.images_per_gpu=1", "schedule.images=8"),
+    *("model=faster_rcnn_r10_fpn", "device=cpu", "setting.gpus=2", "setting.images_per_gpu=1"),
+    "schedule.images=8",
     *("schedule.warmup_images=4", "data.sizes=[32,48]", "data.test_size=48", "data.max_size=64"),
     *("data.generate={train_images: 6, val_images: 3, size: 64, seed: 0}", "log_steps=2"),
     *("model.fpn_channels=16", "model.box_features=16", "model.rois_per_image=8"),
     *("model.proposals_train=20", "model.proposals_test=10", "evaluation.pictures=2"),
 )
-MASKS = ("model=mask_rcnn_r18_fpn", "evaluation.threshold=0.05")
+MASKS = ("model=mask_rcnn_r10_fpn", "evaluation.threshold=0.05")
 REQUIRED = (
     *("task", "run", "status", "parts", "init", "setting", "data", "model", "box_ap", "box_ap50"),
     *("steps", "seed", "images_seen", "wall_s", "lr", "schedule", "scale", "versions", "device"),
@@ -82,7 +83,7 @@ def coco_config(root, out, *overrides):
     """COCO files of one's own."""
     options = [option for option in TINY if not option.startswith("data.generate")]
     options += ["data=coco", "data.workers=0", f"data.root={root}", f"output_dir={out}"]
-    return config("model=faster_rcnn_r18_fpn", *options, *overrides, root="detection")
+    return config("model=faster_rcnn_r10_fpn", *options, *overrides, root="detection")
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_run_writes_every_record(digits, trained):
     assert summary["parts"] == dict.fromkeys(("backbone", "fpn", "box_head", "mask_head"), "sn")
     assert summary["steps"] == 4 and summary["images_seen"] == 8
     assert summary["lr"] == pytest.approx(0.02 * 2 / 16)
-    assert summary["run"] == "detection/digits_coco_mask_rcnn_r18_fpn/sn-sn-sn-sn_2x1_scratch/seed0"
+    assert summary["run"] == "detection/digits_coco_mask_rcnn_r10_fpn/sn-sn-sn-sn_2x1_scratch/seed0"
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [2, 4]
     losses = (
@@ -241,7 +242,7 @@ def test_switches_run(options, every_class, tmp_path):
 FP64 = ("precision=fp64", "setting.gpus=4", "setting.images_per_gpu=2", "schedule.images=16")
 OPTIONS = {  # norm -> options of a run of two steps
     "bn": (*FP64, "parts=bn"),
-    "sn": (*FP64, "parts=sn", "model=mask_rcnn_r18_fpn", "checkpoint_steps=1"),
+    "sn": (*FP64, "parts=sn", "model=mask_rcnn_r10_fpn", "checkpoint_steps=1"),
 }
 
 
@@ -503,6 +504,7 @@ def test_pretrained_and_frozen(digits, tmp_path):
     options = [
         *("init=checkpoint", f"init.path={tmp_path / 'c.pt'}", "model.freeze_at=2"),
         *("norm@parts.backbone=frozen_bn", "schedule.warmup_images=0"),
+        "model=faster_rcnn_r18_fpn",
     ]
     summary = train(digits, tmp_path / "run", *options)
     assert summary["init"]["name"] == "checkpoint" and len(summary["init"]["sha256"]) == 64
@@ -517,7 +519,7 @@ def test_pretrained_and_frozen(digits, tmp_path):
     assert all(same[key] for key in same if key.startswith(("conv1", "bn1", "layer1")))
     assert not same["layer2.0.conv1.weight"] and same["layer2.0.bn1.weight"]  # frozen norm
     with pytest.raises(ValueError, match="do not fit"):
-        train(digits, tmp_path / "gn", *options[:3], "parts=gn")
+        train(digits, tmp_path / "gn", *options[:3], options[-1], "parts=gn")
 
     start["conv1.weight"] += 1
     torch.save({"model": start}, tmp_path / "other.pt")
@@ -627,7 +629,7 @@ def test_predict_leaves_out_what_it_cannot_read(trained, digits, tmp_path, capsy
         (["parts=bn", "norm@parts.fpn=gn"], "fpn is .*'bn'.* there, .*'gn'.* asked for"),
         (["model.anchor_sizes=[8,16,32,64,99]"], "anchor_sizes is .* there"),
         (["parts=gn"], "backbone is .*'sn'.* there, .*'gn'.* asked for"),
-        (["model=mask_rcnn_r18_fpn"], "not of this model and these parts"),
+        (["model=mask_rcnn_r10_fpn"], "not of this model and these parts"),
         (["parts=bn", "parts.backbone.momentum=0.5"], None),
     ],
 )
@@ -649,7 +651,7 @@ def test_checkpoint_of_weights_that_mean_something_else(options, words, tmp_path
 def test_other_coco_files_from_the_command_line(tmp_path):
     """`data=coco data.root=...`: ids with gaps, crowds, an image without objects."""
     root = write(tmp_path / "mine")
-    options = ("model=mask_rcnn_r18_fpn", "data.name=mine")
+    options = ("model=mask_rcnn_r10_fpn", "data.name=mine")
     summary = train_detection.train(coco_config(root, tmp_path / "run", *options))
     assert summary["data"]["train_images"] == 2 and summary["data"]["val_images"] == 4
     assert summary["data"]["classes"] == 3
@@ -704,7 +706,7 @@ def test_errors_are_one_line(tmp_path):
     for name in ("a.png", "b.png"):
         (root / "train2017" / name).write_bytes(b"no picture")
     options = [option for option in TINY if not option.startswith("data.generate")]
-    options += ["data=coco", "model=faster_rcnn_r18_fpn", "output_dir=run", f"data.root={root}"]
+    options += ["data=coco", "model=faster_rcnn_r10_fpn", "output_dir=run", f"data.root={root}"]
     code, err = command_line(tmp_path, *options, "data.workers=1", "data.max_bad_images=0")
     assert code == 2 and "Traceback" not in err, err
     (line,) = [line for line in err.splitlines() if line.startswith("train_detection.py: ")]

@@ -13,6 +13,7 @@ from workers import config
 import sn
 from sn.training.run import budget
 from sn.training.run.budget import Enough, Pace, estimate, saved_bytes, size, untouched
+from sn.training.run.display import counted, duration
 
 MAIN = {"imagenet": "train", "detection": "train", "style_transfer": "train"}
 MAIN |= {"enas": "search", "enas_retrain": "retrain"}
@@ -105,6 +106,12 @@ def test_sizes():
     assert sizes == ["2 kB", "1.23 MB", "250 MB", "12.3 GB"]
 
 
+def test_durations():
+    told = [duration(x) for x in (0.043, 4.26, 59.6, 430, 7501, 277200)]
+    assert told == ["0.043 s", "4.3 s", "1 min 0 s", "7 min 10 s", "2 h 5 min", "3 d 5 h"]
+    assert counted(1, "epoch") == "1 epoch" and counted(2000, "step") == "2,000 steps"
+
+
 @pytest.mark.parametrize("root", RUNS)
 def test_plan(root, tmp_path, capsys):
     """Every loop measured, the whole run added up, and nothing written."""
@@ -115,7 +122,7 @@ def test_plan(root, tmp_path, capsys):
     printed = capsys.readouterr()
     assert not out.exists() and printed.err == ""
     rows = re.findall(
-        r"  (.+): (\S+) steps of (\S+) s \((\d+) measured\), \S+ x (\d+) = ", printed.out
+        r"  (.+): (\S+) steps? of (\S+) s \((\d+) measured\); .+ x (\d+) = ", printed.out
     )
     names = [name for name, *_ in rows]
     assert names == [key.removesuffix("_step_s") for key in found if key.endswith("_step_s")]
@@ -132,7 +139,7 @@ def test_counts_of_a_plan(tmp_path, capsys):
     cfg = config(*overrides, "device=cpu", "plan=true", f"output_dir={tmp_path}/run")
     importlib.import_module("train_imagenet").train(cfg)
     printed = capsys.readouterr().out
-    assert re.search(r"  training: 6 steps of .* \(6 measured\), \S+ x 4 = ", printed)
+    assert re.search(r"  training: 6 steps of .* \(6 measured\); \S+ s x 4 = ", printed)
     assert re.search(r"  validation: 2 steps of .* x 5 = ", printed)
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from sn.training.run import entry
 from sn.training.run.config import RunConfig, is_name
 from sn.training.run.lock import Busy
+from sn.training.run.options import COMMANDS, rows
 from sn.training.run.stopping import Preempted
 
 CONFIG = OmegaConf.structured(
@@ -177,6 +178,7 @@ def test_a_config_file_that_cannot_be_read_is_named(content, tmp_path, capsys, m
         ("imagenet", "init=checkpoint", "data=coco", "digits, cifar10"),
         ("enas", "experiment=enas/smoke", "experiment=imagenet/smoke", "enas/cifar10_proxy"),
         ("imagenet", "norm=bn,gn", "experiment=detection/c4_bn", "imagenet/cifar10_16px"),
+        ("darts", "data=cifar10", "data=imagenet", "digits, cifar10\n"),
     ],
 )
 def test_options_of_other_tasks_are_refused(root, own, other, offered, capsys, monkeypatch):
@@ -188,4 +190,34 @@ def test_options_of_other_tasks_are_refused(root, own, other, offered, capsys, m
     with pytest.raises(SystemExit) as end:
         entry.options_of_others(root)
     assert end.value.code == 2
-    assert f"{other} is of another task; choose one of {offered}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{other} is not for {COMMANDS[root]}; choose one of {offered}" in told
+
+
+@pytest.mark.parametrize(
+    "root, word, belongs",
+    [
+        ("imagenet", "parts=sn", "train_detection.py; train_imagenet.py has model, norm, init,"),
+        ("detection", "norm=gn", "train_imagenet.py, style_transfer.py, python -m enas.darts;"),
+        ("nasbench201", "+data=digits", "train_imagenet.py, train_detection.py, python -m"),
+    ],
+)
+def test_groups_of_other_tasks_are_refused(root, word, belongs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", word])
+    with pytest.raises(SystemExit) as end:
+        entry.options_of_others(root)
+    group = word.lstrip("+").partition("=")[0]
+    assert end.value.code == 2
+    assert f"{word}: the group {group} belongs to {belongs}" in capsys.readouterr().err
+
+
+def test_comments_of_one_option_carry_its_name():
+    importlib.import_module("sn.training.classification.config")
+    said = {row.key: row.comment for row in rows("imagenet")}
+    assert said["data.workers"] == "held in memory (cifar10, digit_crops)"
+    assert said["data.image_size"].endswith("; RandomResizedCrop / CenterCrop (imagenet)")
+    assert said["data.lighting"] == "PCA lighting noise, official code (imagenet)"
+    assert said["setting.emulation"] == "on fewer devices: grouped | accumulated | auto"
+    importlib.import_module("sn.training.style.config")
+    said = {row.key: row.comment for row in rows("style_transfer")}
+    assert said["photos.max_bad_images"].endswith("may stand in for (coco, folder)")  # inherited

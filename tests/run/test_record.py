@@ -103,9 +103,10 @@ def test_recorded_config_of_old_runs(name):
     [
         ({"seed": 1}, "seed: 0 there, 1 asked for"),
         ({"norm__name": "bn"}, "norm.name: sn there, bn asked for"),
-        ({"norm__statistics": ["in"]}, "norm.statistics: ['in', 'ln', 'bn'] there, ['in'] asked"),
+        ({"norm__statistics": ["in"]}, "norm.statistics: [in, ln, bn] there, [in] asked"),
         ({"schedule__milestones": [0.3]}, "schedule.milestones: [0.3, 0.6] there, [0.3] asked for"),
-        ({"model__dropout": 0.5}, "model.dropout: None there, 0.5 asked for"),
+        ({"seed": None}, "seed: 0 there, null asked for"),
+        ({"model__dropout": 0.5}, "model.dropout: the default there, 0.5 asked for"),
     ],
 )
 @pytest.mark.parametrize("is_main", [True, False])
@@ -128,7 +129,7 @@ def test_keys_of_later_versions(tmp_path):
     assert not {"width", "fused_activation"} & plain["model"].keys()
     write(tmp_path, plain).close()
     for option in ("data.image_size=16", "model.width=8", "gates=bilevel"):
-        with pytest.raises(ValueError, match="None there, (16|8|bilevel) asked for"):
+        with pytest.raises(ValueError, match="the default there, (16|8|bilevel) asked for"):
             Recorder(tmp_path, recorded(config("data=cifar10", option)))
 
 
@@ -143,7 +144,7 @@ def test_all_differences_are_shown(tmp_path):
 def test_a_missing_key_is_a_difference(tmp_path):
     """Shown from both sides."""
     write(tmp_path, changed(model__dropout=0.5)).close()
-    with pytest.raises(ValueError, match="model.dropout: 0.5 there, None asked for"):
+    with pytest.raises(ValueError, match="model.dropout: 0.5 there, the default asked for"):
         Recorder(tmp_path, CONFIG)
 
 
@@ -479,7 +480,7 @@ def test_lines_of_steps_after_a_resume(unit, done, tmp_path):
 def test_keys_that_say_nothing(tmp_path):
     """A key that became the machine's stands in old records, and does not stop them."""
     write(tmp_path, CONFIG | {"log_steps": 20}).close()
-    with pytest.raises(ValueError, match="log_steps: 20 there, None asked for"):
+    with pytest.raises(ValueError, match="log_steps: 20 there, the default asked for"):
         Recorder(tmp_path, CONFIG)
     cfg = config("data=cifar10")
     Recorder(tmp_path, CONFIG, unrecorded=machine_keys(type(cfg)))

@@ -95,18 +95,32 @@ def verdicts(campaign):
     return {v.claim.id: v for v in claims.judge(LEDGER, load_runs(campaign))}
 
 
-def test_the_top_lists_every_claim_under_its_verdict(tree, verdicts):
-    [columns] = find(tree, css="columns")
+def test_the_top_lists_every_claim_where_it_stands(tree, verdicts):
+    [cards] = find(tree, css="cards")
     listed = {}
-    for section in find(columns, "section"):
-        name = section[1]["class"].replace("-", " ")
+    for section in find(cards, "section"):
         names = [words(a) for a in find(section, "a")]
-        assert words(next(find(section, css="count"))) == str(len(names))
-        listed |= dict.fromkeys(names, name)
-    [waiting] = find(tree, css="waiting")
-    listed |= dict.fromkeys((words(a) for a in find(waiting, "a")), "undecided")
-    assert listed == {name: v.verdict for name, v in verdicts.items()}
-    assert {"held", "not held", "undecided"} == set(listed.values())
+        heading = words(next(find(section, "h2"))).replace(" : ", ": ")
+        assert heading.split(" ", 1)[0] == str(len(names))
+        listed |= dict.fromkeys(names, heading.split(" ", 1)[1])
+        for name, item in zip(names, find(section, "li")):
+            assert words(item).startswith(f"{name} {verdicts[name].claim.claim}")
+    for name, verdict in verdicts.items():
+        waits = verdict.reason in ("no runs yet", "no design yet")
+        lacks = "more seeds needed" if verdict.reason.startswith("the interval") else "runs missing"
+        wanted = {"undecided": "not run yet" if waits else f"undecided: {lacks}"}
+        assert listed.pop(name) == wanted.get(verdict.verdict, verdict.verdict)
+    assert not listed
+
+
+def test_what_all_effects_of_a_claim_share_is_said_once(tree, verdicts):
+    """C2-text: the same figure, border and words of the paper ten times."""
+    [claim] = (node for node in find(tree, "section", "claim") if node[1]["id"] == "C2-text")
+    for once in ("held if above −1", "Section 4.1, text: at least 0", "top1;"):
+        assert words(claim).count(once) == 1
+    [claim] = (node for node in find(tree, "section", "claim") if node[1]["id"] == "C1")
+    wheres = {outcome.test.where for outcome in verdicts["C1"].outcomes}
+    assert len(wheres) == 5 and all(where in words(claim) for where in wheres)
 
 
 def test_every_link_leads_somewhere_and_the_page_needs_nothing_else(campaign, tree):
@@ -275,7 +289,8 @@ def test_the_table_for_markdown_has_every_claim_and_every_effect(campaign, verdi
     rows = [line.split(" | ") for line in short.splitlines() if line.startswith("| C")]
     assert [row[0].strip("| ") for row in rows] == [claim.id for claim in LEDGER.claims]
     for row, verdict in zip(rows, verdicts.values()):
-        assert f"**{verdict.verdict}**" in row[2]
+        waits = verdict.reason in ("no runs yet", "no design yet")
+        assert f"**{'not run yet' if waits else verdict.verdict}**" in row[2]
     rows = [line.split(" | ") for line in long.splitlines() if line.startswith("| C")]
     assert len(rows) == sum(len(claim.tests) for claim in LEDGER.claims)
     assert {len(row) for row in rows} == {7}
@@ -284,11 +299,11 @@ def test_the_table_for_markdown_has_every_claim_and_every_effect(campaign, verdi
 def test_without_records_nothing_is_claimed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(claims, "ROOT", tmp_path)  # where records of many seeds lie
     main(["--runs", str(tmp_path)])
-    assert f"{len(LEDGER.claims)} without runs" in capsys.readouterr().out
+    assert f"{len(LEDGER.claims)} not run yet" in capsys.readouterr().out
     text = (tmp_path / "report.html").read_text()
     tree = Tree(text).root
     assert not any("[" in words(ours) for ours in find(tree, css="cell"))
-    assert [words(n) for n in find(tree, css="count")] == ["0", "0", "0"]
+    assert [words(n) for n in find(tree, css="count")] == ["0", "0", str(len(LEDGER.claims))]
     assert "no runs yet" in text and "NaN" not in text
 
 
@@ -336,10 +351,10 @@ addEventListener("load", () => {
     const texts = [...inner.querySelectorAll(".test:not(.titles) .number")];
     found[width] = {
       overflow: root.scrollWidth - width, wide: wide.map(node => node.outerHTML.slice(0, 80)),
-      screen: box(inner.querySelector(".columns")).bottom,
+      screen: box(inner.querySelector(".cards")).bottom,
       background: frame.contentWindow.getComputedStyle(inner.body).backgroundColor,
       columns: new Set(
-        [...inner.querySelectorAll(".columns > section")].map(node => box(node).left)).size,
+        [...inner.querySelectorAll(".cards > *")].map(node => box(node).left)).size,
       plots: [...inner.querySelectorAll("svg")].filter(n => box(n).width > 200).length,
       covered: texts.filter(node => box(node).width > box(node.parentNode).width + 1).length };
   }
@@ -372,5 +387,5 @@ def test_in_a_browser_nothing_overflows_narrow_or_wide(campaign, tmp_path, dark)
         assert size["plots"] > 60
         red = int(re.search(r"\d+", size["background"])[0])
         assert red < 64 if dark else red > 192
-    assert (narrow["columns"], wide["columns"]) == (1, 3)
+    assert narrow["columns"] == 1 < wide["columns"]
     assert wide["screen"] <= 900

@@ -416,6 +416,26 @@ def test_norms_may_have_lrs_of_their_own(script, tmp_path, capsys):
     assert drawn == {"": ["50.0", "60.0"], "_recipe2": ["70.0"], "_recipe3": ["80.0"]}
     figure = (tmp_path / "figures/accuracy_by_setting_cifar10_resnet20.svg").read_text()
     assert "recipe2 differs in" in figure and "recipe3 differs in" in figure
+    runs = results.load_runs(tmp_path)
+    for run in runs:
+        run.summary["lr"] = run.config["schedule"]["lr_per_256"] / 8  # what follows is not named
+    two = [run for run in runs if run.norm == "sn" and run.setting == "8x2"]
+    assert results.differences(two) == {"schedule.lr_per_256": ["0.8", "1.6"]}
+
+
+def test_bars_begin_where_training_did(load_script):
+    """A fine-tuned run's at its first record, in its colour where nothing moved; else at 1/K."""
+    drawing = load_script("plot_importance")
+    _, (panel, plain) = drawing.plt.subplots(1, 2)
+    last = {"8x2": [(0, {"in": 0.1, "bn": 0.9}), (1, {"in": 0.1, "bn": 0.7})]}
+    first = {"8x2": [(0, {"in": 0.1, "bn": 0.75}), (1, {"in": 0.1, "bn": 0.75})]}
+    drawing.draw_bars(panel, last, starts=first)
+    assert [bar.get_y() for bar in panel.patches] == pytest.approx([0.1, 0.75])
+    assert [bar.get_height() for bar in panel.patches] == pytest.approx([0.0, 0.05])
+    assert not panel.texts  # no line at 1/2
+    drawing.draw_bars(plain, last)
+    assert [bar.get_y() for bar in plain.patches] == pytest.approx([0.5, 0.5])
+    assert [text.get_text() for text in plain.texts] == ["1/2"]
 
 
 def test_unlike_runs_are_drawn_apart(script, tmp_path, capsys):

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...batch_average import batch_average
+from ...batch_average import batch_average, batch_statistics_layers
 from ..run.distributed import sum_over_processes, untrained_statistics
 from ..run.session import Session
+from .data import TransformedImages, batch_average_batches, make_loader
+from .task import Task
 
 
 @torch.no_grad()
@@ -92,3 +94,33 @@ def batch_averaged(model: nn.Module, images: Iterable, batches: int) -> Iterator
     yield {name: buffer.clone() for name, buffer in model.named_buffers()}
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
+
+
+def evaluate_both_ways(
+    task: Task, run: Session, validate: Callable[[], dict], moving: dict | None
+) -> dict:
+    """Evaluate with the moving average, then with the batch average of training images.
+
+    `moving` is what the last epoch's `validate()` gave, None if this process did not run it.
+    The checkpoint keeps the moving average, and the averaged buffers beside it.
+    """
+    model, data, options = task.model, task.data, task.config.evaluation.batch_average
+    moving = moving or validate()
+    results = {"top1": moving["top1"], "top5": moving["top5"], "val_loss": moving["loss"]}
+    results["bad_images"] = len(task.bad_images.lines())
+    if not batch_statistics_layers(model):  # nothing to average: the same model
+        return results | {"top1_batch_average": moving["top1"], "batch_average_images": 0}
+    where = (run.processes.rank, run.processes.world_size)
+    batches = batch_average_batches(
+        len(data.train), options.batch_size, options.batches, task.config.seed, *where
+    )
+    transformed = TransformedImages(data.train, data.evaluation, epochs=1)
+    loader = make_loader(transformed, batches, task.config.data.workers, run.device)
+    # no early end: synchronised norms need as many batches in every process
+    images = (run.to_device(x) for x, _ in run.watchdog.over(loader, "batch average"))
+    with run.autocast(), batch_averaged(model, images, len(batches)) as averaged:
+        results["top1_batch_average"] = validate()["top1"]
+    size = min(options.batch_size, len(data.train))
+    results["batch_average_images"] = size * min(options.batches, len(data.train) // size)
+    run.save(batch_average=averaged)
+    return results

@@ -308,5 +308,6 @@ def check_timm_norm(name: str) -> None:
             if "norm" in type(layer).__module__ or "Norm" in type(layer).__name__:
                 raise ValueError(
                     f"timm's {name} has fused norm+activation layers ({layer_name} is a "
-                    f"{type(layer).__name__}); norm_layer= cannot replace them, take another model"
+                    f"{type(layer).__name__}); norm_layer= cannot replace them. sn.convert can: "
+                    "init=timm, or init=checkpoint, starts from its batch-norm weights"
                 )

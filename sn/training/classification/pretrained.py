@@ -139,6 +139,8 @@ def pretrained_model(
                 f"norm={norm['name']}; with {nearest}: {'; '.join(lists)}"
             )
         how = f"{norm['name']} layers as they were"
+        if gate_start:
+            how += f", their control parameters too: init.gate_start={gate_start} has no effect"
     return (fuse_activations(model) if fused else model), f"{how}; {head}"
 
 
@@ -200,4 +202,6 @@ def _converted(
         first = next(iter(weights.values()))["mean"]
         start = ", ".join(f"{name} {value:.3g}" for name, value in first.items())
         how += f", importance weights {start}"
+    if gate_start and "bn" not in getattr(probe, "statistics", ()):
+        how += f"; init.gate_start={gate_start} has no effect: no control parameter of batch norm"
     return model, how

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import sn
 from sn.batch_average import batch_statistics_layers
 from sn.training.run import budget
+from sn.training.run.display import counted
 from sn.training.run.session import Session
 
 from .config import ImagenetConfig
@@ -97,8 +98,8 @@ class Task:
             f"validation images\n"
             f"setting ({setting.gpus},{setting.images_per_gpu}) on {run.processes.world_size} x "
             f"{run.device.type}, emulation {self.emulation}; lr {config.schedule.lr_per_256} per "
-            f"256 images -> {self.lr:g}; {config.schedule.epochs} epochs of {self.sampler.steps} "
-            "steps"
+            f"256 images -> {self.lr:g}; {counted(config.schedule.epochs, 'epoch')} of "
+            f"{counted(self.sampler.steps, 'step')}"
         )
         layers = sn.importance_weights(self.model).values()
         if setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):

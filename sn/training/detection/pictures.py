@@ -177,16 +177,18 @@ def _rising(box: Box) -> Box:
 
 
 def grid(pictures: Sequence[Tensor], columns: int = 2) -> Tensor:
-    """uint8 pictures of any sizes side by side on white, each in the top left of its cell."""
-    height = max(picture.shape[1] for picture in pictures) + 8
+    """uint8 pictures of any sizes side by side on white, each row as high as its highest."""
     width = max(picture.shape[2] for picture in pictures) + 8
     columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    canvas = torch.full((3, rows * height, columns * width), 255, dtype=torch.uint8)
-    for index, picture in enumerate(pictures):
-        y, x = index // columns * height, index % columns * width
-        canvas[:, y : y + picture.shape[1], x : x + picture.shape[2]] = picture
-    return canvas
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    strips = []
+    for row in rows:
+        height = max(picture.shape[1] for picture in row) + 8
+        strips.append(torch.full((3, height, columns * width), 255, dtype=torch.uint8))
+        for index, picture in enumerate(row):
+            x = index * width
+            strips[-1][:, : picture.shape[1], x : x + picture.shape[2]] = picture
+    return torch.cat(strips, 1)
 
 
 def save_picture(picture: Tensor, path) -> None:

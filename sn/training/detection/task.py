@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 import sn
 from sn.training.run import budget
+from sn.training.run.display import counted
 from sn.training.run.session import Session
 
 from . import detectors
@@ -106,8 +107,9 @@ class Task:
             f"{detectors.parts_table(self.model)}\n"
             f"setting ({setting.gpus},{setting.images_per_gpu}) on {run.processes.world_size} x "
             f"{run.device.type}, {self.micro_batches} forward passes a step; lr "
-            f"{config.schedule.lr_per_16} per 16 images -> {self.lr:g}; {steps:,} steps of "
-            f"{setting.total} images, {steps / per_epoch:.2f} epochs"
+            f"{config.schedule.lr_per_16} per 16 images -> {self.lr:g}; "
+            f"{counted(steps, 'step')} of {counted(setting.total, 'image')}, "
+            f"{steps / per_epoch:.2f} epochs"
         )
         layers = sn.importance_weights(self.model).values()
         if setting.images_per_gpu == 1 and any("bn" in layer["mean"] for layer in layers):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import distributed
-from .display import clock
+from .display import counted, duration
 
 LEAST_STEPS, MOST_STEPS, SECONDS = 2, 20, 10.0  # measured, after one that warms up
 WORKER = 0.05e9  # bytes of a data worker beside its batches, generously; docs/imagenet.md
@@ -96,11 +96,11 @@ class Need:
 
     def describe(self) -> str:
         where = "" if self.on_host else " of the GPU"
-        images = f"{self.images} image{'' if self.images == 1 else 's'}"
+        workers = f", {counted(self.workers, 'data worker')} {size(self.loading)}"
         return (
-            f"a step needs about {size(self.step)}{where} (activations of {images} "
-            f"{size(self.activations)}, gradients and optimizer {size(self.weights)}), "
-            f"{self.workers} data workers {size(self.loading)}; "
+            f"a step needs about {size(self.step)}{where} (activations of "
+            f"{counted(self.images, 'image')} {size(self.activations)}, "
+            f"gradients and optimizer {size(self.weights)}){workers if self.workers else ''}; "
             f"{size(self.free)}{where} {'is' if self.on_host else 'are'} free"
         )
 
@@ -220,15 +220,15 @@ def plan(
         seconds = pace.seconds * steps * passes
         whole += seconds
         run.say(
-            f"  {name}: {steps:,} steps of {pace.seconds:.3g} s ({pace.steps} measured), "
-            f"{clock(pace.seconds * steps)} x {passes} = {clock(seconds)}"
+            f"  {name}: {counted(steps, 'step')} of {pace.seconds:.3g} s ({pace.steps} measured); "
+            f"{duration(pace.seconds * steps)} x {passes} = {duration(seconds)}"
         )
         found |= {f"{name}_step_s": pace.seconds, f"{name}_pass_s": pace.seconds * steps}
-    run.say(f"  the run: {clock(whole)}")
+    run.say(f"  the run: {duration(whole)}")
     gpu = peak.gpu()
     told = f"  memory at most: {size(peak.host())}, {size(peak.before)} before the first step"
     if workers[0]:
-        told += f", {workers[0]} data workers {size(workers[1])}"
+        told += f", {counted(workers[0], 'data worker')} {size(workers[1])}"
     told += f"; {size(free)} more were free"
     told += f"; on the GPU {size(gpu)}" if gpu is not None else ""
     run.say(told)
@@ -281,7 +281,9 @@ class Peak:
     def host(self) -> float:
         peak = _status("VmHWM")
         unit = 1 if sys.platform == "darwin" else 1024
-        return peak or float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        if peak:  # Linux counts each of the two roughly
+            return max(peak, self.before)
+        return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def gpu(self) -> float | None:
         used = self.device.type == "cuda"

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, BooleanNode, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -361,6 +362,11 @@ def _bounds(metadata: typing.Mapping, full: bool) -> str:
     if below is not None:
         parts.append(f"less than {below:g}")
     return f", {' and '.join(parts)}" if parts else ""
+
+
+def as_yaml(value: Any) -> str:
+    """A value as the command line takes it: `null`, `true`, `[in, ln]`."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
 
 
 def _plain(bound: float) -> str:

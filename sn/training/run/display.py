@@ -35,6 +35,22 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def duration(seconds: float) -> str:
+    """`0.43 s`, `7 min 9 s`, `2 h 5 min`, `3 d 4 h`: what somebody who waits wants to know."""
+    if seconds < 9.5:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    for unit, part, size, fine in (("d", "h", 86400, 3600), ("h", "min", 3600, 60)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // fine} {part}"
+    return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 epoch`, `2,000 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def progress_bar(total: int, done: int, label: str | None, visible: bool) -> tqdm:
     """A bar on stderr, if that is a terminal."""
     return tqdm(

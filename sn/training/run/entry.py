@@ -26,7 +26,7 @@ from . import distributed
 from .config import describe, field_of, short, typed, unknown_key
 from .display import say
 from .lock import BUSY_EXIT_CODE, Busy
-from .options import fits, groups, help_text, schema_of
+from .options import COMMANDS, choices, fits, groups, having, help_text, schema_of
 from .stopping import Preempted
 
 # exit codes: 2 wrong input, 3 diverged, 73 another run has the folder, 75 (EX_TEMPFAIL) preempted:
@@ -136,15 +136,23 @@ def numbers_as_options() -> None:
 
 
 def options_of_others(root: str) -> None:
-    """Refuse an option of another task, of which Hydra would name a key that does not fit."""
+    """Refuse an option or a group of another task; Hydra would name a key that does not fit."""
     for word in sys.argv[1:]:
         group, _, choice = word.lstrip("+").partition("=")
+        own = choices(root)
+        if choice and group not in own and (others := having(group)):
+            end(
+                f"{word}: the group {group} belongs to {', '.join(others)}; "
+                f"{COMMANDS[root]} has {', '.join(own) or 'no groups'}",
+                2,
+            )
         if not choice or not (CONFIGS / group / f"{choice}.yaml").is_file():
             continue
         task = choice.partition("/")[0] if group == "experiment" else root
         foreign = task != root and (CONFIGS / f"{task}.yaml").is_file()
         if foreign or not fits(root, group, choice):
-            end(f"{word} is of another task; choose one of {', '.join(groups(root)[group])}", 2)
+            fitting = ", ".join(groups(root)[group])
+            end(f"{word} is not for {COMMANDS[root]}; choose one of {fitting}", 2)
 
 
 def explain(error: BaseException, schema: type) -> str:

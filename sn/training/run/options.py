@@ -14,9 +14,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from .config import describe
+from .config import as_yaml, describe
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+COMMANDS = {  # root config -> what reads it
+    "imagenet": "train_imagenet.py",
+    "detection": "train_detection.py",
+    "style_transfer": "style_transfer.py",
+    "enas": "python -m enas.search",
+    "enas_retrain": "python -m enas.retrain",
+    "nasbench201": "python -m enas.nasbench201",
+    "darts": "python -m enas.darts",
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,7 @@ def schema_of(root: str) -> type:
 def groups(root: str) -> dict[str, list[str]]:
     """The options of every group of a root config that fit its schema, its own choice first."""
     found = {}
-    for entry in yaml.safe_load((CONFIGS / f"{root}.yaml").read_text())["defaults"]:
-        if not isinstance(entry, dict) or next(iter(entry)).startswith("override"):
-            continue
-        ((group, choice),) = entry.items()
+    for group, choice in choices(root).items():
         folder = CONFIGS / group / (root if group == "experiment" else "")
         if group == "experiment" and not folder.is_dir():
             continue
@@ -50,19 +56,35 @@ def groups(root: str) -> dict[str, list[str]]:
     return found
 
 
+def choices(root: str) -> dict[str, str | None]:
+    """The groups of a root config with its own choice of each."""
+    entries = yaml.safe_load((CONFIGS / f"{root}.yaml").read_text())["defaults"]
+    mappings = [entry for entry in entries if isinstance(entry, dict)]
+    pairs = [pair for mapping in mappings for pair in mapping.items()]
+    return {group: choice for group, choice in pairs if not group.startswith("override")}
+
+
+def having(group: str) -> list[str]:
+    """The commands whose root config has a group."""
+    return [command for root, command in COMMANDS.items() if group in choices(root)]
+
+
 def fits(root: str, group: str, name: str) -> bool:
-    """Whether an option has no key that the schema lacks, and every one that it must give."""
+    """Whether an option can be chosen: the root has the groups that it overrides, and the
+    schema its keys, every one of them given that it needs.
+    """
     hint = typing.get_type_hints(schema_of(root)).get(group)
     if not dataclasses.is_dataclass(hint):
         return True
     fields, given = dataclasses.fields(hint), yaml.safe_load((CONFIGS / f"{root}.yaml").read_text())
     try:
-        keys = _keys(group, name)
+        keys, overridden = _keys(group, name), _overridden(group, name)
     except FileNotFoundError:  # it builds on something from elsewhere: Hydra is to judge
         return True
     needed = {field.name for field in fields if field.default == MISSING}
     return (
-        keys <= {field.name for field in fields}
+        overridden <= choices(root).keys()
+        and keys <= {field.name for field in fields}
         and needed <= keys | (given.get(group) or {}).keys()
     )
 
@@ -80,18 +102,48 @@ def _keys(group: str, name: str) -> set[str]:
     return content.keys() | keys
 
 
+def _overridden(group: str, name: str) -> set[str]:
+    """The groups of which an option makes another choice, as /model@_global_.model: resnet50."""
+    content = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text()) or {}
+    entries = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
+    keys = [key for entry in entries for key in entry if key.startswith("override /")]
+    return {key.removeprefix("override /").partition("@")[0] for key in keys}
+
+
 def rows(root: str) -> list[Row]:
     """Every key of a root config: default, what it may hold, its comment in configs/."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose(root)
     comments = dict(_comments(CONFIGS / f"{root}.yaml"))
     for group, names in groups(root).items():
-        if group == "experiment":
-            continue
-        for name in names:
-            for key, text in _comments(CONFIGS / group / f"{name}.yaml"):
-                comments.setdefault(f"{group}.{key}", text)
+        if group != "experiment":
+            found = _group_comments(group, names)
+            comments = {f"{group}.{key}": text for key, text in found.items()} | comments
     return list(_rows(schema_of(root), cfg, comments))
+
+
+def _group_comments(group: str, names: list[str]) -> dict[str, str]:
+    """Key -> what the options of a group say of it, with their names where not all say it."""
+    said: dict[str, dict[str, list[str]]] = {}  # key -> comment or "" -> the options that have it
+    for name in names:
+        for key, text in _option_comments(group, name).items():
+            said.setdefault(key, {}).setdefault(text, []).append(name)
+    found = {}
+    for key, texts in said.items():
+        parts = [f"{text} ({', '.join(of)})" for text, of in texts.items() if text]
+        found[key] = next((text for text, of in texts.items() if of == names), "; ".join(parts))
+    return found
+
+
+def _option_comments(group: str, name: str) -> dict[str, str]:
+    """Key -> comment or "" of an option; one that it builds on speaks for the keys it shares."""
+    path = CONFIGS / group / f"{name}.yaml"
+    found: dict[str, str] = {}
+    for entry in (yaml.safe_load(path.read_text()) or {}).get("defaults", []):
+        if isinstance(entry, str) and not entry.startswith(("_", "/")):
+            found |= _option_comments(group, entry)
+    own = dict(_comments(path, bare=True))
+    return found | {key: text or found.get(key, "") for key, text in own.items()}
 
 
 def _rows(schema: type, cfg: Any, comments: dict[str, str], prefix: str = "") -> Iterator[Row]:
@@ -116,11 +168,11 @@ def _shown(node: Any) -> str:
     value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else raw
     if value == "???":
         return "to be given"
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
+    return as_yaml(value)
 
 
-def _comments(path: Path) -> Iterator[tuple[str, str]]:
-    """(dotted key, comment at its line's end) of a YAML file."""
+def _comments(path: Path, bare: bool = False) -> Iterator[tuple[str, str]]:
+    """(dotted key, comment at its line's end) of a YAML file; bare: also keys without one."""
     parents: list[tuple[int, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"(\s*)([\w]+):(?:\s.*?)?(?:\s#\s+(.*))?$", line)
@@ -130,8 +182,8 @@ def _comments(path: Path) -> Iterator[tuple[str, str]]:
         while parents and parents[-1][0] >= indent:
             parents.pop()
         parents.append((indent, match.group(2)))
-        if match.group(3):
-            yield ".".join(name for _, name in parents), match.group(3)
+        if match.group(3) or bare:
+            yield ".".join(name for _, name in parents), match.group(3) or ""
 
 
 def help_text(root: str) -> str:

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ...functional import STATISTICS
 from ...modules import importance_weights
+from .config import as_yaml
 from .files import read_text
 
 # TensorBoard sorts its groups by name: these have numbers, in this order
@@ -86,7 +87,7 @@ class Recorder:
         keys = sorted((old.keys() | new.keys()) - set(self.unrecorded))
         changed = [key for key in keys if old.get(key) != new.get(key)]
         if changed:
-            rows = [f"  {key}: {old.get(key)} there, {new.get(key)} asked for" for key in changed]
+            rows = [f"  {key}: {_of(old, key)} there, {_of(new, key)} asked for" for key in changed]
             raise ValueError(
                 f"{self.folder} holds a run of another config:\n"
                 + "\n".join(rows)
@@ -379,6 +380,11 @@ def differences(there: Any, now: Any) -> str:
     there, now = _flat(there), _flat(now)
     changed = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     return "; ".join(f"{key} {there.get(key)} there, {now.get(key)} now" for key in changed)
+
+
+def _of(values: dict[str, Any], key: str) -> str:
+    """A value for a message; records leave out what runs did before a key existed."""
+    return as_yaml(values[key]) if key in values else "the default"
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

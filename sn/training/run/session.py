@@ -16,7 +16,7 @@ from . import distributed
 from .budget import Need, Pace
 from .checkpoint import fitting, keep_best, newest_checkpoint, put, restore, save_checkpoint
 from .config import RunConfig, machine_keys, number, recorded, whole
-from .display import clock, is_terminal, line, progress_bar, say
+from .display import clock, counted, is_terminal, line, progress_bar, say
 from .guard import (
     FiniteGuard,
     ToHost,
@@ -608,11 +608,11 @@ class Session:
     def say_resumed(self, bad_images: int = 0) -> None:
         """Say where the run goes on, and what was skipped so far, if it had begun before."""
         progress, skipped = self.progress, self.guard.skipped
-        epochs = f"{progress.epoch} epochs and " if self.unit == "epoch" else ""
+        epochs = f"{counted(progress.epoch, 'epoch')} and " if self.unit == "epoch" else ""
         lost = f"; {skipped} steps and {bad_images} images were skipped"
         so_far = lost if skipped or bad_images else ""
         if self.resumed:
-            self.say(f"resuming after {epochs}{progress.step} steps{so_far}")
+            self.say(f"resuming after {epochs}{counted(progress.step, 'step')}{so_far}")
 
 
 def _due(count: int, every: int) -> bool:

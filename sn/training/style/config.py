@@ -87,7 +87,7 @@ class Evaluation:
 @dataclass
 class Stylize:
     checkpoint: str | None = option()
-    images: Any = option(expected="a file, a folder, or a list of them")
+    images: Any = option(expected="a file, a folder, or a list of them, or null")
     output: str = option()
     size: int | None = whole(1, SIZE)
     strip_pixels: float = number(1, 1e12)
