@@ -224,9 +224,10 @@ def plan(
         steps = pace.steps if pace.total is None else pace.total
         seconds = pace.seconds * steps * passes
         whole += seconds
+        times = f"{duration(pace.seconds * steps)} x {passes} = " if passes != 1 else ""
         run.say(
             f"  {name}: {counted(steps, 'step')} of {pace.seconds:.3g} s ({pace.steps} measured); "
-            f"{duration(pace.seconds * steps)} x {passes} = {duration(seconds)}"
+            f"{times}{duration(seconds)}"
         )
         found |= {f"{name}_step_s": pace.seconds, f"{name}_pass_s": pace.seconds * steps}
     run.say(f"  the run{f' without {left_out}' * bool(left_out)}: {duration(whole)}")
