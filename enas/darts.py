@@ -57,9 +57,9 @@ def search(config: DartsConfig) -> dict:
             score="top1",
         )
         task.announce(run)
-        if config.plan:  # without the validations
+        if config.plan:
             loops = {"training": (lambda: train_one_epoch(task, run, 0), config.epochs)}
-            return budget.plan(run, task.model, None, loops)
+            return budget.plan(run, task.model, None, loops, "its validations")
         validation = None
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
@@ -75,7 +75,7 @@ def search(config: DartsConfig) -> dict:
             }
             run.end_epoch(metrics, score=validation["top1"])
             convolutions = metrics["cell/convolutions"]
-            run.say_epoch(f"{line_of(metrics)}  {convolutions} convolutions")
+            run.say_epoch(f"{line_of(metrics)}  convolutions {convolutions} of 6")
         validation = validation or validate(task, run)
         results = {"top1": validation["top1"], "val_loss": validation["loss"]}
         summary = run.finish(results | task.derived())

@@ -51,9 +51,9 @@ def retrain(config: RetrainConfig) -> dict:
             score="retrained_val_top1",
         )
         task.announce(run)
-        if config.plan:  # without the validations
+        if config.plan:
             loops = {"training": (lambda: train_one_epoch(task, run, 0), config.epochs)}
-            return budget.plan(run, task.model, None, loops)
+            return budget.plan(run, task.model, None, loops, "its validations")
         validation = None
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)

@@ -60,11 +60,11 @@ def search(config: SearchConfig) -> dict:
             blocks=task.controller and task.controller.places_of_norms(),
         )
         task.announce(run)
-        if config.plan:  # without the validations
+        if config.plan:
             child = (lambda: train_child(task, run, 0), config.epochs)
             controller = (lambda: train_controller(task, run, 0), config.epochs)
             loops = {"child's training": child, "controller's training": controller}
-            return budget.plan(run, task.child, None, loops)
+            return budget.plan(run, task.child, None, loops, "its evaluations")
         for epoch in run.epochs():
             train_child(task, run, epoch)
             train_controller(task, run, epoch)

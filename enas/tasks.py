@@ -150,12 +150,14 @@ class RetrainTask:
 
     def announce(self, run: Session) -> None:
         """Say what is trained."""
-        data = self.data.describe()
+        config, data = self.config, self.data.describe()
         parameters = sum(p.numel() for p in self.model.parameters())
+        drawn = f" (arch_seed={config.arch_seed})" if config.arch == "random" else ""
         run.say(
-            f"{run.config.run_name}: {parameters:,} parameters; {data['name']}, "
+            f"{config.run_name}: architecture {config.arch}{drawn}, {parameters:,} parameters; "
+            f"{data['name']}, "
             f"{data['train_images']:,} training and {data['val_images']:,} held-out images\n"
-            f"{counted(run.config.epochs, 'epoch')} of {counted(self.steps, 'step')}"
+            f"{counted(config.epochs, 'epoch')} of {counted(self.steps, 'step')}"
         )
         run.say_resumed()
 

@@ -41,10 +41,10 @@ LABELS = {
 }
 # what the labels of curves say, so that it may differ within a figure
 NAMED = ("sampler", "controller.norm", "names.controller", "names.random")
-CONTROLLER = {
-    "controller/entropy": "entropy of an architecture (nats)",
-    "controller/reward": "reward",
-    "controller/baseline": "baseline",
+CONTROLLER = {  # quantity -> its name, the least height of its axis
+    "controller/entropy": ("entropy of an architecture (nats)", 0.5),
+    "controller/reward": ("reward", 0.02),
+    "controller/baseline": ("baseline", 0.02),
 }
 SHARED = (
     "`shared_top1`: architectures drawn by the sampler after the last epoch, each on one batch of "
@@ -118,7 +118,7 @@ def look(name: str) -> tuple[str, str]:
 def draw_search(found: dict[str, list[Run]], path: Path, lines: list[str]) -> None:
     """Fig 5(b): ours on the left, the paper's points on the right."""
     figure, (ours, paper) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
-    rows = curves(ours, found, "val/shared_top1")
+    rows = curves(ours, found, "val/shared_top1", 2.0)
     ours.set_title(f"Ours: {title(found)}")
     ours.set_ylabel("accuracy of drawn architectures,\nshared weights, held-out images (%)")
     published = load_paper()["fig_5b"]
@@ -128,13 +128,12 @@ def draw_search(found: dict[str, list[Run]], path: Path, lines: list[str]) -> No
         rows += [["paper, Fig 5(b)", name, "", e, v] for e, v in zip(published["epochs"], values)]
     paper.set_title("Paper, Fig 5(b): 150 epochs on CIFAR-10 (read off, ± 1)")
     paper.set_ylabel("validation accuracy (%)")
-    first = (
-        f"Thin: each run. Thick: their mean; {figures.INTERVAL}. The paper has no random search."
-    )
+    first = [f"Thin: each run. Thick: their mean; {figures.INTERVAL}."] if several(found) else []
+    first += ["The paper has no random search."] if "random" in found else []
     names = {"sn_ln_gn" if name == "sn" else name for name in published["accuracy"]}
     finish(figure, (ours, paper), sorted(names | found.keys(), key=place))
     figures.save(
-        figure, path, [first, *lines], ["source", "run", "seed", "epoch", "shared_top1"], rows
+        figure, path, first + lines, ["source", "run", "seed", "epoch", "shared_top1"], rows
     )
 
 
@@ -142,20 +141,30 @@ def draw_controller(found: dict[str, list[Run]], path: Path, lines: list[str]) -
     """Entropy, reward and baseline over the epochs."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     rows = []
-    for panel, (key, name) in zip(panels, CONTROLLER.items()):
-        rows += [[key, *row[1:]] for row in curves(panel, found, key)]
+    for panel, (key, (name, least)) in zip(panels, CONTROLLER.items()):
+        rows += [[key, *row[1:]] for row in curves(panel, found, key, least)]
         panel.set_title(name)
     finish(figure, panels, found)
-    first = [
-        f"{title(found)}. Thin: each run, mean over an epoch's updates. Thick: their mean; "
-        f"{figures.INTERVAL}.",
-        "Random search: the entropy of the uniform distribution; its rewards update nothing.",
-    ]
+    first = [f"{title(found)}. Each point: the mean over an epoch's updates."]
+    if several(found):
+        first[0] += f" Thin: each run. Thick: their mean; {figures.INTERVAL}."
+    if "random" in found:
+        first += [
+            "Random search: the entropy of the uniform distribution; its rewards update nothing."
+        ]
     figures.save(figure, path, first + lines, ["quantity", "run", "seed", "epoch", "value"], rows)
 
 
-def curves(panel, found: dict[str, list[Run]], key: str) -> list[list]:
-    """Each run's curve of `key` and their mean, into `panel`; return the rows drawn."""
+def several(found: dict[str, list[Run]]) -> bool:
+    """Whether there is anything to average."""
+    return any(len(runs) > 1 for runs in found.values())
+
+
+def curves(panel, found: dict[str, list[Run]], key: str, least: float) -> list[list]:
+    """Each run's curve of `key` and their mean, into `panel`; return the rows drawn.
+
+    least: the least height of the axis.
+    """
     rows = []
     for name, runs in found.items():
         points = {}
@@ -166,7 +175,7 @@ def curves(panel, found: dict[str, list[Run]], key: str) -> list[list]:
                 ["ours", name, run.seed, line["epoch"], figures.tidy(line[key])] for line in lines
             ]
         figures.draw_seeds(panel, {k: v for k, v in points.items() if v}, look(name)[1], width=2.4)
-    figures.fit([panel])
+    figures.fit([panel], least)
     return rows
 
 
@@ -198,10 +207,9 @@ def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
     figures.fit(panels[0])
     panels[0][0].set_ylabel("importance weight")
     figures.legend(figure, figures.statistic_lines(("ln", "gn")))
-    first = (
-        f"{title(by_label(runs))}; thin: each run, thick: their mean; {figures.INTERVAL}. "
-        "The scale is cut to what occurs."
-    )
+    first = f"{title(by_label(runs))}. The scale is cut to what occurs."
+    if len(runs) > 1:
+        first += f" Thin: each run. Thick: their mean; {figures.INTERVAL}."
     header = ["seed", "epoch", "place", "weights", "statistic", "value"]
     figures.save(figure, path, [first, *lines], header, rows)
 
@@ -274,8 +282,9 @@ def budget(found: dict[str, list[Run]]) -> list[str]:
         return [f"The budgets differ: {sorted(spent)} ({', '.join(keys)})."]
     epochs, steps, updates, seen, scored = spent.pop()
     return [
-        f"Budget of every search, random or not: {epochs} epochs, {steps:,} child steps "
-        f"({seen:,} images) and {updates:,} architectures scored for a reward ({scored:,} images)."
+        f"Budget of every search, random or not: {pages.plural(epochs, 'epoch')}, {steps:,} child "
+        f"steps ({seen:,} images) and {updates:,} architectures scored for a reward ({scored:,} "
+        "images)."
     ]
 
 

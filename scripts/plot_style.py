@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(error))
     for name, (cells, lines) in groups.items():
         path = out / f"style_loss_{name}.{args.format}"
-        draw_curves(cells, args.window, load_paper()["fig_5a"], path, lines)
+        draw_curves(cells, fitting(cells, args.window), load_paper()["fig_5a"], path, lines)
         for norm in ("sn", "sn_x10"):
             weighted = [run for run in cells.get(norm, ()) if run.importance]
             if weighted:
@@ -109,6 +109,12 @@ def windows(values: list[float], size: int) -> list[tuple[int, float]]:
     return [(end, sum(values[end - size : end]) / size) for end in ends]
 
 
+def fitting(cells: dict[str, list[Run]], window: int) -> int:
+    """The window, or a quarter of runs that are shorter than two of them."""
+    longest = max(len(curve(run, "loss")) for runs in cells.values() for run in runs)
+    return window if longest >= 2 * window else max(1, longest // 4)
+
+
 def draw_curves(cells, window: int, paper: dict, path: Path, lines: list[str]) -> None:
     """Total, content and style loss of every run and their mean; the paper's curves beside."""
     figure, panels = plt.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
@@ -141,8 +147,8 @@ def draw_curves(cells, window: int, paper: dict, path: Path, lines: list[str]) -
         panel.set_xlabel("step")
         figures.clear(panel)
     first = (
-        f"{describe(cells)} Each point: the mean of {window} steps of training; thin: every run, "
-        f"thick: their mean as far as all go; {figures.INTERVAL}."
+        f"{describe(cells)} Each point: the mean of {pages.plural(window, 'step')} of training; "
+        f"thin: every run, thick: their mean as far as all go; {figures.INTERVAL}."
     )
     header = ["source", "norm", "seed", "loss", "step", "value"]
     figures.save(figure, path, [first, *lines], header, rows, width=150)
@@ -253,17 +259,18 @@ def markdown(groups: dict, window: int, notes: str, folder: Path) -> list[str]:
     """The parts of the page; `folder` is where it will lie, for its links."""
     parts = pages.begin(SCRIPT, "# Style transfer (section 4.3, Figs 5(a) and 6)", notes)
     for name, (cells, lines) in groups.items():
+        steps = fitting(cells, window)
         parts += [f"## {name}", describe(cells), *lines]
         parts += [
-            f"Training loss, mean of {window} steps up to the one named; evaluation: centre crops, "
-            "the network as in stylizing."
+            f"Training loss, mean of {pages.plural(steps, 'step')} up to the one named; "
+            "evaluation: centre crops, the network as in stylizing."
         ]
-        marks = common_steps(cells, window)
+        marks = common_steps(cells, steps)
         header = ["norm", "seed", *(f"step {s}" for s in marks), "steps", "last, content"]
         table = [[*header, "last, style", "evaluation", "minutes", "commit", "date", "note"]]
         for norm, runs in cells.items():
-            table += [table_row(norm, run, marks, window, folder) for run in runs]
-        parts += [pages.md_table(table), *ratios(cells, marks, window)]
+            table += [table_row(norm, run, marks, steps, folder) for run in runs]
+        parts += [pages.md_table(table), *ratios(cells, marks, steps)]
     return parts
 
 

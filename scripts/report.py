@@ -136,6 +136,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         part.write_text(content, encoding="utf-8")
         os.replace(part, file)
     print(f"{files[0]}: {len(ledger.claims)} claims; {report.counts()}")
+    judged = {run.path for verdict in report.verdicts for run in verdict.runs}
+    if runs and not judged & {run.path for run in runs}:
+        print(
+            f"no run below {args.runs} is of a claim's design (scripts/run_claims.py --list); "
+            "scripts/make_tables.py compares any runs"
+        )
 
 
 class Report:

@@ -168,13 +168,16 @@ def mark_start(panel, statistics: Collection[int]) -> None:
                        color="0.35")  # fmt: skip
 
 
-def fit(panels: Iterable) -> None:
-    """Scale the y axis that panels share to their lines; few seeds have bands much wider."""
+def fit(panels: Iterable, least: float = 0.002) -> None:
+    """Scale the y axis that panels share to their lines; few seeds have bands much wider.
+
+    least: how wide it is at least, for weights that hardly move.
+    """
     panels = list(panels)
     values = [y for panel in panels for line in panel.lines for y in line.get_ydata()]
     if not values:
         return
-    low, high = reach(values)
+    low, high = reach(values, least)
     if panels[0].get_yscale() == "log":
         positive = [value for value in values if value > 0] or [1]
         low, high = min(positive) / 1.3, max(positive) * 1.3

@@ -122,12 +122,12 @@ def test_plan(root, tmp_path, capsys):
     printed = capsys.readouterr()
     assert not out.exists() and printed.err == ""
     rows = re.findall(
-        r"  (.+): (\S+) steps? of (\S+) s \((\d+) measured\); .+ x (\d+) = ", printed.out
+        r"  (.+): (\S+) steps? of (\S+) s \((\d+) measured\); (?:.+ x (\d+) = )?", printed.out
     )
     names = [name for name, *_ in rows]
     assert names == [key.removesuffix("_step_s") for key in found if key.endswith("_step_s")]
     assert len(names) == (1 if root == "enas_retrain" else 2)
-    whole = sum(int(n) * int(times) * found[f"{name}_step_s"] for name, n, _, _, times in rows)
+    whole = sum(int(n) * int(times or 1) * found[f"{name}_step_s"] for name, n, _, _, times in rows)
     assert found["run_s"] == pytest.approx(whole)
     assert f"parameters: {found['parameters']:,}" in printed.out
     assert found["peak_bytes"] >= found["before_bytes"] > 10 * MB

@@ -307,6 +307,13 @@ def test_without_records_nothing_is_claimed(tmp_path, capsys, monkeypatch):
     assert "no runs yet" in text and "NaN" not in text
 
 
+def test_runs_of_no_claim_are_said_to_be_none(tmp_path, capsys):
+    arm = dataclasses.replace(DESIGN.arms["sn"], norm="sn", set={"model.width": 99})
+    claim_records.write(tmp_path, DESIGN, arm, "8x32", 1)
+    main(["--runs", str(tmp_path)])
+    assert f"no run below {tmp_path} is of a claim's design" in capsys.readouterr().out
+
+
 def test_part_of_a_campaign_with_a_diverged_run(tmp_path):
     for arm, setting, status in [("sn", "8x32", "finished"), ("in", "8x32", "diverged")]:
         write = {"status": status} if status == "diverged" else {}

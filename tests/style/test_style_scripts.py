@@ -70,6 +70,14 @@ def test_time_scaled_control_parameters_are_a_line_of_the_same_figure(load_scrip
     assert {path.stem for path in figures.glob(f"{name}*.png")} == {name, f"{name}_x10"}
 
 
+def test_runs_shorter_than_the_window_are_drawn(load_script, tmp_path):
+    write_run(tmp_path, "in", 0, [8.0, 6.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+    load_script("plot_style").main(["--runs", str(tmp_path)])  # 25 steps by default
+    rows = read_csv(tmp_path / "figures/style_loss_folder_wave_96px_b2.csv")
+    drawn = [(int(row["step"]), float(row["value"])) for row in rows if row["loss"] == "total"]
+    assert drawn[:4] == [(2, 7.0), (4, 3.0), (6, 1.0), (8, 1.0)]
+
+
 def read_csv(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

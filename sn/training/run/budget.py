@@ -188,7 +188,11 @@ def saved_bytes(model: nn.Module) -> Iterator[list[int]]:
 
 
 def plan(
-    run: Any, model: nn.Module, need: Need | None, loops: dict[str, tuple[Callable[[], Any], int]]
+    run: Any,
+    model: nn.Module,
+    need: Need | None,
+    loops: dict[str, tuple[Callable[[], Any], int]],
+    left_out: str = "",
 ) -> dict[str, float]:
     """Say what a run takes, measured on a few steps of each of its `loops`; return the figures.
 
@@ -198,6 +202,7 @@ def plan(
         run: the Session.
         need: its estimate; None: there is none.
         loops: name -> (makes one pass, passes in the whole run).
+        left_out: what of the run is in no loop.
     """
     count = sum(p.numel() for p in model.parameters())
     nbytes = sum(p.nbytes for p in model.parameters())
@@ -219,12 +224,13 @@ def plan(
         steps = pace.steps if pace.total is None else pace.total
         seconds = pace.seconds * steps * passes
         whole += seconds
+        times = f"{duration(pace.seconds * steps)} x {passes} = " if passes != 1 else ""
         run.say(
             f"  {name}: {counted(steps, 'step')} of {pace.seconds:.3g} s ({pace.steps} measured); "
-            f"{duration(pace.seconds * steps)} x {passes} = {duration(seconds)}"
+            f"{times}{duration(seconds)}"
         )
         found |= {f"{name}_step_s": pace.seconds, f"{name}_pass_s": pace.seconds * steps}
-    run.say(f"  the run: {duration(whole)}")
+    run.say(f"  the run{f' without {left_out}' * bool(left_out)}: {duration(whole)}")
     gpu = peak.gpu()
     told = f"  memory at most: {size(peak.host())}, {size(peak.before)} before the first step"
     if workers[0]:

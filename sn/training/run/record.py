@@ -91,7 +91,7 @@ class Recorder:
             raise ValueError(
                 f"{self.folder} holds a run of another config:\n"
                 + "\n".join(rows)
-                + "\nchoose another output_dir=, or delete that folder"
+                + "\nchoose another run_name= (or output_dir=), or delete that folder"
             )
 
     def summary(self) -> dict | None:

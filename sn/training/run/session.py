@@ -176,7 +176,8 @@ class Session:
     def has_ended(self, what: str, key: str) -> dict:
         """Say that the run has ended before, with the figure `key` of its summary; return that."""
         summary = self.summary or {}
-        self.say(f"{self.config.output_dir} has ended already: {what} {summary.get(key)}")
+        value = "unknown" if summary.get(key) is None else summary[key]
+        self.say(f"{self.config.output_dir} has ended already: {what} {value}")
         return summary
 
     def begin(

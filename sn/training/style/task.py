@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import sn
+from sn.training.run.display import counted
 from sn.training.run.images import BadImages
 from sn.training.run.session import Session
 
@@ -70,9 +71,9 @@ class Task:
         run.say(
             f"{config.run_name}: {config.norm['name']}, {parameters:,} parameters; style "
             f"{config.style.name}, {len(self.photos.images):,} photos ({config.photos.name}), "
-            f"{schedule.steps} steps of {schedule.batch_size} crops of {config.photos.image_size} "
-            f"px on {run.device.type}\nVGG16 {self.vgg.weights} ({self.vgg.input} input); weights "
-            f"of the loss: {weights}"
+            f"{counted(schedule.steps, 'step')} of {counted(schedule.batch_size, 'crop')} of "
+            f"{config.photos.image_size} px on {run.device.type}\n"
+            f"VGG16 {self.vgg.weights} ({self.vgg.input} input); weights of the loss: {weights}"
         )
         if self.vgg.weights == "random":
             run.say(
