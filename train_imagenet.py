@@ -94,7 +94,7 @@ def train(config: ImagenetConfig) -> dict:
 def build(config: ImagenetConfig, run: Session) -> Task:
     """Norm, model, data and optimizer of the config, on this process's device."""
     setting, processes, init = config.setting, run.processes, config.init
-    weights = pretrained_weights(init.name, config.model.name, init.path)
+    weights = pretrained_weights(init.name, config.model.name, init.path, init.key, run.say)
     if weights is None and config.norm["name"] == "frozen_bn":
         raise ValueError(
             "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "

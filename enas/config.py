@@ -8,10 +8,12 @@ from sn.recurrent import LSTM_NORMS, LSTM_PLACES
 from sn.training.classification.bilevel import ORDERS
 from sn.training.classification.config import ImageData
 from sn.training.run.config import (
+    CLIP,
+    LOSS,
+    LR,
     SIZE,
-    NormKeys,
     RunConfig,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -21,7 +23,7 @@ from sn.training.run.config import (
 from .benchmark import DATASETS
 from .controller import Controller
 
-LAYERS, NODES, WIDTH = 1000, 100, 8192  # the most of a child, of a cell, of the LSTM's vectors
+LAYERS, NODES, WIDTH = 200, 20, 8192  # the most of a child, of a cell, of the LSTM's vectors
 
 
 @dataclass
@@ -33,15 +35,15 @@ class ControllerKeys:
     places: list[str] = option(choices=LSTM_PLACES)
     per_gate: bool = option()
     hidden_size: int = whole(1, WIDTH)
-    init: float = number(None, above=0)
-    tanh_constant: float | None = number(None, above=0)
-    operation_temperature: float = number(None, above=0)
-    lr: float = number()
-    gate_lr_factor: float = number(before=1.0)
-    beta1: float = number(below=1)
-    eps: float = number(None, above=0)
-    entropy_weight: float = number()
-    baseline_decay: float = number(below=1)
+    init: float = number(None, 100, above=0)
+    tanh_constant: float | None = number(None, 1e4, above=0)
+    operation_temperature: float = number(None, 1e4, above=0)
+    lr: float = number(0, LR)
+    gate_lr_factor: float = number(0, LR, before=1.0)
+    beta1: float = number(0, None, below=1)
+    eps: float = number(None, 1, above=0)
+    entropy_weight: float = number(0, LOSS)
+    baseline_decay: float = number(0, None, below=1)
 
     def network(self, controller: type = Controller) -> dict[str, Any]:
         """The arguments of `controller` among them."""
@@ -51,10 +53,10 @@ class ControllerKeys:
 
 @dataclass
 class SearchController(ControllerKeys):
-    operation_bias: float = number()
+    operation_bias: float = number(0, 1e4)
     updates: int = whole(1)
     batch_size: int = whole(1, SIZE)
-    grad_clip: float | None = number(None, above=0)
+    grad_clip: float | None = number(None, CLIP, above=0)
 
 
 @dataclass
@@ -63,12 +65,12 @@ class ChildOptimizer:
 
     batch_size: int = whole(1, SIZE)
     momentum: float = number(0, 1)
-    weight_decay: float = number()
-    max_lr: float = number()
-    min_lr: float = number()
+    weight_decay: float = number(0, LR)
+    max_lr: float = number(0, LR)
+    min_lr: float = number(0, LR)
     first_period: int = whole(1)
     period_factor: int = whole(1)
-    grad_clip: float | None = number(None, above=0)
+    grad_clip: float | None = number(None, CLIP, above=0)
 
 
 @dataclass
@@ -78,9 +80,9 @@ class FixedChild:
     layers: int = whole(1, LAYERS)
     filters: int = whole(1, SIZE)
     stem_stride: int = whole(1, SIZE)
-    dropout: float = number(below=1)
-    drop_path: float = number(below=1)
-    aux_weight: float = number()
+    dropout: float = number(0, None, below=1)
+    drop_path: float = number(0, None, below=1)
+    aux_weight: float = number(0, LOSS)
 
 
 @dataclass
@@ -120,6 +122,9 @@ class SearchConfig(RunConfig):
     evaluation: SearchEvaluation = option(SearchEvaluation)
     names: Names = option(Names)
 
+    def check(self) -> None:
+        _check_lrs(self.optimizer)
+
 
 @dataclass
 class RetrainEvaluation:
@@ -138,6 +143,9 @@ class RetrainConfig(RunConfig):
     child: FixedChild = option(FixedChild)
     optimizer: ChildOptimizer = option(ChildOptimizer)
     evaluation: RetrainEvaluation = option(RetrainEvaluation)
+
+    def check(self) -> None:
+        _check_lrs(self.optimizer)
 
 
 @dataclass
@@ -182,21 +190,21 @@ class DartsOptimizer:
 
     batch_size: int = whole(1, SIZE)
     momentum: float = number(0, 1)
-    weight_decay: float = number()
-    max_lr: float = number()
-    min_lr: float = number()
-    gate_lr_factor: float = number()
-    grad_clip: float | None = number(None, above=0)
+    weight_decay: float = number(0, LR)
+    max_lr: float = number(0, LR)
+    min_lr: float = number(0, LR)
+    gate_lr_factor: float = number(0, LR)
+    grad_clip: float | None = number(None, CLIP, above=0)
 
 
 @dataclass
 class OperationsOptimizer:
     """Of the operations' control parameters: Adam."""
 
-    lr: float = number()
-    beta1: float = number(below=1)
-    beta2: float = number(below=1)
-    weight_decay: float = number()
+    lr: float = number(0, LR)
+    beta1: float = number(0, None, below=1)
+    beta2: float = number(0, None, below=1)
+    weight_decay: float = number(0, LR)
 
 
 @dataclass
@@ -215,12 +223,16 @@ class DartsConfig(RunConfig):
     dataset: str = option(choices=tuple(DATASETS))
 
     def check(self) -> None:
-        check_open(self.norm, "norm", NormKeys)
-        if self.optimizer.min_lr > self.optimizer.max_lr:
-            raise ValueError(
-                f"optimizer.min_lr={self.optimizer.min_lr}; expected at most "
-                f"optimizer.max_lr={self.optimizer.max_lr}"
-            )
+        check_norm(self.norm)
+        _check_lrs(self.optimizer)
+
+
+def _check_lrs(optimizer: ChildOptimizer | DartsOptimizer) -> None:
+    if optimizer.min_lr > optimizer.max_lr:
+        raise ValueError(
+            f"optimizer.min_lr={optimizer.min_lr}; expected at most "
+            f"optimizer.max_lr={optimizer.max_lr}"
+        )
 
 
 register("enas", SearchConfig)

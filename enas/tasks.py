@@ -30,7 +30,7 @@ class SearchProgress(Progress):
 
     update: int = whole(default=0)  # controller updates done of the next epoch
     last: dict[str, float] = field(default_factory=dict)  # results of the last epoch done
-    baseline: float = number(None, default=0.0)
+    baseline: float = number(None, None, default=0.0)
     images_scored: int = whole(0, 2**62, default=0)  # for rewards, in all
 
     @property

@@ -24,9 +24,10 @@ def main() -> None:
         default=0.9,
         help="the official layer's momentum, the share kept (default 0.9; 0.997 in older code)",
     )
+    parser.add_argument("--key", help="the file's key that holds the network, if it has several")
     args = parser.parse_args()
     try:
-        converted = convert_official(load_network(args.official), args.keep_factor)
+        converted = convert_official(load_network(args.official, args.key), args.keep_factor)
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,8 @@ itself. Prints one line of JSON. The file is left as it is.
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,10 @@ from sn.training.classification.evaluation import evaluate
 from sn.training.classification.models import build_model
 from sn.training.run import distributed, entry
 from sn.training.run.checkpoint import load_network, load_weights
-from sn.training.run.config import NormKeys, check_open, short
+from sn.training.run.config import COUNT, SIZE, check_norm, check_open, short
+from sn.training.run.display import say
+
+NUMBERS = (("workers", 0, 1024), ("batch_size", 1, SIZE), ("batches", 1, COUNT), ("seed", 0, COUNT))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="of a bare state: the network's name, such as resnet50")
     parser.add_argument("--source", default="torchvision", help="torchvision, timm or cifar")
     parser.add_argument("--norm", default="bn", help="of a bare state: the norm's name")
+    parser.add_argument("--key", help="the file's key that holds the network, if it has several")
     parser.add_argument("--data", help="digits, cifar10 or imagenet (a run's own is the default)")
     parser.add_argument("--root", help="folder of the data")
     parser.add_argument("--workers", type=int, default=0)
@@ -53,8 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
-    """The network with its weights, and the options of its data.
+def load(args: argparse.Namespace, told: Callable[[str], object] | None) -> tuple[nn.Module, dict]:
+    """The network with its weights, and the options of its data; `told` as in `load_network`.
 
     Raises ValueError if the options are not known or the keys do not fit.
     """
@@ -75,7 +81,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, dict]:
         raise ValueError(f"{args.checkpoint} has no config.yaml beside it; give --model and --norm")
     if data.get("name") is None:
         raise ValueError("which data? give --data")
-    state = load_network(args.checkpoint)
+    state = load_network(args.checkpoint, args.key, told)
     try:
         return build_and_load(build, norm, state), data
     except (RuntimeError, TypeError, ValueError) as error:
@@ -91,7 +97,7 @@ def build_and_load(build: Any, norm: Any, state: dict[str, Tensor]) -> nn.Module
         if not isinstance(values, dict):
             raise ValueError(f"{key}={short(values)}; expected options by name")
     check_open(build, "model", Model)
-    check_open(norm, "norm", NormKeys)
+    check_norm(norm)
     if "num_classes" not in build:
         ends = [k for k in ("fc.weight", "classifier.weight", "head.weight") if k in state]
         if not ends:
@@ -139,8 +145,12 @@ def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[st
 def main() -> None:
     args = parse_arguments()
     try:
+        for key, low, high in NUMBERS:
+            if not low <= getattr(args, key) <= high:
+                option = key.replace("_", "-")
+                raise ValueError(f"--{option} {getattr(args, key)}; expected {low} to {high}")
         processes = distributed.start(args.device)
-        model, options = load(args)
+        model, options = load(args, partial(say, error=True) if processes.is_main else None)
         if args.root is not None:
             options["root"] = args.root
         data = build_data(**{key: value for key, value in options.items() if key != "workers"})

@@ -6,6 +6,7 @@ in the diagonal form of the authors' code for CIFAR.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
 
 import torch
@@ -78,6 +79,8 @@ class BatchKalmanNormBase(RunningNorm):
             return self.as_node(x)
         self._check_input(x)
         if not self.training or x.numel() == 0:
+            if self.flow is not None and self.flow.values and self.place is not None:
+                self.flow.put(self.place[1], None)
             return self._evaluate(x)
         if self.flow is None or not self.flow.values or self.place is None:
             raise RuntimeError(
@@ -88,11 +91,11 @@ class BatchKalmanNormBase(RunningNorm):
         groups = groups.to(torch.promote_types(x.dtype, torch.float32))
         over = (1, *range(3, groups.dim()))
         var, mean = torch.var_mean(groups, over, correction=0)
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             before, own = self.place
             if before is not None:
                 mean, var = kalman_update((mean, var), self.flow.moments(before), self.gain)
-        self.flow.values[own] = mean, var
+        self.flow.put(own, (mean, var))
         self._update(mean.mean(0), var.mean(0))
         shape = (self.virtual_gpus, 1, self.num_features, *(1,) * (groups.dim() - 3))
         scale = (var + self.eps).rsqrt()
@@ -226,6 +229,15 @@ class _Flow:
         """Forward hook of the network."""
         self.values = [None] * len(self.steps)
 
+    def put(self, step: int, moments: Moments | None) -> None:
+        """A layer's moments; those of later steps are of another pass, where hooks did not run.
+
+        As in a torch.fx graph of the network, which holds the same layers.
+        """
+        self.values[step] = moments
+        for later in range(step + 1, len(self.values)):
+            self.values[later] = None
+
     def moments(self, step: int) -> Moments:
         if self.values[step] is None:
             function, inputs = self.steps[step]
@@ -271,6 +283,7 @@ class _Flow:
         for name, layer in self.layers.items():
             layer.place = tracer.places.get(name)
         self.steps, self.mode = tracer.steps, model.training
+        self.values = [None] * len(self.steps)
 
 
 @cache

@@ -264,14 +264,25 @@ def test_empty_file_is_one_message(name, tmp_path, call, capsys):
     assert str(path) in errors and not (tmp_path / "out.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("batch-size", 0), ("batches", -1), ("workers", -1), ("seed", -1), ("batch-size", 10**9)],
+)
+def test_numbers_of_the_evaluation_are_checked(option, value, call, capsys):
+    with pytest.raises(SystemExit) as error:
+        call("evaluate_checkpoint", "none.pt", f"--{option}", value, "--device", "cpu")
+    assert error.value.code == 2
+    assert f"--{option} {value}; expected " in capsys.readouterr().err
+
+
 @pytest.fixture
 def load(load_script):
     """What scripts/evaluate_checkpoint.py makes of a file: the network."""
     script = load_script("evaluate_checkpoint")
 
     def load(path, **options):
-        given = {"model": None, "source": "cifar", "norm": "sn", "data": "digits"} | options
-        return script.load(argparse.Namespace(checkpoint=path, **given))[0]
+        given = {"model": None, "source": "cifar", "norm": "sn", "data": "digits", "key": None}
+        return script.load(argparse.Namespace(checkpoint=path, **given | options), None)[0]
 
     return load
 
@@ -302,7 +313,11 @@ def test_wrapped_networks_are_evaluated(prefix, load, tmp_path):
     [
         ({"width": 10**7}, "model.width=10000000; expected a whole number, 1 to 4096"),
         ({"num_classes": 10**12}, "size mismatch for fc.weight"),  # no memory is taken for it
-        ({"name": 3}, "unknown CIFAR model"),
+        ({"name": 3}, "model.name=3; expected a name"),
+        ({"width": True}, "model.width=True; expected a whole number"),
+        ({"width": "8"}, "model.width=8; expected a whole number"),
+        ({"dropout": "0.5"}, "model.dropout=0.5; expected a number"),
+        ({"dropout": True}, "model.dropout=True; expected a number"),
         ({"whidth": 8}, "whidth"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ import collections
 import copy
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -55,6 +56,15 @@ def test_crowds_degenerate_boxes_and_empty_images(tmp_path):
     _, empty = val[by_id(val, 5)]
     assert empty["boxes"].shape == (0, 4) and empty["masks"].shape == (0, 50, 50)
     assert data.describe()["classes"] == 3 and data.describe()["train_instances"] == 3
+
+
+def test_pictures_of_both_splits_are_told(tmp_path):
+    """By where they are: the same names in other folders are other pictures."""
+    write(tmp_path)
+    shutil.rmtree(tmp_path / "val2017")
+    (tmp_path / "val2017").symlink_to("train2017")
+    (line,) = load_coco("mine", str(tmp_path), masks=True).remarks()[1:]
+    assert line.startswith(f"2 validation pictures are trained on, such as {tmp_path}/train2017/a")
 
 
 def test_boxes_are_clipped_to_the_image(tmp_path):

@@ -43,9 +43,11 @@ def composed(*overrides):
     return workers.config(*overrides, root="enas")
 
 
-def run(out, *overrides):
+def run(out, *overrides, max_lr=None):
+    """`max_lr`: one that no config may have."""
     config = copy.deepcopy(composed(*TINY, *overrides))
     config.output_dir = str(out)
+    config.optimizer.max_lr = max_lr or config.optimizer.max_lr
     return search_module.search(config)
 
 
@@ -410,11 +412,11 @@ def test_a_signal_saves_and_stops(phase, tmp_path, monkeypatch, whole):
 
 def test_diverged_search_says_so(tmp_path):
     with pytest.raises(FloatingPointError, match="epoch 1, child step"):
-        run(tmp_path, "optimizer.max_lr=1e30", "optimizer.weight_decay=1")
+        run(tmp_path, "optimizer.weight_decay=1", max_lr=1e30)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "diverged" and summary["shared_top1"] is None
     with pytest.raises(FloatingPointError, match="ended already: it diverged"):  # not tried again
-        run(tmp_path, "optimizer.max_lr=1e30", "optimizer.weight_decay=1")
+        run(tmp_path, "optimizer.weight_decay=1", max_lr=1e30)
 
 
 def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):
@@ -439,12 +441,14 @@ def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):
         (["controller.hidden_size=2147483648"], ["controller.hidden_size=2147483648", "8192"]),
         (["child.filters=2147483648"], ["child.filters=2147483648"]),
         (["optimizer.momentum=1e30"], ["optimizer.momentum=1e+30", "0 to 1"]),
-        (["controller.gate_lr_factor=-1"], ["controller.gate_lr_factor=-1", "0 or more"]),
+        (["controller.gate_lr_factor=-1"], ["controller.gate_lr_factor=-1", "0 to 10000"]),
         (["+controller.gate_lr=1"], ["unknown key controller.gate_lr", "gate_lr_factor"]),
         (["controller.num_groups=3"], ["num_groups=3", "[1, 2, 4, 8]"]),
         (["controller.places=[output]"], ["controller.places", "hidden"]),
         (["controller.places=hidden"], ["controller.places=hidden", "list"]),
         (["controller.updates=0"], ["controller.updates=0"]),
+        (["optimizer.min_lr=1", "optimizer.max_lr=0.1"], ["optimizer.min_lr=1.0", "max_lr=0.1"]),
+        (["child.layers=201"], ["child.layers=201", "1 to 200"]),
         (["controller.lr=abc"], ["controller.lr=abc"]),
         (["controller.baseline_decay=1"], ["controller.baseline_decay=1"]),
         (["controller.grad_clip=0"], ["controller.grad_clip=0"]),

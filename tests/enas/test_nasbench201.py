@@ -62,8 +62,10 @@ def composed(*overrides):
 SHORT = ("cells=40", "points=[1,7,40]", "controller.hidden_size=8", "controller.num_groups=2")
 
 
-def run(path, out, *overrides):
+def run(path, out, *overrides, lr=None):
+    """`lr`: one that no config may have."""
     config = copy.deepcopy(composed(*SHORT, *overrides))
+    config.controller.lr = lr or config.controller.lr
     config.table, config.output_dir = str(path), str(out)
     return nasbench201.search(config)
 
@@ -329,7 +331,7 @@ def test_bad_value_is_named(overrides, wanted, path, tmp_path):
 
 def test_diverged_search_says_so(path, tmp_path):
     with pytest.raises(FloatingPointError, match="not finite at cell .* of 40"):
-        run(path, tmp_path, "controller.lr=1e38", "controller.norm=none")
+        run(path, tmp_path, "controller.norm=none", lr=1e38)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "diverged" and summary["best_test"] is None
 

@@ -527,3 +527,24 @@ def test_processes_equal_virtual_gpus(tmp_path):
         states.append(torch.load(tmp_path / f"{world_size}/checkpoint.pt", weights_only=True))
     for key, value in states[0]["model"].items():
         torch.testing.assert_close(value, states[1]["model"][key], rtol=0, atol=1e-9, msg=key)
+
+
+def test_a_graph_of_the_network_takes_each_batch_s_moments():
+    """It shares the layers but not the network's hooks: the second pass once took the first's."""
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        sn.BatchKalmanNorm2d(4, gain=0.5),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        sn.BatchKalmanNorm2d(4, gain=0.5),
+    ]
+    model = nn.Sequential(*layers).train()
+    batches = [torch.randn(4, 3, 8, 8), 3 * torch.randn(4, 3, 8, 8) + 1]
+    sn.connect_bkn(model, batches[0])
+    twin = copy.deepcopy(model)
+    graph = torch.fx.symbolic_trace(model)
+    for x in batches:
+        y = graph(x)
+        torch.testing.assert_close(y, twin(x), rtol=0, atol=0)
+        y.sum().backward()

@@ -455,6 +455,51 @@ def test_network_in_a_file(around, tmp_path):
         load_network(tmp_path / "w.pth")
 
 
+NETWORK = {"a.w": torch.ones(2), "b": torch.zeros(1)}
+AVERAGE = {"a.w": torch.ones(2) / 2, "b": torch.zeros(1)}
+OPTIMIZER = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+
+
+@pytest.mark.parametrize(
+    "content, key",
+    [
+        ({"model_state_dict": NETWORK, "optimizer_state_dict": OPTIMIZER, "loss": torch.ones(())},
+         "model_state_dict"),  # PyTorch's tutorial
+        ({"net": NETWORK, "acc": 93.0, "epoch": 3}, "net"),
+        ({"state_dict_ema": NETWORK, "arch": "resnet18", "amp_scaler": {"scale": 1.0}},
+         "state_dict_ema"),
+        ({"model": NETWORK, "criterion": {"centres": torch.ones(3)}}, "model"),
+        ({"whatever": NETWORK, "rng": torch.zeros(8)}, "whatever"),
+        ({"state_dict": {f"model.{k}": v for k, v in NETWORK.items()}, "loops": {}}, "state_dict"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_networks_as_others_save_them(content, key, path):
+    torch.save(content, path)
+    told = []
+    found = load_network(path, told=told.append)
+    assert found.keys() == NETWORK.keys() and torch.equal(found["a.w"], NETWORK["a.w"])
+    (line,) = told
+    assert str(path) in line and f"key '{key}'" in line
+    assert ("without model." in line) == (key == "state_dict")
+    assert load_network(path, key).keys() == found.keys()
+    with pytest.raises(ValueError, match="holds no state: no 'xyz', but "):
+        load_network(path, "xyz")
+
+
+def test_several_networks_in_a_file(path):
+    torch.save({"state_dict": NETWORK, "state_dict_ema": AVERAGE, "optimizer": OPTIMIZER}, path)
+    with pytest.raises(ValueError, match="networks: state_dict, state_dict_ema; choose .*init.key"):
+        load_network(path)
+    assert torch.equal(load_network(path, "state_dict_ema")["a.w"], AVERAGE["a.w"])
+    torch.save({"student": NETWORK, "teacher": AVERAGE}, path)
+    with pytest.raises(ValueError, match="networks: student, teacher; choose"):
+        load_network(path)
+    told = []
+    torch.save(NETWORK, path)
+    assert load_network(path, told=told.append).keys() == NETWORK.keys() and not told
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -500,7 +545,7 @@ def test_an_archive_that_would_unpack_is_refused_unread(path, monkeypatch):
 @pytest.mark.parametrize(
     "progress, message",
     [
-        ({"step": -3}, "progress.step=-3; expected a whole number, 0 or more"),
+        ({"step": -3}, "progress.step=-3; expected a whole number, 0 to 2147483647"),
         ({"epoch": 3, "step": 1}, "epoch 3, step 1 are beyond the run's 3 x 5"),
         ({"epoch": 4}, "epoch 4, step 0 are beyond"),
         ({"step": 10**9}, "step 1000000000 are beyond"),

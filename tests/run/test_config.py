@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 import re
-import sys
 import time
 import types
 import typing
@@ -21,7 +20,15 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from workers import CONFIGS, SCHEMAS, composed, config, schema, with_value
 
-from sn.training.run.config import NormKeys, Setting, check_open, check_ranges, option, recorded
+from sn.training.run.config import (
+    NormKeys,
+    Setting,
+    check_norm,
+    check_ranges,
+    option,
+    recorded,
+    whole,
+)
 
 
 def has_schema(root):
@@ -93,8 +100,9 @@ def wrong_range(hint, metadata):
     if typing.get_origin(hint) is list:
         return [[value] for value in wrong_range(typing.get_args(hint)[0], metadata)]
     if hint is str:
-        values = ["../up", "/abs", "a/b", "..", ".hidden", "", "a\nb", "a\x00b", "a\\b", "x" * 300]
-        return ["abc", ""] if metadata["choices"] else values if metadata["name"] else []
+        values = ["../up", "/abs", "a/b", "..", ".hidden", "", "a\nb", "a\\b", "x" * 300]
+        long = ["a\x00b", "x" * 5000]
+        return ["abc", ""] if metadata["choices"] else [*long, *values * metadata["name"]]
     if hint not in (int, float):
         return []
     values = [NAN, INF, -INF, "nan", "inf"] if hint is float else []
@@ -106,7 +114,7 @@ def wrong_range(hint, metadata):
         ("below", 1, True),
     ):
         limit = metadata[bound]
-        if limit is None or abs(limit) >= sys.float_info.max:
+        if limit is None:
             continue
         limit = hint(limit)
         values.append(limit if open_end else limit + sign * (step or max(abs(limit), 1) * 1e-6))
@@ -159,6 +167,47 @@ def test_every_value_of_a_wrong_type_is_named(root):
                 assert shown[:80] == str(value)[:80], (key, value, text)
             count += 1
     assert count > 150
+
+
+@roots
+def test_every_number_has_ends(root):
+    """1e30 is no learning rate, 2**40 no number of steps: each field says what it can be."""
+    count = 0
+    for key, hint, metadata, _ in fields(schema(root)):
+        kind = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+        if kind in (int, float):
+            least = [metadata[end] for end in ("low", "above") if metadata[end] is not None]
+            most = [metadata[end] for end in ("high", "below") if metadata[end] is not None]
+            assert least and min(least) >= 0, key
+            assert most and min(most) <= (2**32 if kind is int else 1e15), key
+            count += 1
+    assert count > 20
+
+
+def test_the_numbers_of_a_norm_have_ends():
+    for _, hint, metadata, _ in fields(NormKeys):
+        kind = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+        assert kind in (bool, str) or None not in (metadata["low"], metadata["high"])
+
+
+def test_lists_and_texts_have_a_length():
+    @dataclasses.dataclass
+    class Config:
+        points: list[int] = whole(1)
+        words: list[str] = option(expected="a list of words")
+        note: str = option()
+
+    right = Config([1] * 10_000, ["a"] * 10_000, "x" * 4096)
+    check_ranges(right)
+    for changed, message in (
+        ({"points": [1] * 10_001}, r"points=.*; expected a list, each .*, at most 10,000 of them"),
+        ({"words": ["a"] * 10_001}, r"words=.*; expected a list of words, at most 10,000 of them"),
+        ({"words": ["a", "b" * 4097]}, "words="),
+        ({"note": "x" * 4097}, r"note=x{80}\.\.\. .*; expected a text of 0 to 4096 characters"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            check_ranges(dataclasses.replace(right, **changed))
+        assert len(str(error.value)) < 300
 
 
 @roots
@@ -256,7 +305,7 @@ YAML = [  # what stands in the experiment's file, what the user reads
     ({"sed": 1}, "unknown key sed; did you mean seed?"),
     ({"setting": {"gpu": 1}}, "unknown key setting.gpu; did you mean gpus?"),
     ({"seed": "abc"}, "seed=abc; expected a whole number"),
-    ({"seed": -1}, "seed=-1; expected a whole number, 0 or more"),
+    ({"seed": -1}, "seed=-1; expected a whole number, 0 to 4294967296"),
     ({"precision": "fp8"}, "precision=fp8; expected one of fp32, "),
 ]
 
@@ -319,12 +368,23 @@ def test_open_mappings():
         ({"momentum": 5}, "norm.momentum=5; expected a number, 0 to 1, or null"),
         ({"momentum": "abc"}, "norm.momentum=abc; expected a number"),
         ({"momentum": True}, "norm.momentum=True; expected a number"),
+        ({"eps": 1e30}, "norm.eps=1e[+]30; expected a number, 0 to 1"),
+        ({"num_groups": True}, "norm.num_groups=True; expected a whole number, 1 to 65536, or nu"),
+        ({"r_images": [0, 1e30]}, "norm.r_images=.*; expected a list, each a number, 0 to 1e[+]15"),
         ({"affine": 3}, "norm.affine=3; expected true or false"),
+        ({"affine": "true"}, "norm.affine=true; expected true or false"),
+        ({"momentum": "0.1"}, "norm.momentum=0.1; expected a number"),
+        ({"name": 3}, "norm.name=3; expected a name"),
         ({"unbiased": "on"}, "norm.unbiased=on; expected true or false"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_open(values, "norm", NormKeys)
-    check_open({"name": "sn", "momentum": None, "whatever": 3}, "norm", NormKeys)
+            check_norm({"name": "sn"} | values)
+    check_norm({"name": "sn", "momentum": None, "whatever": 3})
+    for key in ("device", "dtype", "process_group", "virtual_gpus"):
+        with pytest.raises(ValueError, match=f"parts.fpn.{key}=x: the run chooses it"):
+            check_norm({"name": "sn", key: "x"}, "parts.fpn")
+    with pytest.raises(ValueError, match="norm.name is not set"):
+        check_norm({})
 
 
 def test_recorded_leaves_out_the_machine_and_what_was_always_so():
@@ -345,6 +405,26 @@ def test_recorded_leaves_out_the_machine_and_what_was_always_so():
     assert recorded(Outer()) == {"seed": 0, "inner": {"gpus": 2}, "norm": {"name": "sn"}}
     changed = recorded(Outer(gates="bilevel", clip=1.0))
     assert changed["gates"] == "bilevel" and changed["clip"] == 1.0
+
+
+def test_a_folder_of_outputs_has_a_name():
+    """Else it would be the folder one is in, and with an empty output_root the machine's root."""
+    for override in ("output_dir=", "output_root=", "output_dir=' '"):
+        key = override.partition("=")[0]
+        with pytest.raises(ValueError, match=rf"^{key}=\s*; expected a text of 1 to 4096"):
+            config(override)
+
+
+def test_anchors_of_the_pyramid_are_counted_before_any_data_are_drawn():
+    with pytest.raises(ValueError, match=r"model.anchor_sizes=\[8, 16\]; expected five lengths"):
+        config(*SMALL["detection"], "model.anchor_sizes=[8,16]", root="detection")
+
+
+def test_images_per_step_have_an_end():
+    for root in ("imagenet", "detection"):
+        words = [w for w in SMALL[root] if not w.startswith("setting.")]
+        with pytest.raises(ValueError, match="setting 65536x65536 has 4,294,967,296 images per st"):
+            config(*words, "setting.gpus=65536", "setting.images_per_gpu=65536", root=root)
 
 
 def test_setting():

@@ -112,6 +112,7 @@ def test_odd_names_are_names(name):
         ("setting=8_32", "setting=8_32: expected one of 1x16, 1x2, 1x32, 1x8, 8x1"),
         ("data=7", "data=7: expected one of cifar10,"),
         ("norm=true", "norm=true: expected one of bkn,"),
+        ("norm=null", "norm=null: expected one of bkn,"),
     ],
 )
 def test_options_picked_by_a_number(word, wanted, capsys, monkeypatch):

@@ -651,6 +651,17 @@ def test_other_data_or_config_is_refused(train, tmp_path, quick, monkeypatch):
     train(config(tmp_path, checkpoint_steps=2, note="moved", timeout_minutes=5.0))  # the machine's
 
 
+def test_a_network_that_refuses_the_images_is_one_line(tmp_path):
+    """timm's and torchvision's transformers assert their size, of which a run would die later."""
+
+    def need():
+        raise AssertionError("Input height (8) doesn't match model (224).")
+
+    with pytest.raises(ValueError, match=r"network refuses its input: Input height \(8\)"):
+        with Session(config(tmp_path)) as run:
+            run.warn_of(need)
+
+
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path, quick, monkeypatch):
     send_at(monkeypatch, HERE, "train_step", 3, signal.SIGTERM)
     with pytest.raises(Preempted):

@@ -552,6 +552,18 @@ def style_run(wanted, steps, scale=1.0, overrides=()):
     return typed, Run(Path(), summary, config, metrics=metrics)
 
 
+def of_seed(run, seed, scale):
+    """The run with another seed, its losses `scale` times as large."""
+    summary = run.summary | {"seed": seed, "run": run.name.replace("seed3", f"seed{seed}")}
+    metrics = [
+        {key: value * (scale if key != "step" else 1) for key, value in line.items()}
+        for line in run.metrics
+    ]
+    return dataclasses.replace(
+        run, summary=summary, config=run.config | {"seed": seed}, metrics=metrics
+    )
+
+
 def test_style_runs_of_both_styles_are_made_and_judged_from_one_command():
     """Each arm's command makes the run the ledger looks for, with the painting of its style."""
     design = dataclasses.replace(
@@ -560,16 +572,18 @@ def test_style_runs_of_both_styles_are_made_and_judged_from_one_command():
     given = ["photos.root=/photos", "style.image=/styles/${style.name}.jpg", "data.root=/no"]
     ratios = {"bn": 1.2, "in": 1.0, "sn": 0.9, "sn_x10": 1.1}
     runs, of_arm = [], {}
+    for name, arm in design.arms.items():
+        wanted = claims.Wanted(design, arm, None, 3, None)
+        typed, run = style_run(wanted, 40, 1.0, given)
+        style = "wave" if name.endswith("_wave") else "starry_night"
+        assert (typed.style.name, typed.style.image) == (style, f"/styles/{style}.jpg")
+        assert (typed.photos.root, typed.run_name) == ("/photos", f"style_{name}")
+        assert typed.seed == run.config["seed"] == 3
+        of_arm[name] = run
     for seed in design.seeds:
-        for name, arm in design.arms.items():
+        for name, run in of_arm.items():
             scale = seed * ratios[name.removesuffix("_wave")] + 0.001 * seed * (name == "in")
-            wanted = claims.Wanted(design, arm, None, seed, None)
-            typed, run = style_run(wanted, 40, scale, given)
-            style = "wave" if name.endswith("_wave") else "starry_night"
-            assert (typed.style.name, typed.style.image) == (style, f"/styles/{style}.jpg")
-            assert (typed.photos.root, typed.run_name) == ("/photos", f"style_{name}")
-            runs.append(run)
-            of_arm[name] = run
+            runs.append(of_seed(run, seed, scale))
     for name, run in of_arm.items():
         found = [arm.name for arm in design.arms.values() if claims.is_arm(run, design, arm)]
         assert found == [name]

@@ -233,8 +233,8 @@ def test_sweep_goes_on_after_a_failure(tmp_path):
     result = call(
         SWEEP,
         *("--norms", "bn gn", "--settings", "1x8", "--output", output),
-        *("--", "device=cpu", "data.train_images=16", "schedule.epochs=1"),
-        "schedule.lr_per_256=1e30",
+        *("--", "device=cpu", "data.train_images=16", "schedule.epochs=4"),
+        *("schedule.lr_per_256=1e4", "optimizer.weight_decay=1e4"),  # weights * 10^6 a step
     )
     assert result.returncode == 1
     assert "bn_1x8_seed0 (exit code 2" in result.stderr and "bn_1x8_seed0.log" in result.stderr
@@ -274,8 +274,8 @@ def test_diverged_run_of_several_processes_is_a_result(tmp_path):
     result = call(
         SWEEP,
         *("--norms", "gn", "--settings", "2x4", "--output", tmp_path, "--processes", "2"),
-        *("--", "device=cpu", "data.train_images=16", "schedule.epochs=1"),
-        "schedule.lr_per_256=1e30",
+        *("--", "device=cpu", "data.train_images=16", "schedule.epochs=4"),
+        *("schedule.lr_per_256=1e4", "optimizer.weight_decay=1e4"),  # weights * 10^6 a step
     )
     assert summaries(tmp_path)["gn_2x4/seed0"]["status"] == "diverged"
     assert result.returncode == 0, result.stderr

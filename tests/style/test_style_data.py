@@ -182,6 +182,15 @@ def test_style_keeps_its_aspect(tmp_path):
     assert torch.equal(load_style(None, 96)[0], drawn)
 
 
+@pytest.mark.parametrize("size, wide", [((200, 10), 100), ((10, 10), 15), ((3, 900), 512)])
+def test_a_style_too_narrow_for_the_loss_network_is_named(size, wide, tmp_path):
+    Image.new("RGB", size).save(tmp_path / "s.png")
+    with pytest.raises(
+        ValueError, match=rf"s.png with style.size={wide} has .*expected 16 or more"
+    ):
+        load_style(str(tmp_path / "s.png"), wide)
+
+
 def test_hidden_files_links_to_nothing_and_names_that_are_not_utf8(tmp_path):
     folder_of(tmp_path, 2)
     (tmp_path / ".ipynb_checkpoints").mkdir()

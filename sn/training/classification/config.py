@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..run.config import (
-    NormKeys,
+    CLIP,
+    LR,
     RunConfig,
     Setting,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -58,6 +59,7 @@ class Init:
 
     name: str = option(choices=INITS, before="scratch")
     path: str | None = option(machine=True)
+    key: str | None = option(None, machine=True)
     gate_start: float = number(0, 100, before=0.0)
 
 
@@ -65,12 +67,12 @@ class Init:
 class Schedule:
     name: str = option(name=True)
     epochs: int = whole(1)
-    lr_per_256: float = number()
+    lr_per_256: float = number(0, LR)
     decay: str = option(choices=("step", "cosine"))
     milestones: list[float] = number(
         0, 1, expected="a list of fractions of the run, such as [0.3,0.6,0.9]"
     )
-    gamma: float = number()
+    gamma: float = number(0, 10)
     warmup: float = number(0, 1)
     last_fraction: float = number(0, 1)
 
@@ -78,10 +80,10 @@ class Schedule:
 @dataclass
 class Optimizer:
     momentum: float = number(0, 1)
-    weight_decay: float = number()
-    gate_lr_factor: float = number()
-    gate_weight_decay: float | None = number()
-    gate_clip: float | None = number(None, above=0, before=None)
+    weight_decay: float = number(0, LR)
+    gate_lr_factor: float = number(0, LR)
+    gate_weight_decay: float | None = number(0, LR)
+    gate_clip: float | None = number(None, CLIP, above=0, before=None)
 
 
 @dataclass
@@ -110,7 +112,8 @@ class ImagenetConfig(RunConfig):
     compile: bool = option(machine=True)
 
     def check(self) -> None:
-        check_open(self.norm, "norm", NormKeys)
+        check_norm(self.norm)
+        self.setting.check()
         if self.init.name == "checkpoint" and self.init.path is None:
             raise ValueError("init.path is not set; add init.path=... to the command")
         if self.init.name == "scratch" and self.init.gate_start:

@@ -6,7 +6,7 @@ import inspect
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ..run.display import say
 from ..run.images import BadImages, files_below, is_hidden, listed, read_image
 from ..run.schedule import mix_seed, steps_per_epoch
 
@@ -534,6 +535,13 @@ def load_image_folder(
             f"data.root={root}: train has {len(train.classes)} classes, val {len(val.classes)}; "
             f"in only one of them: {only[:5]}"
         )
+    both = _real_folders(f for f, _ in train.samples) & _real_folders(f for f, _ in val.samples)
+    if both:
+        say(
+            f"warning: data.root={root}: train and val both hold the images of {min(both)}: an "
+            "accuracy on images trained on says little",
+            error=True,
+        )
     train_samples = _spread(train.samples, train_images)
     listing = hashlib.sha256()
     for part, samples in (("train", train_samples), ("val", val.samples)):
@@ -590,14 +598,26 @@ class _ImageFolder(datasets.ImageFolder):
 
     @staticmethod
     def make_dataset(directory, class_to_idx, **options) -> list[tuple[str, int]]:
-        samples = []
+        samples: list[tuple[str, int]] = []
+        owners: dict[str, str] = {}  # real folder -> its class
         for name, label in class_to_idx.items():
             files = files_below(os.path.join(directory, name))
             images = [file for file in files if file.lower().endswith(IMG_EXTENSIONS)]
             if not images:
                 raise FileNotFoundError(f"no image in {os.path.join(directory, name)}")
+            for folder in _real_folders(images):
+                if owners.setdefault(folder, name) != name:
+                    raise ValueError(
+                        f"{directory}: the classes {owners[folder]} and {name} hold the same "
+                        f"images, those in {folder}; remove the link to it in one of them"
+                    )
             samples += [(file, label) for file in sorted(images, key=os.path.split)]
         return samples
+
+
+def _real_folders(files: Iterable[str]) -> set[str]:
+    """The folders of these files, links followed."""
+    return {os.path.realpath(folder) for folder in {os.path.dirname(file) for file in files}}
 
 
 def _spread(samples: list, count: int | None) -> list:

@@ -273,8 +273,9 @@ def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
     import timm  # only here: it is slow to import
 
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name[:6]}*")[:10]
-        raise ValueError(f"unknown timm model {name!r}; timm.list_models() has {close} ...")
+        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:10])
+        known = f"timm has {close}, ..." if close else "timm.list_models() lists them"
+        raise ValueError(f"unknown timm model {name!r}; {known}")
     options = {"num_classes": num_classes, "drop_rate": dropout}
     if norm is None:
         return timm.create_model(name, **options)

@@ -1,7 +1,7 @@
 """Pretrained classifiers: where their weights come from, and how they get another norm."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sn
 
 from ..run.checkpoint import load_network
+from ..run.config import short
 from .models import batch_norm_model, build_model, fuse_activations
 
 INITS = ("scratch", "checkpoint", "torchvision", "timm")
 
 
-def pretrained_weights(name: str, model: str, path: str | None) -> dict[str, Tensor] | None:
+def pretrained_weights(
+    name: str,
+    model: str,
+    path: str | None,
+    key: str | None = None,
+    told: Callable[[str], object] | None = None,
+) -> dict[str, Tensor] | None:
     """The classifier weights that a run starts from; None for "scratch".
 
-    "checkpoint": a file, of train_imagenet.py or any state dict of a network that we build.
+    "checkpoint": a file, of train_imagenet.py or any state dict of a network that we build; `key`
+    and `told` as in `load_network`.
     "torchvision", "timm": the library's own ImageNet weights of `model` (batch norm), which it
     downloads unless they are in its cache.
 
@@ -30,13 +38,15 @@ def pretrained_weights(name: str, model: str, path: str | None) -> dict[str, Ten
         raise ValueError(f"unknown init.name={name!r}; choose one of {', '.join(INITS)}")
     if name != "checkpoint" and path is not None:
         raise ValueError(f"init.path={path} needs init=checkpoint, not {name}")
+    if name != "checkpoint" and key is not None:
+        raise ValueError(f"init.key={short(key)} needs init=checkpoint, not {name}")
     if name == "scratch":
         return None
     if name == "checkpoint":
         if path is None:
             raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
         try:
-            return load_network(path)
+            return load_network(path, key, told)
         except ValueError as error:
             raise ValueError(f"init.path: {error}") from None
     try:

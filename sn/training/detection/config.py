@@ -7,14 +7,16 @@ import sn
 
 from ..classification.pretrained import INITS
 from ..run.config import (
+    CLIP,
+    LR,
     SIZE,
-    NormKeys,
     RunConfig,
     Setting,
-    check_open,
+    check_norm,
     number,
     option,
     register,
+    short,
     whole,
 )
 from .detectors import ARCHITECTURES, check_frozen
@@ -97,11 +99,11 @@ class CocoData:
 class Schedule:
     name: str = option(name=True)
     images: int = whole(1)
-    lr_per_16: float = number()
+    lr_per_16: float = number(0, LR)
     milestones: list[float] = number(
         0, 1, expected="a list of fractions of the run, such as [0.67,0.89]"
     )
-    gamma: float = number()
+    gamma: float = number(0, 10)
     warmup_images: int = whole()
     warmup_factor: float = number(0, 1)
 
@@ -112,18 +114,19 @@ class Init:
 
     name: str = option(choices=INITS)
     path: str | None = option(machine=True)
+    key: str | None = option(None, machine=True)
 
 
 @dataclass
 class Optimizer:
     momentum: float = number(0, 1)
-    weight_decay: float = number()
-    norm_weight_decay: float = number()
-    bias_weight_decay: float = number()
-    bias_lr_factor: float = number()
-    gate_weight_decay: float = number()
-    gate_lr_factor: float = number()
-    clip: float | None = number(None, above=0)
+    weight_decay: float = number(0, LR)
+    norm_weight_decay: float = number(0, LR)
+    bias_weight_decay: float = number(0, LR)
+    bias_lr_factor: float = number(0, LR)
+    gate_weight_decay: float = number(0, LR)
+    gate_lr_factor: float = number(0, LR)
+    clip: float | None = number(None, CLIP, above=0)
 
     def groups(self) -> dict[str, float]:
         """What `optimizer_groups` takes beside the model and the lr."""
@@ -188,7 +191,8 @@ class DetectionConfig(RunConfig):
 
     def check(self) -> None:
         for part, options in vars(self.parts).items():
-            check_open(options, f"parts.{part}", NormKeys)
+            check_norm(options, f"parts.{part}")
+        self.setting.check()
         self.detector()  # whether there are such norms
         for key, lengths in (
             ("data.sizes", self.data.sizes),
@@ -196,6 +200,11 @@ class DetectionConfig(RunConfig):
         ):
             if not lengths:
                 raise ValueError(f"{key}=[]; expected {LENGTHS}")
+        if "fpn" in self.own_parts and len(self.model.anchor_sizes) != 5:
+            raise ValueError(
+                f"model.anchor_sizes={short(self.model.anchor_sizes)}; expected five lengths, one "
+                "for each level of the FPN"
+            )
         if self.setting.emulation == "grouped":
             raise ValueError(
                 "setting.emulation=grouped: images and RoIs of a step differ in number and size, "

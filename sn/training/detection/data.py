@@ -6,6 +6,7 @@ Source: the COCO format (cocodataset.org); 2017 folder layout.
 import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -530,6 +531,11 @@ class DetectionData:
                 f"{self.train.leaving} training and {self.val.leaving} validation boxes leave "
                 "their image by more than a pixel: cut in training, evaluated as they are"
             )
+        if both := _places(self.train) & _places(self.val):
+            found.append(
+                f"{len(both)} validation pictures are trained on, such as {min(both)}: their AP "
+                "says little"
+            )
         return found
 
 
@@ -571,6 +577,13 @@ def load_coco(
         train.names,
         hashlib.sha256((train.sha256 + val.sha256).encode()).hexdigest(),
     )
+
+
+def _places(images: CocoImages) -> set[str]:
+    """The paths of the pictures, a link to their folder followed."""
+    folder = os.path.realpath(images.file.folder)
+    names = (image["file_name"] for image in images.images)
+    return {os.path.normpath(os.path.join(folder, name)) for name in names}
 
 
 def training_loader(

@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="where they go, such as data/digits_coco")
     parser.add_argument("images", type=int, nargs="?", default=1600, help="of training (1600)")
     args = parser.parse_args()
+    if not 1 <= args.images <= 10**6:
+        parser.error(f"{args.images} images; expected 1 to {10**6}")
     write_digits_coco(args.root, args.images)
     print(f"{args.root}, {write_digit_crops(args.root)}")
 

@@ -287,7 +287,9 @@ class Peak:
     def host(self) -> float:
         peak = _status("VmHWM")
         unit = 1 if sys.platform == "darwin" else 1024
-        return peak or float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        if peak:  # Linux counts each of the two roughly
+            return max(peak, self.before)
+        return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     def gpu(self) -> float | None:
         used = self.device.type == "cuda"

@@ -7,7 +7,7 @@ import shutil
 import sys
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from .config import checked, short
 
+# the keys under which files of others hold a network; then its moving average
+NETWORKS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module")
+NETWORKS += ("weights", "params", "model_ema", "state_dict_ema", "ema_state_dict", "params_ema")
 # what torch.compile, FSDP and checkpoint_wrapper put into the names of what they wrap
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -184,26 +187,53 @@ def load_weights(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_network(path: str | Path) -> dict[str, Tensor]:
+def load_network(
+    path: str | Path, key: str | None = None, told: Callable[[str], object] | None = None
+) -> dict[str, Tensor]:
     """A network's tensors in a file of weights, under their plain names.
 
-    The file may hold them under "model", as a run's checkpoint does, or "state_dict", as timm's and
-    the authors'. Raises as `load_weights`, and ValueError if there are none.
+    The file holds them by themselves, or under `key`; None: under the one of `NETWORKS` that it
+    has, or the only group of tensors. A name that a training module has put before all of them
+    (Lightning's `model.`) is left out. `told` gets a line that says where they were found. Raises
+    as `load_weights`, and ValueError if there are none, or several to choose from.
     """
     content = load_weights(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    groups = {name: group for name, value in content.items() if (group := _tensors(value))}
+    if key is None and groups:
+        known = [name for name in groups if name in NETWORKS] or list(groups)
+        if len(known) > 1:
+            raise ValueError(
+                f"{path} holds several networks: {short(', '.join(known))}; choose one with "
+                "init.key=... (--key of a script)"
+            )
+        key = known[0]
+    tensors = _tensors(content) if key is None else groups.get(key)
     if not tensors:
+        what = "neither tensors by name nor a 'state_dict'" if key is None else f"no {short(key)!r}"
         raise ValueError(
-            f"{path} holds no state: neither tensors by name nor a 'state_dict', but "
-            f"{short(', '.join(content)) or 'nothing'}"
+            f"{path} holds no state: {what}, but {short(', '.join(content)) or 'nothing'}"
         )
     try:
-        return plain_names(tensors)
+        tensors = plain_names(tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    firsts = {name.partition(".")[0] for name in tensors if "." in name}
+    around = firsts.pop() if len(firsts) == 1 and all("." in name for name in tensors) else ""
+    if around in ("model", "net", "network"):
+        tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
+    else:
+        around = ""
+    if told is not None and (key is not None or around):
+        where = f", key {key!r}" if key is not None else ""
+        told(f"read {path}{where}" + (f", names without {around}." if around else ""))
+    return tensors
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """The tensors by name in a part of a file; none in what is no mapping."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {name: tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
 
 
 def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ a run and its resumption), and what runs did before it was there. The values sta
 import dataclasses
 import difflib
 import math
-import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -21,6 +20,11 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 NOTHING = object()
 COUNT = 2**31 - 1  # largest number of steps, images, ...
 SIZE = 65536  # largest size of a tensor's axis: channels, pixels, images per GPU
+STEP = 2**20  # most images per step
+LR = 1e4  # largest learning rate, factor of one, weight decay
+LOSS = 1e15  # largest weight of a loss
+CLIP = 1e9  # largest norm of gradients to clip at
+NAME, TEXT, ITEMS = 200, 4096, 10_000  # most characters of a name, a text; most items of a list
 
 
 def option(
@@ -32,6 +36,7 @@ def option(
     below: float | None = None,
     choices: tuple | None = None,
     name: bool = False,
+    filled: bool = False,
     machine: bool = False,
     before: Any = NOTHING,
     expected: str | None = None,
@@ -42,13 +47,14 @@ def option(
         low, high: least and largest number, both allowed; above, below: both not allowed.
             Of a list they bound each element.
         choices: all values allowed.
-        name: a name fit to be a part of a path.
+        name: a name fit to be a part of a path; filled: a text that is not empty.
         machine: says where or how fast, not what: not recorded, may change at a resumption.
         before: what runs did before this field existed, or a tuple of such values; a record
             leaves it out then.
         expected: what is expected, in words, if it cannot be said from the rest.
     """
     metadata = dict(low=low, high=high, above=above, below=below, choices=choices, name=name)
+    metadata |= dict(filled=filled)
     metadata |= dict(machine=machine, before=before, expected=expected)
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -60,8 +66,8 @@ def whole(low: int = 0, high: int = COUNT, **options: Any) -> Any:
     return option(low=low, high=high, **options)
 
 
-def number(low: float | None = 0, high: float | None = sys.float_info.max, **options: Any) -> Any:
-    """A field that holds a finite number, or a list of them."""
+def number(low: float | None, high: float | None, **options: Any) -> Any:
+    """A field that holds a finite number, or a list; None where `above` or `below` is the end."""
     return option(low=low, high=high, **options)
 
 
@@ -81,6 +87,13 @@ class Setting:
     def total(self) -> int:
         """Images per step over all GPUs."""
         return self.gpus * self.images_per_gpu
+
+    def check(self) -> None:
+        """Raise ValueError for more images per step than anybody's machine has."""
+        if self.total > STEP:
+            raise ValueError(
+                f"setting {self.name} has {self.total:,} images per step; expected at most {STEP:,}"
+            )
 
     def lr(self, base: float, images: int) -> float:
         """Linear rule: `base` is the lr at `images` per step. Source: official README."""
@@ -109,8 +122,8 @@ class RunConfig:
     timeout_minutes: float = number(0.001, 1e6, machine=True)
     note: str | None = option(machine=True)
     run_name: str = option(name=True)
-    output_root: str = option(machine=True)
-    output_dir: str = option(machine=True)
+    output_root: str = option(machine=True, filled=True)
+    output_dir: str = option(machine=True, filled=True)
 
     def check(self) -> None:
         """Raise ValueError where values do not go together."""
@@ -122,10 +135,33 @@ class NormKeys:
 
     name: str = option(name=True)
     momentum: float | None = number(0, 1)
+    eps: float = number(0, 1)
     affine: bool = option()
     bias: bool = option()
     track_running_stats: bool = option()
     unbiased: bool = option()
+    num_groups: int | None = whole(1, SIZE)
+    gain: float = number(0, 1)
+    r_max: float = number(1, 1e6)
+    d_max: float = number(0, 1e6)
+    r_images: list[float] = number(0, 1e15)
+    d_images: list[float] = number(0, 1e15)
+
+
+def check_norm(values: dict[str, Any], prefix: str = "norm") -> None:
+    """Check the arguments of a `make_norm` as far as `NormKeys` knows them; ValueError as `typed`.
+
+    Device, dtype and virtual GPUs are the run's, for the whole network.
+    """
+    if "name" not in values:
+        raise ValueError(f"{prefix}.name is not set; choose an option {prefix}=...")
+    for key in ("device", "dtype", "process_group", "virtual_gpus"):
+        if key in values:
+            raise ValueError(
+                f"{prefix}.{key}={short(values[key])}: the run chooses it for all layers "
+                "(device=, precision=, setting=)"
+            )
+    check_open(values, prefix, NormKeys)
 
 
 def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
@@ -138,11 +174,13 @@ def check_open(values: dict[str, Any], prefix: str, schema: type) -> None:
         _strict(node)
         try:
             node[key] = values[key]
-            fits = _holds(field.metadata, node[key])
+            value = OmegaConf.to_container(node)[key]
+            as_it_is = value == values[key]  # nobody converts the '3' of a file
+            fits = as_it_is and _holds(field.metadata, value)
         except OmegaConfBaseException:
             fits = False
         if not fits:
-            wanted = describe(typing.get_type_hints(schema)[key], field.metadata)
+            wanted = describe(typing.get_type_hints(schema)[key], field.metadata, full=True)
             raise ValueError(f"{prefix}.{key}={short(values[key])}; expected {wanted}")
 
 
@@ -208,7 +246,7 @@ def typed(cfg: DictConfig) -> Any:
     """
     refuse_unknown(cfg)
     config = OmegaConf.to_object(cfg)
-    check_ranges(config, skip="run_name")  # made of the others, which are to be named
+    check_ranges(config, skip=("run_name", "output_dir"))  # made of others, which are to be named
     config.check()
     check_ranges(config)
     return config
@@ -236,27 +274,30 @@ def unknown_key(full_key: str, known: list[str]) -> str:
     return f"unknown key {full_key}; {hint}{group or 'the config'} has {', '.join(known)}"
 
 
-def check_ranges(config: Any, prefix: str = "", skip: str = "") -> None:
+def check_ranges(config: Any, prefix: str = "", skip: tuple[str, ...] = ()) -> None:
     """Raise ValueError for the first value, but for `skip`, outside of what its field may hold."""
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{key}.")
-        elif key != skip and not _holds(field.metadata, value):
-            wanted = describe(hints[field.name], field.metadata)
+        elif key not in skip and not _holds(field.metadata, value):
+            wanted = describe(hints[field.name], field.metadata, full=True)
             raise ValueError(f"{key}={short(value)}; expected {wanted}")
 
 
 def _holds(metadata: typing.Mapping, value: Any) -> bool:
     if isinstance(value, list):  # OmegaConf lets groups and lists into a list of numbers
-        return all(not isinstance(v, dict | list) and _holds(metadata, v) for v in value)
+        plain = all(not isinstance(v, dict | list) and _holds(metadata, v) for v in value)
+        return plain and len(value) <= ITEMS
     if value is None:
         return True  # OmegaConf has refused it where the type does
     if metadata.get("choices") is not None and value not in metadata["choices"]:
         return False
     if isinstance(value, str):
-        return is_name(value) if metadata.get("name") else True
+        is_text = len(value) <= TEXT and "\0" not in value
+        is_text = is_text and (value.strip() != "" or not metadata.get("filled"))
+        return is_name(value) if metadata.get("name") else is_text
     if isinstance(value, bool) or not isinstance(value, int | float):
         return True
     if not math.isfinite(value):
@@ -273,46 +314,51 @@ def _holds(metadata: typing.Mapping, value: Any) -> bool:
 
 def is_name(value: Any) -> bool:
     """Whether a value is a plain name, fit to be a part of a path."""
-    plain = isinstance(value, str) and value.isprintable() and len(value) < 200
+    plain = isinstance(value, str) and value.isprintable() and len(value) < NAME
     return plain and value[:1] not in ("", ".") and not {"/", "\\"} & set(value)
 
 
-def describe(hint: Any, metadata: typing.Mapping) -> str:
-    """What a field may hold, in words."""
-    if metadata.get("expected"):
-        return metadata["expected"]
+def describe(hint: Any, metadata: typing.Mapping, full: bool = False) -> str:
+    """What a field may hold, in words; `full`: with the ends that hardly anybody meets."""
     arguments = typing.get_args(hint)
+    many = f", at most {ITEMS:,} of them" if full and typing.get_origin(hint) is list else ""
+    if metadata.get("expected"):
+        return metadata["expected"] + many
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         (inner,) = [a for a in arguments if a is not type(None)]
-        return f"{describe(inner, metadata)}, or null"
+        return f"{describe(inner, metadata, full)}, or null"
     if metadata.get("choices") is not None:
         text = "one of " + ", ".join(map(str, metadata["choices"]))
-        return f"a list, each {text}" if typing.get_origin(hint) is list else text
+        return f"a list, each {text}{many}" if typing.get_origin(hint) is list else text
     if typing.get_origin(hint) is list:
-        return f"a list, each {describe(arguments[0], metadata)}"
+        return f"a list, each {describe(arguments[0], metadata, full)}{many}"
     if hint is bool:
         return "true or false"
+    if hint is str and metadata.get("name"):
+        length = f", shorter than {NAME} characters" if full else ""
+        return f"a name without / and control characters, not starting with a dot{length}"
     if hint is str:
-        return "a name without / and control characters, not starting with a dot" if (
-            metadata.get("name")
-        ) else "a text"  # fmt: skip
+        length = "1" if metadata.get("filled") else "0"
+        return f"a text of {length} to {TEXT} characters, none of them null" if full else "a text"
     if hint in (int, float):
-        return ("a whole number" if hint is int else "a number") + _bounds(metadata)
+        return ("a whole number" if hint is int else "a number") + _bounds(metadata, full)
     return "a group of keys"
 
 
-def _bounds(metadata: typing.Mapping) -> str:
+def _bounds(metadata: typing.Mapping, full: bool) -> str:
     low, high = metadata.get("low"), metadata.get("high")
     above, below = metadata.get("above"), metadata.get("below")
+    if isinstance(high, int) and high >= COUNT and not full:
+        high = None
     parts = []
     if above is not None:
         parts.append(f"above {above:g}")
-    if low is not None and high is not None and high < COUNT:
-        parts.append(f"{low:g} to {high:g}")
+    if low is not None and high is not None:
+        parts.append(f"{_plain(low)} to {_plain(high)}")
     elif low is not None:
-        parts.append(f"{low:g} or more")
-    elif high is not None and high < COUNT:
-        parts.append(f"at most {high:g}")
+        parts.append(f"{_plain(low)} or more")
+    elif high is not None:
+        parts.append(f"at most {_plain(high)}")
     if below is not None:
         parts.append(f"less than {below:g}")
     return f", {' and '.join(parts)}" if parts else ""
@@ -321,6 +367,10 @@ def _bounds(metadata: typing.Mapping) -> str:
 def as_yaml(value: Any) -> str:
     """A value as the command line takes it: `null`, `true`, `[in, ln]`."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def short(value: Any, length: int = 80) -> str:

@@ -42,6 +42,7 @@ TOO_LARGE = (
 )
 CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInterrupt: 130}
 WORD, LINE = 300, 2000  # characters of a message that are shown: a path may be long
+NO_OPTION = r"[+-]?[\d._]+(e[+-]?\d+)?|true|false|null|~"  # what YAML does not read as a text
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # HYDRA_FULL_ERROR=1 shows tracebacks; `start` sets it, too, to see Hydra's errors as exceptions
 _begun = False  # the config has been composed
@@ -122,13 +123,16 @@ def end(text: str, code: int) -> NoReturn:
 
 
 def numbers_as_options() -> None:
-    """Refuse an option picked by a number: `setting=8_32` reads as 832, and Hydra ends there."""
+    """Refuse an option picked by a number or null: `setting=8_32` reads as 832, and Hydra ends."""
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
         group = CONFIGS / key.lstrip("+").partition("@")[0]
-        if re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false", value, re.I) and group.is_dir():
+        if (
+            re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false|null|~", value, re.I)
+            and group.is_dir()
+        ):
             options = sorted(path.stem for path in group.glob("*.yaml"))
-            end(f"{word}: expected one of {', '.join(options)}, not a number", 2)
+            end(f"{word}: expected one of {', '.join(options)}, no number, true, false or null", 2)
 
 
 def options_of_others(root: str) -> None:
@@ -181,7 +185,7 @@ def explain(error: BaseException, schema: type) -> str:
     if value is None:
         found = re.search(r"Value '(.*)' of type|value: (.*)", text)
         value = (found.group(1) or found.group(2)) if found else "null"
-    expected = describe(hint, metadata) if hint is not None else "another type of value"
+    expected = describe(hint, metadata, full=True) if hint is not None else "another type of value"
     return f"{where}{key.group(1)}={short(value)}; expected {expected}"
 
 

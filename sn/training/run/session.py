@@ -43,8 +43,8 @@ class Progress:
     logged: dict[str, list] = field(default_factory=dict)  # [sum, count] since steps' last line
     images_seen: int = whole(0, 2**62, default=0)  # trained on, in all
     skipped_steps: int = whole(default=0)  # in all: loss or gradients were not finite
-    best: float | None = number(None, default=None)  # of the validations
-    wall_s: float = number(default=0.0)
+    best: float | None = number(None, None, default=None)  # of the validations
+    wall_s: float = number(0, None, default=0.0)
 
     @property
     def done(self) -> int:
@@ -166,6 +166,8 @@ class Session:
             estimated = need()
         except (RuntimeError, ValueError):  # the run itself will say what is wrong, if it is
             return None
+        except AssertionError as error:  # timm's and torchvision's, of the images' size
+            raise ValueError(f"the network refuses its input: {error}") from None
         if not self.config.plan and self.is_main:
             for text in estimated.warnings():
                 say(f"warning: {text}", error=True)

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..run.config import (
+    LOSS,
+    LR,
     SIZE,
-    NormKeys,
     RunConfig,
-    check_open,
+    check_norm,
     number,
     option,
     register,
@@ -33,7 +34,7 @@ class PhotoOptions:
 class StyleImage:
     name: str = option(name=True)
     image: str | None = option(machine=True)
-    size: int = whole(1, 8192)
+    size: int = whole(16, 8192)
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Vgg:
 class Loss:
     content_layer: str = option(choices=tuple(RELUS))
     style_layers: list[str] = option(choices=tuple(RELUS))
-    content_weight: float | None = number()
-    style_weight: float | None = number()
-    tv_weight: float | None = number()
+    content_weight: float | None = number(0, LOSS)
+    style_weight: float | None = number(0, LOSS)
+    tv_weight: float | None = number(0, LOSS)
 
     def weights(self, vgg_input: str) -> dict[str, float]:
         """The weight of each part; where it is null, that of VGG's input convention."""
@@ -70,12 +71,12 @@ class Loss:
 class Schedule:
     steps: int = whole(1, machine=True)  # lr is constant: a longer run continues a shorter one
     batch_size: int = whole(1, SIZE)
-    lr: float = number(None, above=0)
+    lr: float = number(None, LR, above=0)
 
 
 @dataclass
 class Optimizer:
-    gate_lr_factor: float = number(before=1.0)
+    gate_lr_factor: float = number(0, LR, before=1.0)
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Stylize:
     images: Any = option(expected="a file, a folder, or a list of them, or null")
     output: str = option()
     size: int | None = whole(1, SIZE)
-    strip_pixels: float = number(1)
+    strip_pixels: float = number(1, 1e12)
     max_megapixels: float = number(0.001, 1e6)
 
     def paths(self) -> list[str]:
@@ -129,9 +130,11 @@ class StyleConfig(RunConfig):
     export: Export = option(Export, machine=True)
 
     def check(self) -> None:
-        check_open(self.norm, "norm", NormKeys)
+        check_norm(self.norm)
         if not self.loss.style_layers:
             raise ValueError(f"loss.style_layers=[]; expected at least one of {', '.join(RELUS)}")
+        if len(set(self.loss.style_layers)) < len(self.loss.style_layers):
+            raise ValueError(f"loss.style_layers={self.loss.style_layers} names one twice")
         size, resize = self.photos.image_size, self.photos.resize
         if size % 4:
             raise ValueError(f"photos.image_size={size}; expected a multiple of 4")

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from ..run.images import BadImages, files_below, listed, read_image
 from ..run.schedule import mix_seed
 
+LEAST = 16  # pixels of a style image, each way
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
 
@@ -163,11 +164,18 @@ def batches(batch_size: int, first_step: int, steps: int) -> Iterator[list[int]]
 def load_style(path: str | None, size: int) -> tuple[Tensor, str]:
     """The style image (1, 3, H, W) with its long side resized to `size`, and its sha256.
 
-    Without a path it is drawn: coloured waves, so that everything runs without a file.
+    Without a path it is drawn: coloured waves, so that everything runs without a file. Raises
+    FileNotFoundError, or ValueError for one that is no image or narrower than VGG can take.
     """
     image = draw_waves() if path is None else _read_style(path)
     sha256 = hashlib.sha256(image.tobytes()).hexdigest()
-    return to_tensor(resize_long_side(image, size))[None], sha256
+    style = resize_long_side(image, size)
+    if min(style.size) < LEAST:  # VGG halves it four times
+        raise ValueError(
+            f"style.image={path or 'null'} with style.size={size} has {style.width} x "
+            f"{style.height} pixels; expected {LEAST} or more each way"
+        )
+    return to_tensor(style)[None], sha256
 
 
 def resize_long_side(image: Image.Image, size: int) -> Image.Image:

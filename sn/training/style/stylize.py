@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sn
 
 from ..run.checkpoint import load_checkpoint, plain_names
-from ..run.config import NormKeys, check_open, checked, short
+from ..run.config import check_norm, checked, short
 from ..run.display import say
 from ..run.images import read_image
 from .config import Network
@@ -37,7 +37,7 @@ def load_style_net(path: str | Path) -> StyleNet:
         norm, network = (options.get(key) for key in ("norm", "model"))
         if not (isinstance(norm, dict) and isinstance(network, dict)):
             raise ValueError(f"style_net={short(options)}; expected norm and model")
-        check_open(norm, "norm", NormKeys)
+        check_norm(norm)
         # the same parameters with and without fused activations; strips need them apart
         network = checked(Network, network | {"fused_activation": False}, "model")
         model = build_style_net(sn.make_norm(**norm), **vars(network))
