@@ -351,5 +351,5 @@ def test_launch_restarts_after_a_process_died(tmp_path):
     overrides += ["data.train_images=16", f"output_dir={output}"]
     result = call(LAUNCH, 2, script, *overrides, env={"MAX_RESTARTS": "1"}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert (tmp_path / "died").exists() and "resuming after 1 epochs" in result.stdout
+    assert (tmp_path / "died").exists() and "resuming after 1 epoch" in result.stdout
     assert json.loads((output / "summary.json").read_text())["epochs"] == 2

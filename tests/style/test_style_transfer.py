@@ -225,7 +225,9 @@ def test_control_parameters_at_a_multiple_of_the_lr(tmp_path, train):
             assert torch.equal(faster[name], theirs), name
     recorded = yaml.safe_load((tmp_path / "faster" / "config.yaml").read_text())
     assert recorded["optimizer"] == {"gate_lr_factor": 4.0}
-    with pytest.raises(ValueError, match="optimizer.gate_lr_factor: None there, 4.0 asked for"):
+    with pytest.raises(
+        ValueError, match="optimizer.gate_lr_factor: the default there, 4.0 asked for"
+    ):
         train(tmp_path / "usual", "optimizer.gate_lr_factor=4")
 
 
