@@ -201,7 +201,7 @@ def test_dropout_without_fc():
     "name, source, words",
     [
         ("resnet5000", "torchvision", ["resnet5000", "resnet50"]),
-        ("resnet5000", "timm", ["resnet5000", "timm.list_models"]),
+        ("resnet5000", "timm", ["resnet5000", "timm.list_models", "resnet50"]),
         ("resnet50", "cifar", ["resnet50", "resnet20"]),
         ("resnet20", "keras", ["keras", "torchvision", "timm", "cifar"]),
         ("vgg11_bn", "torchvision", ["vgg11_bn", "norm_layer"]),

@@ -1,5 +1,6 @@
 """Classifiers built with a norm callable: torchvision's, timm's, and CIFAR-size ResNets."""
 
+import difflib
 import inspect
 from collections.abc import Callable
 
@@ -273,9 +274,9 @@ def _timm(name, num_classes, norm, dropout, zero_init_residual) -> nn.Module:
     import timm  # only here: it is slow to import
 
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:10])
-        known = f"timm has {close}, ..." if close else "timm.list_models() lists them"
-        raise ValueError(f"unknown timm model {name!r}; {known}")
+        close = difflib.get_close_matches(name, timm.list_models(), 5)
+        like = f", such as {', '.join(close)}" if close else ""
+        raise ValueError(f"unknown timm model {name!r}; timm.list_models() has all{like}")
     options = {"num_classes": num_classes, "drop_rate": dropout}
     if norm is None:
         return timm.create_model(name, **options)
