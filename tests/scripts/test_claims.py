@@ -410,6 +410,7 @@ def test_every_arms_command_makes_the_run_the_ledger_looks_for():
         assert typed.output_dir == f"outputs/imagenet/cifar10_resnet8/{name}_{setting}/seed3"
         summary = {"task": "imagenet", "norm": config["norm"]["name"], "model": "resnet8"}
         summary["data"] = {key: config["data"][key] for key in ("name", "train_images")}
+        summary["data"]["classes"] = 10
         run = Run(Path(), summary, config)
         assert claims.is_arm(run, DESIGN, arm), name
         assert claims.fact(run, DESIGN.search.key) == 0.2
