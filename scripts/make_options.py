@@ -8,18 +8,9 @@ import importlib
 import sys
 from pathlib import Path
 
-from sn.training.run.options import COMMANDS, markdown
+from sn.training.run.options import COMMANDS, SCHEMAS, markdown
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
-SCHEMAS = {  # root config -> module of its schema
-    "imagenet": "sn.training.classification.config",
-    "detection": "sn.training.detection.config",
-    "style_transfer": "sn.training.style.config",
-    "enas": "enas.config",
-    "enas_retrain": "enas.config",
-    "nasbench201": "enas.config",
-    "darts": "enas.config",
-}
 HEAD = """# Options
 
 Made by `scripts/make_options.py` from the typed configs and the comments in `configs/`.

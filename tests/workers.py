@@ -17,20 +17,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sn.training.run import entry
 from sn.training.run.config import typed
+from sn.training.run.options import SCHEMAS
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
 # fresh processes without the seconds that imports take: forked from a server that has done them
 PRELOAD = ["train_imagenet", "pytest"]
 processes = multiprocessing.get_context("forkserver")
-SCHEMAS = {  # root config -> module of its schema
-    "imagenet": "sn.training.classification.config",
-    "detection": "sn.training.detection.config",
-    "style_transfer": "sn.training.style.config",
-    "enas": "enas.config",
-    "enas_retrain": "enas.config",
-    "nasbench201": "enas.config",
-    "darts": "enas.config",
-}
 
 
 def composed(root: str, *overrides: str):

@@ -127,19 +127,16 @@ def numbers_as_options() -> None:
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
         group = CONFIGS / key.lstrip("+").partition("@")[0]
-        if (
-            re.fullmatch(r"[+-]?[\d._]+(e[+-]?\d+)?|true|false|null|~", value, re.I)
-            and group.is_dir()
-        ):
+        if re.fullmatch(NO_OPTION, value, re.I) and group.is_dir():
             options = sorted(path.stem for path in group.glob("*.yaml"))
             end(f"{word}: expected one of {', '.join(options)}, no number, true, false or null", 2)
 
 
 def options_of_others(root: str) -> None:
     """Refuse an option or a group of another task; Hydra would name a key that does not fit."""
+    own = choices(root)
     for word in sys.argv[1:]:
         group, _, choice = word.lstrip("+").partition("=")
-        own = choices(root)
         if choice and group not in own and (others := having(group)):
             end(
                 f"{word}: the group {group} belongs to {', '.join(others)}; "

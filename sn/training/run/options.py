@@ -26,6 +26,15 @@ COMMANDS = {  # root config -> what reads it
     "nasbench201": "python -m enas.nasbench201",
     "darts": "python -m enas.darts",
 }
+SCHEMAS = {  # root config -> module of its schema
+    "imagenet": "sn.training.classification.config",
+    "detection": "sn.training.detection.config",
+    "style_transfer": "sn.training.style.config",
+    "enas": "enas.config",
+    "enas_retrain": "enas.config",
+    "nasbench201": "enas.config",
+    "darts": "enas.config",
+}
 
 
 @dataclass(frozen=True)

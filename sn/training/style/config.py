@@ -16,6 +16,7 @@ from ..run.config import (
     whole,
 )
 from .networks import INPUTS, LOSS_WEIGHTS, PARTS, RELUS, TORCHVISION_WEIGHTS
+from .photos import LEAST
 
 MODES = ("train", "stylize", "export")
 
@@ -34,7 +35,7 @@ class PhotoOptions:
 class StyleImage:
     name: str = option(name=True)
     image: str | None = option(machine=True)
-    size: int = whole(16, 8192)
+    size: int = whole(LEAST, 8192)
 
 
 @dataclass
