@@ -7,9 +7,8 @@
 Every contestant is first held to float64 in outputs and gradients; one that is wrong is not timed.
 A round times every contestant once, a ratio is taken within its round, and the median over the
 rounds counts. cell: one step, forward + backward, over nn.LSTMCell. layer: a sequence, over nn.LSTM
-(which torch runs as one fused operation) and over nn.LSTMCell in a loop. "sn_ln_gn, modules" is the
-same cell without the fused step: the formula with the shelf's layers, as one would write it.
-Writes <output>.json and a table, <output>.md.
+(which torch runs as one fused operation) and over nn.LSTMCell in a loop. Writes <output>.json and
+a table, <output>.md.
 """
 
 import argparse
@@ -24,25 +23,8 @@ from torch import Tensor, nn
 import sn
 
 NORMS = ("none", "ln", "gn", "sn_ln_gn")
-MODULES = "sn_ln_gn, modules"
 LOOP = "torch's cell in a loop"
 LIMITS = {"cell": 1e-3, "layer": 1e-2}  # of the relative error; float32 through 32 steps
-
-
-class FromModules(nn.Module):
-    """A cell with SN from the shelf's layers, one operation after the other."""
-
-    def __init__(self, cell: sn.SwitchNormLSTMCell):
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        cell, (h, c) = self.cell, state
-        gates = cell.norms["input"](x @ cell.weight_ih.t()) + cell.bias_ih
-        gates = gates + cell.norms["hidden"](h @ cell.weight_hh.t()) + cell.bias_hh
-        i, f, g, o = gates.chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cell.norms["cell"](c).tanh(), c
 
 
 class Loop(nn.Module):
@@ -73,14 +55,11 @@ class Layer(nn.Module):
         return y, c[0]
 
 
-def contestants(kind: str, size: int, compiled: bool) -> dict[str, nn.Module]:
+def contestants(kind: str, size: int) -> dict[str, nn.Module]:
     """name -> module(x, (h, c)); the first is the measure of the others."""
     if kind == "cell":
         found = {"torch": nn.LSTMCell(size, size)}
-        found |= {norm: sn.SwitchNormLSTMCell(size, size, norm=norm) for norm in NORMS}
-        if not compiled:  # the shelf's layers are the same plain formula there
-            found[MODULES] = FromModules(sn.SwitchNormLSTMCell(size, size))
-        return found
+        return found | {norm: sn.SwitchNormLSTMCell(size, size, norm=norm) for norm in NORMS}
     found = {"torch": Layer(nn.LSTM(size, size)), LOOP: Loop(nn.LSTMCell(size, size))}
     return found | {norm: Layer(sn.SwitchNormLSTM(size, size, norm=norm)) for norm in NORMS}
 
@@ -114,7 +93,7 @@ def time_all(args, kind: str, batch: int) -> list[dict]:
     x = torch.randn(shape, device=args.device)
     state = tuple(torch.randn(batch, args.size, device=args.device) for _ in range(2))
     functions = {}
-    for name, module in contestants(kind, args.size, args.compile).items():
+    for name, module in contestants(kind, args.size).items():
         module = module.to(args.device)
         wrong = error(module, x, state)
         if wrong > LIMITS[kind]:

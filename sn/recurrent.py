@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import check_num_groups
-from .kernels.lstm import LSTMStep, Norm, VectorNorm, norm_plain, step_plain
 from .modules import SwitchNormRecurrent
 from .norms import AutoGroupNorm, NoNorm
 from .tracing import Proxy, Traceable
@@ -75,15 +74,16 @@ class SwitchNormLSTMCell(Traceable, nn.LSTMCell):
                 f"SwitchNormLSTMCell expects input of shape (B, {self.input_size}) or "
                 f"({self.input_size},), got {tuple(input.shape)}"
             )
-        x = torch.atleast_2d(input)
+        batched = input.dim() == 2
+        x = input if batched else input[None]
         if hx is None:
             h = c = x.new_zeros(x.shape[0], self.hidden_size)
         else:
-            h, c = (torch.atleast_2d(state) for state in _pair(hx))
+            h, c = _pair(hx) if batched else map(torch.atleast_2d, _pair(hx))
         _check_states(h, c, (x.shape[0], self.hidden_size))
         driven = _input_gates(x, self.norms["input"], self.weight_ih, self.bias_ih, self.bias_hh)
         h, c = _step(driven, h, c, self.weight_hh, self.norms["hidden"], self.norms["cell"])
-        return (h, c) if input.dim() == 2 else (h[0], c[0])
+        return (h, c) if batched else (h[0], c[0])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm}"
@@ -218,46 +218,7 @@ class GateNorms(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.chunk(4, -1)
-        return torch.cat([vector_norm(part, norm) for norm, part in zip(self, parts)], -1)
-
-
-def vector_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """`norm` of (B, D) vectors; SN and GN in few operations, and one node of autograd's graph."""
-    spec = norm_spec(norm)
-    if spec is None:
-        return norm(x)
-    if spec[0].kind == "none":
-        return x
-    if _eager(x, *spec[1]):
-        return VectorNorm.apply(spec[0], x, *spec[1])
-    return norm_plain(spec[0], spec[1], x)
-
-
-def norm_spec(norm: nn.Module) -> tuple[Norm, tuple[Tensor, ...]] | None:
-    """What the fused functions have to know of a module; None if they cannot do it."""
-    if isinstance(norm, NoNorm):
-        return Norm("none"), ()
-    if getattr(norm, "bias", None) is None:
-        return None
-    if isinstance(norm, AutoGroupNorm):
-        return Norm("group", norm.num_groups, norm.eps), (norm.weight, norm.bias)
-    if isinstance(norm, SwitchNormRecurrent) and norm.statistics == ("ln", "gn") and norm.affine:
-        tensors = (norm.mean_weight, norm.var_weight, norm.weight, norm.bias)
-        return Norm("switch", norm.num_groups, norm.eps), tensors
-    return None
-
-
-def _eager(*tensors: Tensor) -> bool:
-    """Whether the hand-written functions apply: compilers and mixed types get the plain form."""
-    first = tensors[0]
-    return (
-        first.numel() > 0
-        and first.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == first.dtype for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(first.device.type)
-        and torch._C._functorch.maybe_current_level() is None
-    )
+        return torch.cat([norm(part) for norm, part in zip(self, parts)], -1)
 
 
 def _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory) -> nn.ModuleDict:
@@ -313,24 +274,16 @@ def _check_states(h: Tensor, c: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _input_gates(x, norm, weight_ih, bias_ih, bias_hh) -> Tensor:
-    """The input's part of the gates with all biases: (..., D) to (..., 4 D)."""
-    gates = vector_norm((x @ weight_ih.t()).flatten(0, -2), norm)
-    if bias_ih is not None:
-        gates = gates + (bias_ih + bias_hh)
-    return gates.unflatten(0, x.shape[:-1])
+    """The input's part of the gates with all biases: (B, D) to (B, 4 D)."""
+    gates = norm(x @ weight_ih.t())
+    return gates if bias_ih is None else gates + (bias_ih + bias_hh)
 
 
 def _step(driven, h, c, weight_hh, hidden_norm, cell_norm) -> tuple[Tensor, Tensor]:
     """One time step; `driven` (B, 4 D) is the input's part of the gates."""
-    hidden, cell = norm_spec(hidden_norm), norm_spec(cell_norm)
-    if hidden is None:  # a norm for each gate
-        i, f, g, o = (driven + vector_norm(h @ weight_hh.t(), hidden_norm)).chunk(4, -1)
-        c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
-        return o.sigmoid() * vector_norm(c, cell_norm).tanh(), c
-    tensors = (driven, h, c, weight_hh, *hidden[1], *cell[1])
-    if _eager(*tensors):
-        return LSTMStep.apply(hidden[0], cell[0], *tensors)
-    return step_plain(hidden[0], cell[0], *tensors)
+    i, f, g, o = (driven + hidden_norm(h @ weight_hh.t())).chunk(4, -1)
+    c = torch.addcmul(f.sigmoid() * c, i.sigmoid(), g.tanh())
+    return o.sigmoid() * cell_norm(c).tanh(), c
 
 
 def _sequence(

@@ -202,16 +202,6 @@ def batch_norm_by_group(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     return _quick(tensors, options, None, False, None, True)
 
 
-def vectors(tensors: tuple[Tensor, ...], num_groups: int, eps: float):
-    """`native.vectors`; None where the CPU's kernels do not apply."""
-    if _backend not in ("auto", "native") or seen_through():
-        return None
-    found = native.quick_vectors(tensors, num_groups, eps)
-    if found is None and choose_backend(*tensors) == "native":
-        found = native.vectors(tensors, num_groups, eps)
-    return found
-
-
 def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Tensor | None:
     """`quick_switch_norm`, where a backend that is not the CPU's is neither forced nor needed."""
     if _backend not in ("auto", "native") or seen_through():

@@ -225,7 +225,7 @@ bool take(PyObject* object, Maybe* to) {
 
 bool needs_grad(const Maybe& t) { return t && t->requires_grad(); }
 
-// The arguments of `run` and `alone` into `to` and `t`; whether they are usual: (x, mean_weight,
+// The arguments of `run` into `to` and `t`; whether they are usual: (x, mean_weight,
 // var_weight, weight, bias, running_mean, running_var, residual, counter, layer, momentum, relu).
 // `layer` is a `Layer` without a shape, as bytes.
 bool parse(PyObject* const* arguments, Py_ssize_t count, Call* to, Maybe (&t)[9]) {
@@ -293,36 +293,6 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// The output without autograd, and the two things that `alone_backward` is to be given.
-PyObject* alone(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  Maybe t[9];
-  Call call;
-  if (!parse(arguments, count, &call, t)) Py_RETURN_NONE;
-  auto [y, saved] =
-      SwitchNorm::compute(call, *t[0], *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]);
-  return Py_BuildValue("NNy#", THPVariable_Wrap(y), THPVariable_Wrap(saved),
-                       reinterpret_cast<const char*>(&call.head), Py_ssize_t{sizeof(Head)});
-  END_HANDLE_TH_ERRORS
-}
-
-// alone_backward(dy, x, mean_weight, var_weight, weight, bias, saved, head): gradients of five.
-PyObject* alone_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 8, "expected 8 arguments, got ", count);
-  Maybe t[7];
-  for (int i = 0; i < 7; i++)
-    TORCH_CHECK(take(arguments[i], t + i) && t[i], "argument ", i, " is not a plain tensor");
-  Head head;
-  std::memcpy(&head, PyBytes_AS_STRING(arguments[7]), sizeof(Head));
-  Tensor parameters[4] = {*t[2], *t[3], *t[4], *t[5]};
-  Tensor dx = gradients(head, *t[0], *t[1], Tensor(), *t[6], parameters, true, nullptr);
-  return Py_BuildValue("NNNNN", THPVariable_Wrap(dx), THPVariable_Wrap(parameters[0]),
-                       THPVariable_Wrap(parameters[1]), THPVariable_Wrap(parameters[2]),
-                       THPVariable_Wrap(parameters[3]));
-  END_HANDLE_TH_ERRORS
-}
-
 // setup(addresses of sn_saved, the forward and the backward functions, parallel, formula)
 PyObject* setup(PyObject*, PyObject* arguments) {
   unsigned long long at[1 + 2 * KINDS];
@@ -344,10 +314,6 @@ PyObject* setup(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(run)), METH_FASTCALL, nullptr},
-    {"alone", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(alone)), METH_FASTCALL,
-     nullptr},
-    {"alone_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(alone_backward)),
-     METH_FASTCALL, nullptr},
     {"setup", setup, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "autograd", nullptr, -1, methods};

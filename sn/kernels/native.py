@@ -236,37 +236,6 @@ def batch_moments(x: Tensor, virtual_gpus: int) -> Tensor:
     return saved[-2 * virtual_gpus * x.shape[1] :].view(2, virtual_gpus, x.shape[1])
 
 
-def quick_vectors(tensors: tuple[Tensor, ...], num_groups: int, eps: float):
-    """`vectors` by the extension; None if it is not there or not for such arguments."""
-    module = extension()
-    if module is None:
-        return None
-    layer = _description(("ln", "gn"), num_groups, True, eps, 1, False)
-    found = module.alone(*tensors, None, None, None, None, layer, 0.0, False)
-    return None if found is None else (found[0], found[1:])
-
-
-def vectors(tensors: tuple[Tensor, ...], num_groups: int, eps: float):
-    """LN + GN of x (B, D) without autograd, `tensors` x and the four parameters.
-
-    Returns y and what `vectors_backward` needs.
-    """
-    options = Options(("ln", "gn"), num_groups, True, 0.0, eps, 1)
-    y, layer, saved = _forward((*tensors, None, None, None), options, False, None)
-    return y, (saved, layer)
-
-
-def vectors_backward(dy: Tensor, tensors: tuple[Tensor, ...], kept) -> tuple[Tensor, tuple]:
-    """Gradients of x and of the four parameters."""
-    saved, layer = kept
-    if isinstance(layer, bytes):
-        dx, *grads = extension().alone_backward(dy, *tensors, saved, layer)
-    else:
-        needed = (True,) * 7 + (False,)
-        dx, grads, _ = _backward(layer, dy, tensors, None, saved, False, needed)
-    return dx, tuple(grads)
-
-
 def _addresses(tensors) -> list[int]:
     """Those of the values; 0 where there is no tensor."""
     return [0 if t is None else t.data_ptr() for t in tensors]

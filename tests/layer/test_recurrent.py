@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import sn
-from sn.kernels.lstm import LSTMStep, norm_plain
-from sn.recurrent import LSTM_NORMS, norm_spec, vector_norm
+from sn.recurrent import LSTM_NORMS
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 GATES = ("mean_weight", "var_weight")
@@ -161,16 +160,15 @@ def test_one_dominant_gate_is_that_norm(dominant, norm, per_gate):
 
 @pytest.mark.parametrize("num_groups", [1, 2, 6])
 def test_vectors_against_switch_norm(num_groups, monkeypatch):
-    """The hand-written derivatives, the kernels and the short plain form against the formula."""
+    """The kernels, with and without the extension, against the formula."""
     norm = randomise(sn.SwitchNormRecurrent(12, num_groups)).double()
     x = (randn(4, 12) * 3 + 5).requires_grad_()
-    spec, tensors = norm_spec(norm)
     results = []
     with sn.backend("reference"):
-        outputs = [norm(x), vector_norm(x, norm), norm_plain(spec, tensors, x)]
-    outputs.append(vector_norm(x, norm))  # by the extension, if it was built
+        outputs = [norm(x)]
+    outputs.append(norm(x))  # by the extension, if it was built
     monkeypatch.setattr(sn.kernels.native, "extension", lambda: None)
-    outputs.append(vector_norm(x, norm))
+    outputs.append(norm(x))
     monkeypatch.undo()
     for y in outputs:
         loss = (y * randn(4, 12, seed=1)).sum()
@@ -180,25 +178,21 @@ def test_vectors_against_switch_norm(num_groups, monkeypatch):
             torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("hidden", ["none", "ln", "gn", "sn_ln_gn"])
-@pytest.mark.parametrize("cell", ["none", "ln", "gn", "sn_ln_gn"])
-def test_derivatives_of_a_step(hidden, cell):
+@pytest.mark.parametrize("norm", ["none", "ln", "gn", "sn_ln_gn"])
+@pytest.mark.parametrize("per_gate", [False, True])
+def test_derivatives_of_a_step(norm, per_gate):
     """Finite differences of every input in float64, first and second derivatives."""
-    norms = {
-        "none": sn.NoNorm,
-        "ln": lambda size: sn.AutoGroupNorm(size, 1),
-        "gn": lambda size: sn.AutoGroupNorm(size, 2),
-        "sn_ln_gn": lambda size: sn.SwitchNormRecurrent(size, 2),
-    }
-    specs, tensors = zip(
-        *(norm_spec(randomise(norms[n](size)).double()) for n, size in ((hidden, 16), (cell, 4)))
-    )
-    inputs = [randn(2, 16), randn(2, 4, seed=1), randn(2, 4, seed=2), randn(16, 4, seed=3)]
-    inputs += [t.detach() for part in tensors for t in part]
+    cell = randomise(sn.SwitchNormLSTMCell(3, 4, norm=norm, num_groups=2, per_gate=per_gate))
+    names, values = zip(*cell.double().named_parameters())
+    inputs = [randn(2, 3), randn(2, 4, seed=1), randn(2, 4, seed=2), *(v.detach() for v in values)]
     inputs = [t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *t: LSTMStep.apply(*specs, *t), inputs)
-    if (hidden, cell) in (("sn_ln_gn", "sn_ln_gn"), ("gn", "none")):
-        assert torch.autograd.gradgradcheck(lambda *t: LSTMStep.apply(*specs, *t), inputs)
+
+    def step(x, h, c, *parameters):
+        return torch.func.functional_call(cell, dict(zip(names, parameters)), (x, (h, c)))
+
+    assert torch.autograd.gradcheck(step, inputs)
+    if norm == "sn_ln_gn" and not per_gate:
+        assert torch.autograd.gradgradcheck(step, inputs)
 
 
 def test_compilers_and_mixed_types_get_the_plain_form():
@@ -218,11 +212,11 @@ def test_vectors_keep_their_digits_and_their_dtype():
     """Mean 1000, deviation 1 in float32 against float64; half precision by float32 statistics."""
     norm = sn.SwitchNormRecurrent(64, 8)
     x = 1000 + randn(8, 64)
-    exact = vector_norm(x.float().double(), copy.deepcopy(norm).double())
-    assert (vector_norm(x.float(), norm) - exact).abs().max() < 5e-4  # 1 ulp of 1000 is 6e-5
+    exact = copy.deepcopy(norm).double()(x.float().double())
+    assert (norm(x.float()) - exact).abs().max() < 5e-4  # 1 ulp of 1000 is 6e-5
     half = (x / 1000).bfloat16()
-    exact = vector_norm(half.double(), copy.deepcopy(norm).double())
-    y = vector_norm(half, norm.bfloat16())
+    exact = copy.deepcopy(norm).double()(half.double())
+    y = norm.bfloat16()(half)
     assert y.dtype == torch.bfloat16 and (y - exact).abs().max() < 0.02
 
 
