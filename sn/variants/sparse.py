@@ -5,6 +5,7 @@ radius grows from 0 to 1 over the training.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,38 @@ def sparsestmax_of_numbers(
                 [ratio * (row[j] - a * along[j]) for j in each] for a, row in zip(away, slopes)
             ]
     return _sparsemax_of_numbers(point, slopes)
+
+
+@lru_cache(maxsize=1024)
+def _logs_of_numbers(
+    control: tuple[float, ...],
+    choice: tuple[float, ...],
+    radius: float,
+    dtype: torch.dtype,
+    derivatives: bool,
+) -> tuple[tuple[float, ...] | None, list[float], Matrix]:
+    """What is settled, if anything, logarithms of the importance weights, their derivatives.
+
+    Kept: in evaluation the numbers are those of the call before.
+    """
+    settled, slopes, top = None, [], max(choice)
+    if top > 0.5:
+        weights, top = [0.0] * len(choice), 1.0
+        weights[choice.index(max(choice))] = 1.0
+    else:
+        tie = (16 * torch.finfo(dtype).eps) ** 2
+        weights, slopes = sparsestmax_of_numbers(list(control), radius, tie, derivatives)
+        top = max(weights)
+    if top >= ONE_HOT:
+        settled, slopes = tuple(float(i == weights.index(top)) for i in range(len(weights))), []
+        weights = settled
+    logs = [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+    zero = [0.0] * len(weights)
+    slopes = [
+        [slope / weight for slope in row] if weight > 0 else zero
+        for row, weight in zip(slopes or [zero] * len(weights), weights)
+    ]
+    return settled, logs, slopes
 
 
 class _Logits(torch.autograd.Function):
@@ -237,27 +270,15 @@ class SparseSwitchNormBase(SwitchNormBase):
         radius = self.radius.item()
         logits, derivatives = [], []
         for own, choice in zip(control, (self.mean_choice, self.var_choice)):
+            before = tuple(choice.tolist())
             dtype = torch.promote_types(own.dtype, torch.float32)
-            before = choice.tolist()
-            top, slopes = max(before), []
-            if top > 0.5:
-                weights, top = [float(i == before.index(top)) for i in range(len(before))], 1.0
-            else:
-                tie = (16 * torch.finfo(dtype).eps) ** 2
-                weights, slopes = sparsestmax_of_numbers(own.tolist(), radius, tie, needed)
-                top = max(weights)
-            if top >= ONE_HOT:
-                weights, slopes = [float(i == weights.index(top)) for i in range(len(weights))], []
-                if self.training and weights != before:
-                    with torch.no_grad():
-                        choice.copy_(torch.tensor(weights))
-            logs = [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+            settled, logs, slopes = _logs_of_numbers(
+                tuple(own.tolist()), before, radius, dtype, needed
+            )
+            if self.training and settled is not None and settled != before:
+                with torch.no_grad():
+                    choice.copy_(torch.tensor(settled))
             logits.append(torch.tensor(logs, dtype=dtype))
-            zero = [0.0] * len(weights)
-            slopes = [
-                [slope / weight for slope in row] if weight > 0 else zero
-                for row, weight in zip(slopes or [zero] * len(weights), weights)
-            ]
             derivatives.append(slopes)
         if not needed:
             return tuple(logits)
