@@ -10,7 +10,6 @@ resumes a run that was interrupted. See configs/style_transfer.yaml for every op
 """
 
 import dataclasses
-from pathlib import Path
 
 import hydra
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import sn
-from sn.training.run import budget, distributed, entry
-from sn.training.run.display import say
+from sn.training.run import budget, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.images import BadImages
 from sn.training.run.session import Session
@@ -36,12 +34,7 @@ from sn.training.style.networks import (
     style_loss,
     total_variation,
 )
-from sn.training.style.stylize import (
-    export_onnx,
-    load_style_net,
-    onnx_difference,
-    stylize_files,
-)
+from sn.training.style.stylize import export, stylize_images
 from sn.training.style.task import Task
 
 
@@ -221,35 +214,6 @@ def evaluate(task: Task, run: Session) -> dict[str, float | None]:
         return {"loss": None, **dict.fromkeys((f"{part}_loss" for part in PARTS), None)}
     parts = {f"{part}_loss": value for part, value in sums.items()}
     return {"loss": sum(sums.values()), **parts, "evaluation_images": count}
-
-
-def stylize_images(config: StyleConfig) -> list[Path]:
-    """Write what a trained network makes of images as PNG; return the files written."""
-    options, device = config.stylize, distributed.start(config.device).device
-    return stylize_files(
-        load_style_net(options.checkpoint).to(device),
-        options.paths(),
-        Path(options.output),
-        options.size,
-        options.strip_pixels,
-        options.max_megapixels,
-        device,
-    )
-
-
-def export(config: StyleConfig) -> float | None:
-    """Write a trained network as ONNX and hold it to torch in onnxruntime, at two sizes."""
-    output = config.export.output
-    model = load_style_net(config.export.checkpoint)
-    export_onnx(model, output)
-    difference = onnx_difference(model, output, [(64, 96), (120, 72)])
-    if difference is None:
-        say(f"{output} written, not checked: onnxruntime is not installed")
-    elif difference > 1e-3:
-        raise ValueError(f"{output} differs from torch by up to {difference:.2g}")
-    else:
-        say(f"{output}: at two sizes within {difference:.2g} of torch (pixels 0 to 1)")
-    return difference
 
 
 if __name__ == "__main__":

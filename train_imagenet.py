@@ -9,7 +9,6 @@ resumes a run that was interrupted. See configs/imagenet.yaml for every option.
 """
 
 import contextlib
-from collections.abc import Iterable
 
 import hydra
 import torch
@@ -35,9 +34,7 @@ from sn.training.classification.evaluation import (
     line_of,
     training_metrics,
 )
-from sn.training.classification.models import build_model
-from sn.training.classification.pretrained import pretrained_model, pretrained_weights, sha256
-from sn.training.classification.task import Task
+from sn.training.classification.task import Task, starting_model
 from sn.training.run import budget, distributed, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import lr_factor, mix_seed
@@ -77,9 +74,8 @@ def train(config: ImagenetConfig) -> dict:
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
             validation = validate(task, run)
-            check_finite(
-                torch.tensor(validation["loss"]), task.model, f"the end of epoch {epoch + 1}"
-            )
+            loss = torch.tensor(validation["loss"])
+            check_finite(loss, task.model, f"the end of epoch {epoch + 1}")
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             run.end_epoch(metrics, score=validation["top1"])
             run.say_epoch(line_of(metrics))
@@ -93,26 +89,13 @@ def train(config: ImagenetConfig) -> dict:
 
 def build(config: ImagenetConfig, run: Session) -> Task:
     """Norm, model, data and optimizer of the config, on this process's device."""
-    setting, processes, init = config.setting, run.processes, config.init
-    weights = pretrained_weights(init.name, config.model.name, init.path, init.key, run.say)
-    if weights is None and config.norm["name"] == "frozen_bn":
-        raise ValueError(
-            "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "
-            "loaded; choose another norm, or init=checkpoint init.path=..."
-        )
-    torch.manual_seed(config.seed)
+    setting, processes = config.setting, run.processes
     bad_images = BadImages(f"{config.output_dir}/bad_images.txt", config.data.max_bad_images or 0)
     options = config.data.options()
     if config.data.last_crop is not None:
         options |= {"last_fraction": config.schedule.last_fraction, "bad": bad_images}
     data = build_data(**options)
-    norm, start = sn.make_norm(**config.norm), ""
-    if weights is None:
-        model = build_model(**vars(config.model), num_classes=data.num_classes, norm=norm)
-    else:
-        model, start = pretrained_model(
-            weights, config.norm, data.num_classes, init.gate_start, **vars(config.model)
-        )
+    model, init, start = starting_model(config, data.num_classes, run.say)
     emulation, micro_batches = distributed.prepare_setting(
         model.to(run.device),
         setting.gpus,
@@ -159,7 +142,7 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         emulation=emulation,
         micro_batches=micro_batches,
         bad_images=bad_images,
-        init={} if weights is None else {"name": init.name, "sha256": sha256(weights)},
+        init=init,
         start=start,
     )
 
@@ -167,11 +150,11 @@ def build(config: ImagenetConfig, run: Session) -> Task:
 def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
     """Train to the end of the epoch, from its first step that is left; return its metrics."""
     config, progress, steps = task.config, run.progress, task.sampler.steps
-    samplers = [task.sampler, *([task.held_out[1]] if task.held_out else [])]
-    for sampler in samplers:
-        sampler.epoch, sampler.first_step = epoch, progress.step
+    loader, sampler = task.held_out or ((), task.sampler)
+    for each in (task.sampler, sampler):
+        each.epoch, each.first_step = epoch, progress.step
+    held_out = iter(loader)
     task.parallel.train()
-    held_out = iter(task.held_out[0] if task.held_out else ())
     for _, (images, labels) in run.steps(task.loader, steps):
         done = (epoch * steps + progress.step) / (config.schedule.epochs * steps)
         set_lr(task, done)
@@ -179,7 +162,8 @@ def train_one_epoch(task: Task, run: Session, epoch: int) -> dict:
         run.draw_from(config.seed, run.processes.rank, epoch, progress.step)  # dropout
         images, labels = run.to_device(images), run.to_device(labels)
         if task.held_out is not None:
-            control_step(task, run, (images, labels), map(run.to_device, next(held_out)))
+            other = tuple(map(run.to_device, next(held_out)))
+            control_step(task, run, (images, labels), other)
         loss, correct, count = train_step(task, run, images, labels)
         progress.add(loss=loss, correct=correct, images=count)
         lr = task.optimizer.param_groups[0]["lr"]
@@ -239,22 +223,15 @@ def train_step(task: Task, run: Session, images: Tensor, labels: Tensor) -> Tens
     return torch.stack([totals[0] * count, totals[1], count]).masked_fill(~made, 0.0)
 
 
-def control_step(task: Task, run: Session, batch: tuple, held_out: Iterable) -> None:
+def control_step(task: Task, run: Session, batch: tuple, held_out: tuple) -> None:
     """Update the control parameters alone, by the loss on held-out images (gates=bilevel)."""
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         with run.autocast():
             return F.cross_entropy(task.model(images), labels)
 
-    held_images, held_labels = held_out
-    bilevel.control_step(
-        task.model,
-        task.optimizer,
-        lambda: loss(*batch),
-        lambda: loss(held_images, held_labels),
-        bilevel.ORDERS[task.config.gates],
-        task.config.optimizer.gate_clip,
-    )
+    order, clip = bilevel.ORDERS[task.config.gates], task.config.optimizer.gate_clip
+    bilevel.control_step(task.model, task.optimizer, loss, batch, held_out, order, clip)
 
 
 def validate(task: Task, run: Session) -> dict[str, float]:

@@ -25,6 +25,7 @@ from workers import config, processes, run_in_group
 
 import sn
 import train_imagenet
+from sn.training.classification import task as task_module
 from sn.training.classification.models import DropoutLinear
 from sn.training.run import record as record_module
 from sn.training.run import session
@@ -80,7 +81,7 @@ def few(monkeypatch, no_git):
 def tiny(monkeypatch, few):
     """The same with TinyNet for the model asked for."""
     monkeypatch.setattr(
-        train_imagenet, "build_model", lambda num_classes, norm, **_: TinyNet(norm, num_classes)
+        task_module, "build_model", lambda num_classes, norm, **_: TinyNet(norm, num_classes)
     )
 
 
@@ -373,7 +374,7 @@ def _train_and_die(rank, overrides):
 
 def _train_tiny(rank, overrides):
     """`workers._train` with TinyNet, in a process of its own."""
-    train_imagenet.build_model = lambda num_classes, norm, **_: TinyNet(norm, num_classes)
+    task_module.build_model = lambda num_classes, norm, **_: TinyNet(norm, num_classes)
     workers._train(rank, overrides)
 
 
@@ -621,10 +622,10 @@ def test_foreign_batch_norm_is_accumulated(tmp_path, monkeypatch, few):
         return model
 
     monkeypatch.setattr(
-        train_imagenet, "build_model", lambda num_classes, norm, **_: ForeignNet(norm, num_classes)
+        task_module, "build_model", lambda num_classes, norm, **_: ForeignNet(norm, num_classes)
     )
     foreign = train(tmp_path / "foreign", "precision=fp64")
-    monkeypatch.setattr(train_imagenet, "build_model", twin)
+    monkeypatch.setattr(task_module, "build_model", twin)
     grouped = train(tmp_path / "grouped", "precision=fp64")
     assert foreign["setting"]["emulation"] == "accumulated"
     assert grouped["setting"]["emulation"] == "grouped"
@@ -635,7 +636,7 @@ def test_foreign_batch_norm_is_accumulated(tmp_path, monkeypatch, few):
         assert ours["metrics"][1][key] == pytest.approx(theirs["metrics"][1][key], abs=1e-10)
     with pytest.raises(ValueError, match="setting.emulation=accumulated"):
         monkeypatch.setattr(
-            train_imagenet,
+            task_module,
             "build_model",
             lambda num_classes, norm, **_: ForeignNet(norm, num_classes),
         )

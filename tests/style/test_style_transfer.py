@@ -32,7 +32,7 @@ from sn.training.run.session import Session
 from sn.training.run.stopping import Preempted
 from sn.training.style import photos as style_data
 from sn.training.style.networks import PARTS, gram, load_loss_network
-from sn.training.style.stylize import load_style_net, output_files
+from sn.training.style.stylize import load_style_net, output_files, stylize_images
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -499,7 +499,7 @@ def stylize(**options):
     cfg = copy.deepcopy(composed("mode=stylize", "device=cpu"))
     for key, value in options.items():
         cfg.stylize[key] = value
-    return style_transfer.stylize_images(typed(cfg))
+    return stylize_images(typed(cfg))
 
 
 def test_stylizes_files_folders_and_lists(tmp_path, whole, photos, capsys):

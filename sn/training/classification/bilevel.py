@@ -42,8 +42,9 @@ def split_images(images: Sequence, seed: int) -> tuple[Sequence, Sequence]:
 def control_step(
     model: nn.Module,
     optimizer: torch.optim.SGD,
-    train_loss: Callable[[], Tensor],
-    val_loss: Callable[[], Tensor],
+    loss: Callable[..., Tensor],
+    batch: tuple[Tensor, ...],
+    held_out: tuple[Tensor, ...],
     order: int,
     clip: float | None = None,
 ) -> None:
@@ -51,13 +52,15 @@ def control_step(
 
     Args:
         optimizer: the one of all parameters; the others have no gradient afterwards.
-        order, train_loss, val_loss: as for `gate_gradients`.
+        loss: called with the tensors of `batch`, by which weights learn, or of `held_out`.
+        order: as for `gate_gradients`.
         clip: largest norm of all their gradients together.
     """
     gates = model_gates(model)
     known = {id(gate) for gate in gates}
     weights = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    grads = gate_gradients(train_loss, val_loss, gates, weights, optimizer, model, order)
+    losses = (lambda: loss(*batch)), (lambda: loss(*held_out))
+    grads = gate_gradients(*losses, gates, weights, optimizer, model, order)
     optimizer.zero_grad(set_to_none=True)  # SGD leaves parameters without gradient alone
     for gate, grad in zip(gates, grads):
         gate.grad = grad

@@ -1,5 +1,6 @@
 """What a classification run trains, and what it says and records of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from sn.training.run.session import Session
 
 from .config import ImagenetConfig
 from .data import ArrayImages, BadImages, ImageData, SettingSampler
+from .models import build_model
+from .pretrained import pretrained_model, pretrained_weights, sha256
 
 IMAGENET_SIZE = (1_281_167, 50_000)
 
@@ -119,3 +122,26 @@ class Task:
                 f"first {foreign[0]}"
             )
         run.say_resumed(len(self.bad_images.lines()))
+
+
+def starting_model(
+    config: ImagenetConfig, num_classes: int, told: Callable[[str], object]
+) -> tuple[nn.Module, dict, str]:
+    """The classifier of a run's config; name and hash of its pretrained weights; what to say.
+
+    The latter two are empty without such weights. The initial values depend on `config.seed`.
+
+    Raises ValueError or OSError, in one line, for weights that are not there or do not fit.
+    """
+    init, options = config.init, vars(config.model) | {"num_classes": num_classes}
+    weights = pretrained_weights(init.name, config.model.name, init.path, init.key, told)
+    torch.manual_seed(config.seed)
+    if weights is None:
+        if config.norm["name"] == "frozen_bn":
+            raise ValueError(
+                "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "
+                "loaded; choose another norm, or init=checkpoint init.path=..."
+            )
+        return build_model(**options, norm=sn.make_norm(**config.norm)), {}, ""
+    model, start = pretrained_model(weights, config.norm, gate_start=init.gate_start, **options)
+    return model, {"name": init.name, "sha256": sha256(weights)}, start

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import sn
 
+from ..run import distributed
 from ..run.checkpoint import load_checkpoint, plain_names
 from ..run.config import check_norm, checked, short
 from ..run.display import say
 from ..run.images import read_image
-from .config import Network
+from .config import Network, StyleConfig
 from .networks import ConvNorm, StyleNet, build_style_net, to_image
 from .photos import find_images, resize_long_side, to_pil, to_tensor
 
@@ -145,6 +146,20 @@ def channel_affine(norm: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, 
     return scale, (low + high) / 2 - scale * mean
 
 
+def stylize_images(config: StyleConfig) -> list[Path]:
+    """Write what a trained network makes of images as PNG; return the files written."""
+    options, device = config.stylize, distributed.start(config.device).device
+    return stylize_files(
+        load_style_net(options.checkpoint).to(device),
+        options.paths(),
+        Path(options.output),
+        options.size,
+        options.strip_pixels,
+        options.max_megapixels,
+        device,
+    )
+
+
 def stylize_files(
     model: StyleNet,
     images: list[str],
@@ -199,6 +214,21 @@ def output_files(given: list[str], output: Path) -> dict[Path, Path]:
     if clash:
         raise ValueError(f"stylize.output={output} would overwrite the image {clash[0]}")
     return targets
+
+
+def export(config: StyleConfig) -> float | None:
+    """Write a trained network as ONNX and hold it to torch in onnxruntime, at two sizes."""
+    output = config.export.output
+    model = load_style_net(config.export.checkpoint)
+    export_onnx(model, output)
+    difference = onnx_difference(model, output, [(64, 96), (120, 72)])
+    if difference is None:
+        say(f"{output} written, not checked: onnxruntime is not installed")
+    elif difference > 1e-3:
+        raise ValueError(f"{output} differs from torch by up to {difference:.2g}")
+    else:
+        say(f"{output}: at two sizes within {difference:.2g} of torch (pixels 0 to 1)")
+    return difference
 
 
 def export_onnx(model: StyleNet, path: str | Path) -> None:
