@@ -9,6 +9,7 @@ Source: Tables 4.1-4.4 and Sec. 4.1, from results/paper.yaml.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from common import pages
@@ -250,21 +251,24 @@ def run_table(runs: list[Run], folder: Path) -> list[list[str]]:
         runs,
         key=lambda r: (norms.index(r.norm), settings.index(r.setting), r.summary["norm"], r.seed),
     ):
-        summary = run.summary
-        top1 = [run.metric(metric) for metric in METRICS]
-        table.append(
-            [
-                pages.link(run, folder, f"{summary['norm']}_{run.setting}"),
-                run.seed,
-                *("diverged" if run.diverged else "" if v is None else f"{v:.2f}" for v in top1),
-                summary.get("epochs"),
-                summary.get("images_seen"),
-                summary["data"].get("train_images"),
-                *pages.origin(run),
-                summary.get("note"),
-            ]
-        )
+        link = pages.link(run, folder, f"{run.summary['norm']}_{run.setting}")
+        table.append(run_line(run, link, METRICS, "epochs"))
     return table
+
+
+def run_line(run: Run, link: str, metrics: Sequence[str], length: str) -> list[str]:
+    """A run's results, and what it took; `length` is the summary's key of how long it went on."""
+    summary, values = run.summary, [run.metric(metric) for metric in metrics]
+    return [
+        link,
+        run.seed,
+        *("diverged" if run.diverged else "" if v is None else f"{v:.2f}" for v in values),
+        summary.get(length),
+        summary.get("images_seen"),
+        summary["data"].get("train_images"),
+        *pages.origin(run),
+        summary.get("note"),
+    ]
 
 
 # --- detection
@@ -363,20 +367,8 @@ def detection_run_table(runs: list[Run], folder: Path) -> list[list[str]]:
     header = ["run", "seed", "box AP", "mask AP", "steps", "images seen", "train images"]
     table = [[*header, *pages.ORIGIN, "note"]]
     for run in (run for found in cells_of_detection(runs).values() for run in found):
-        summary = run.summary
-        ap = [run.metric("box_ap"), run.metric("mask_ap")]
-        table.append(
-            [
-                pages.link(run, folder, run.name.split("/")[-2]),
-                run.seed,
-                *("diverged" if run.diverged else "" if v is None else f"{v:.2f}" for v in ap),
-                summary.get("steps"),
-                summary.get("images_seen"),
-                summary["data"].get("train_images"),
-                *pages.origin(run),
-                summary.get("note"),
-            ]
-        )
+        link = pages.link(run, folder, run.name.split("/")[-2])
+        table.append(run_line(run, link, ("box_ap", "mask_ap"), "steps"))
     return table
 
 

@@ -86,7 +86,11 @@ class SwitchNormBase(Traceable, nn.Module):
             buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=device)
         for name, value in buffers.items():
             self.register_buffer(name, value)
+        self._register_own(factory)
         self.reset_parameters()
+
+    def _register_own(self, factory: dict) -> None:
+        """What a subclass has beside these parameters and buffers."""
 
     def reset_running_stats(self) -> None:
         if self.track_running_stats:

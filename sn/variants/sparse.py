@@ -185,39 +185,15 @@ class SparseSwitchNormBase(SwitchNormBase):
     of norm 1 at most (the paper's).
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device=None,
-        dtype=None,
-        *,
-        bias: bool = True,
-        **options,
-    ):
-        factory = {"device": device, "dtype": dtype}
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            **factory,
-            bias=bias,
-            **options,
-        )
+    def _register_own(self, factory: dict) -> None:
         self.register_buffer("radius", torch.zeros((), **factory))
         for name in ("mean_choice", "var_choice"):
             self.register_buffer(name, torch.zeros(len(self.statistics), **factory))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for name in ("radius", "mean_choice", "var_choice"):
-            if name in self._buffers:  # not yet while the parent is constructed
-                getattr(self, name).zero_()
+        for buffer in (self.radius, self.mean_choice, self.var_choice):
+            buffer.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         for name in ("mean_choice", "var_choice"):  # once the index of the choice, -1 for none
