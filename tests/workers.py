@@ -1,6 +1,7 @@
 """Typed configs of every entrypoint, and fresh processes, alone or in a gloo group."""
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ def explained(root: str, error: Exception) -> str:
     return entry.explain(error, schema(root))
 
 
+@functools.cache
 def schema(root: str) -> type:
     importlib.import_module(SCHEMAS[root])
     return OmegaConf.get_type(ConfigStore.instance().load(f"{root}_schema.yaml").node)
