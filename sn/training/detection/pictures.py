@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -105,37 +106,40 @@ def label_places(
     Of what is free, the place that hides least of the other boxes, above its own first. None:
     there is no room left for it.
     """
-    placed: list[Box] = []
-    result: list[Box | None] = []
+    every = np.asarray(boxes, float).reshape(-1, 4)
+    placed, result = np.empty((0, 4)), []
     for index, ((x1, y1, x2, y2), (width, height)) in enumerate(zip(boxes, sizes)):
-        spots = [(x1, y1 - height), (x1, y2), (x2, y1), (x1 - width, y1), (x1, y1)]
-        spots += [(x2 - width, y1 - height), (x2 - width, y2), (x1, y2 - height)]
-        rows = range(0, max(1, picture[1] - height), max(1, height))
-        columns = range(0, max(1, picture[0] - width), max(1, width))
-        far = [(x, y) for y in rows for x in columns]
-        far.sort(key=lambda spot: math.hypot(spot[0] - x1, spot[1] - y1))
-        best = None
-        for near in (spots, far):
-            for x, y in near:
-                x = min(max(0, x), max(0, picture[0] - width))
-                y = min(max(0, y), max(0, picture[1] - height))
-                place = (x, y, x + width, y + height)
-                if any(overlap(place, other) for other in placed):
-                    continue
-                hidden = sum(overlap(place, box) for i, box in enumerate(boxes) if i != index)
-                if best is None or (near is spots and hidden < best[0]):
-                    best = (hidden, place)
-            if best is not None:
-                break
-        result.append(None if best is None else best[1])
-        placed += [] if best is None else [best[1]]
+        room = max(0, picture[0] - width), max(0, picture[1] - height)
+        near = [(x1, y1 - height), (x1, y2), (x2, y1), (x1 - width, y1), (x1, y1)]
+        near += [(x2 - width, y1 - height), (x2 - width, y2), (x1, y2 - height)]
+        free = _free(near, room, (width, height), placed)
+        others = np.delete(every, index, axis=0)
+        free = free[overlap(free[:, None], others).sum(1).argsort(kind="stable")]
+        if not len(free):
+            rows = range(0, max(1, picture[1] - height), max(1, height))
+            columns = range(0, max(1, picture[0] - width), max(1, width))
+            far = np.array([(x, y) for y in rows for x in columns], float)
+            free = _free(far, room, (width, height), placed)
+            free = free[np.hypot(free[:, 0] - x1, free[:, 1] - y1).argsort(kind="stable")]
+        placed = np.concatenate((placed, free[:1]))
+        result.append(tuple(free[0].tolist()) if len(free) else None)
     return result
 
 
-def overlap(a: Box, b: Box) -> float:
-    """The area that two boxes (x1, y1, x2, y2) share."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
+def _free(
+    spots: Sequence, room: tuple[int, int], size: tuple[int, int], placed: np.ndarray
+) -> np.ndarray:
+    """Labels of `size` at `spots` (x, y), moved into the picture, that touch none of `placed`."""
+    corners = np.clip(np.asarray(spots, float), 0, room)
+    places = np.concatenate((corners, corners + size), 1)
+    return places[~(overlap(places[:, None], placed) > 0).any(1)]
+
+
+def overlap(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """The areas that boxes (..., 4) of x1, y1, x2, y2 share."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    return sides.clip(0).prod(-1)
 
 
 def gap(a: Box, b: Box) -> float:
