@@ -100,7 +100,7 @@ SEARCHES = {
     **{"random": "random", "evolution": "evolution"},
 }
 SEARCH_COLORS = COLORS | {"none": "bn", "random": "undecided", "evolution": "x10"}
-GRID = Path("figures") / "style_grid.jpg"  # below the folder of the records; scripts/plot_style.py
+GRIDS = "figures/style_grid*.jpg"  # below the folder of the records; scripts/plot_style.py
 # Where a claim stands: the verdicts, the undecided ones by what they lack.
 MORE_SEEDS, RUNS_MISSING = f"{UNDECIDED}: more seeds needed", f"{UNDECIDED}: runs missing"
 NOT_RUN = "not run yet"
@@ -697,12 +697,15 @@ class Report:
         return panels([*shown, frame(drawn, caption, published=True)])
 
     def fig_6(self) -> str:
-        picture = self.root / GRID
-        if not picture.is_file():
+        pictures = sorted(self.root.glob(GRIDS))
+        if not pictures:
             return '<p class="small">No pictures yet: <code>scripts/plot_style.py</code>.</p>'
-        target = Path(os.path.relpath(picture.resolve(), self.folder.resolve())).as_posix()
+        links = ", ".join(
+            link(path.name, Path(os.path.relpath(path, self.folder.resolve())).as_posix())
+            for path in (picture.resolve() for picture in pictures)
+        )
         return (
-            f'<p class="small">Ours (proxy): {link(GRID.as_posix(), target)}, photographs in the '
+            f'<p class="small">Ours (proxies): {links}, photographs in the '
             "public domain or CC0, each row with its painting, a column a norm. The paper's figure "
             "shows a skyline, a tennis player and a lion with IN and SN; it has no numbers.</p>"
         )
