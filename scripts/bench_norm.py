@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import bench
 from torch import nn
@@ -101,6 +102,16 @@ class Forced(sn.SwitchNorm2d):
             return super().forward(x)
 
 
+class Alone(sn.SyncSwitchNorm2d):
+    """The synchronised layer with its all-reduces in a group of this process alone."""
+
+    def _group(self):
+        if not dist.is_initialized():
+            backend = "nccl" if self.weight.is_cuda else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return dist.group.WORLD if self.training else None
+
+
 def virtual(make, num_features: int) -> nn.Module:
     """A layer of two virtual GPUs, the most that every set of shapes has samples for."""
     layer = make(num_features)
@@ -119,6 +130,7 @@ def contestants(device: str, only: list[str] | None = None) -> dict:
     layers["bn_2gpus"] = partial(virtual, sn.make_norm("bn"))
     layers["brn_2gpus"] = partial(virtual, sn.make_norm("brn", r_images=(0, 0), d_images=(0, 0)))
     layers["ssn"] = sn.make_norm("ssn")
+    layers["sync_sn"] = Alone
     layers["bn+relu"] = lambda c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(inplace=True))
     if hasattr(sn, "SwitchNormAct2d"):
         layers["sn+relu"] = sn.SwitchNormAct2d

@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def switch_norm_act(
             check_num_groups(options.num_groups, channels)
         if "bn" in options.statistics and options.training:
             check_virtual_gpus(options.virtual_gpus, x.shape[0])
-        matches = residual is None or _matches(residual, x)
+        matches = residual is None or fits(residual, x)
         fused = (residual, relu) if matches else (None, False)  # which of these the kernel does
         if chosen == "native":
             y = native_switch_norm(tensors, options, *fused, counter)
@@ -202,6 +203,16 @@ def batch_norm_by_group(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     return _quick(tensors, options, None, False, None, True)
 
 
+def synchronised(tensors: tuple[Tensor | None, ...]) -> ModuleType | None:
+    """Where to find `sync_forward` and `sync_backward` for a layer's tensors; None: nowhere."""
+    chosen = choose_backend(*tensors)
+    if chosen == "triton":
+        from . import cuda
+
+        return None if torch.compiler.is_compiling() else cuda
+    return native if chosen == "native" else None
+
+
 def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Tensor | None:
     """`quick_switch_norm`, where a backend that is not the CPU's is neither forced nor needed."""
     if _backend not in ("auto", "native") or seen_through():
@@ -209,7 +220,8 @@ def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Ten
     return quick_switch_norm(tensors, options, *others)
 
 
-def _matches(residual: Tensor, x: Tensor) -> bool:
+def fits(residual: Tensor, x: Tensor) -> bool:
+    """Whether a kernel can add `residual`."""
     same = residual.shape == x.shape and residual.dtype == x.dtype
     return same and residual.device == x.device and type(residual) in PLAIN
 

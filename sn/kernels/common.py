@@ -1,5 +1,6 @@
 """What the CPU's and CUDA's implementations share: layouts, what is kept, second derivatives."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,28 @@ def keep(ctx, inputs, options: Options, y, *kept, relu=False, residual=False) ->
     # The running statistics change with the next call; in training y does not depend on them.
     running = [None if options.training or t is None else t.clone() for t in inputs[5:7]]
     ctx.save_for_backward(*inputs[:5], *running, y if relu and residual else None, *kept)
+
+
+Reduce = Callable[[Tensor], object]  # sums a float64 vector over processes, in its place
+
+
+def join_batches(sums: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance (C,) and number of values of a channel in the batches of all processes.
+
+    `sums` (2 C + 1,) float64: those of values and of squares of this one's, and its number. Sums of
+    squares: in double cancellation costs nothing visible.
+    """
+    reduce(sums)
+    mean, square = (sums[:-1] / sums[-1].clamp(min=1)).view(2, -1).unbind(0)
+    return mean, (square - mean.square()).clamp(min=0), sums[-1]
+
+
+def join_moments(
+    mean: Tensor, var: Tensor, values: int, reduce: Reduce
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`join_batches` from mean and variance (C,) in float64 of this process's `values`."""
+    sums = torch.cat((mean, var + mean.square(), mean.new_ones(1))) * values
+    return join_batches(sums, reduce)
 
 
 def _formula(inputs, options: Options) -> Tensor:

@@ -5,6 +5,7 @@ operators `sn::switch_norm` and `sn::switch_norm_backward` are the same without 
 `torch.compile` when the backend is forced; by default compilation takes the plain formula.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from . import triton_kernels as kernels
 from .common import (
     Options,
+    Reduce,
     dense_in_layout,
     goes_by_formula,
+    join_moments,
     keep,
     like_layout,
     reference_backward,
@@ -123,8 +126,12 @@ def forward(
     options: Options,
     relu: bool,
     update: bool,
+    between: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Moments]:
-    """The three launches of the forward pass; x and residual dense in the same layout."""
+    """The three launches of the forward pass; x and residual dense in the same layout.
+
+    `between`, if any, is called with `Moments.batch` before the last one, to change it.
+    """
     plan = _Plan(x, last, weight, options, running_mean)
     n, c, length, chunk = plan.batch, plan.channels, plan.length, plan.chunk
 
@@ -157,6 +164,8 @@ def forward(
         **pools,
         **plan.pool,
     )
+    if between is not None:
+        between(moments.batch)
     kernels.apply_kernel[(plan.columns, plan.splits)](
         x,
         y,
@@ -197,8 +206,12 @@ def backward(
     options: Options,
     relu: bool,
     residual: bool,
+    between: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, ...]:
     """The three launches of the backward pass.
+
+    `between`, if any, is called before the last one with the means of P and Q (see __init__.py)
+    over the samples of a batch, (2, G, C), to change them.
 
     Returns the gradients of x, mean_logits, var_logits, weight, bias and the residual, those of
     parameters in float32, empty tensors where the input is None.
@@ -264,6 +277,8 @@ def backward(
         **plan.mixture,
         **plan.pool,
     )
+    if between is not None:
+        between(bn_pool)
     kernels.apply_backward_kernel[(plan.columns + 1, plan.splits)](
         dy,
         x,
@@ -336,6 +351,72 @@ class _SwitchNorm(torch.autograd.Function):
         return *grads, None, None, d_residual if ctx.residual else None, None, None
 
 
+def sync_forward(inputs, options: Options, relu: bool, reduce: Reduce):
+    """Output, what the backward pass needs (tensors, more), and bn's moments: `join_moments`."""
+    *inputs, residual = _with_both_or_none(inputs)
+    x, last = dense_in_layout(inputs[0])
+    residual = None if residual is None else like_layout(residual, last)
+    joined = []
+
+    def between(batch: Tensor) -> None:
+        wide = batch[:, 0].double()
+        joined.extend(join_moments(wide[0] + wide[1], wide[2], x.numel() // x.shape[1], reduce))
+        mean, var, _ = joined
+        batch[0] = mean
+        batch[1] = mean - batch[0].double()
+        batch[2] = var
+
+    with torch.cuda.device_of(x):
+        y, moments = forward(x, last, *inputs[1:], residual, options, relu, False, between)
+    return y, moments, last, joined
+
+
+def sync_backward(
+    dy: Tensor,
+    inputs,
+    y: Tensor | None,
+    kept,
+    last: bool,
+    options: Options,
+    relu: bool,
+    needed,
+    values: Tensor,
+    reduce: Reduce,
+):
+    """Gradients of x, of the four parameters, and of a residual."""
+    given = inputs
+    inputs = _with_both_or_none(inputs)
+    x, dy = (like_layout(t, last) for t in (inputs[0].detach(), dy))
+    y = y if y is None else like_layout(y, last)
+    place = options.statistics.index("bn")
+    ratios = torch.stack([t.double().softmax(0)[place] for t in inputs[1:3]])[:, None]
+
+    def between(pool: Tensor) -> None:
+        if not needed[0]:
+            return
+        scale = torch.stack((ratios[0], ratios[1] / 2)) * -x.shape[0]
+        grads = pool[:, 0].double() * scale  # of bn's mean and variance
+        reduce(grads.view(-1))
+        scale = scale * (values * (x.shape[0] * x.shape[1] / x.numel()))
+        pool[:, 0] = torch.where(ratios > 0, grads / scale, 0.0) * x.shape[0]
+
+    with torch.cuda.device_of(x):
+        *grads, d_residual = backward(
+            dy, x, last, y, *inputs[1:], Moments(*kept), options, relu, needed[7], between
+        )
+    return grads[0], _cast(grads, given[:5])[1:], d_residual if needed[7] else None
+
+
+def _with_both_or_none(tensors):
+    """`tensors`, the first five as of `switch_norm`, with weight and bias or without both."""
+    weight, bias = tensors[3:5]
+    if (weight is None) == (bias is None):
+        return tensors
+    weight = torch.ones_like(bias) if weight is None else weight
+    bias = torch.zeros_like(weight) if bias is None else bias
+    return *tensors[:3], weight, bias, *tensors[5:]
+
+
 def triton_switch_norm(
     tensors: tuple[Tensor | None, ...],
     options: Options,
@@ -343,12 +424,7 @@ def triton_switch_norm(
     relu: bool = False,
 ) -> Tensor:
     """`switch_norm` of its seven `tensors`, x not empty; then `+ residual` and ReLU."""
-    weight, bias = tensors[3:5]
-    if (weight is None) != (bias is None):  # the kernels know both or none
-        weight = torch.ones_like(bias) if weight is None else weight
-        bias = torch.zeros_like(weight) if bias is None else bias
-        tensors = (*tensors[:3], weight, bias, *tensors[5:])
-    inputs = (*tensors, residual)
+    inputs = (*_with_both_or_none(tensors), residual)  # the kernels know both or none
     if torch.compiler.is_compiling():
         return _compiled(*inputs, options, relu)
     with torch.cuda.device_of(inputs[0]):

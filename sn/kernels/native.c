@@ -255,11 +255,11 @@ CLONES static void mix_sample(const Layer *s, const Mix *mix, int64_t n) {
     }
 }
 
-/* Pool the instances' moments and mix them. */
-static void mix_moments(const Layer *s, const Mix *mix, Range part, int threads) {
+/* Pool the instances' moments, those of bn unless `given`, and mix them. */
+static void mix_moments(const Layer *s, const Mix *mix, Range part, int given, int threads) {
     int64_t channels = s->channels, width = channels / s->num_groups;
     const double *mean = mix->mean, *var = mix->var;
-    if (s->bn >= 0 && !s->running) {
+    if (s->bn >= 0 && !s->running && !given) {
         int64_t count = s->batch / s->groups;
         for (int64_t g = 0; g < s->groups; g++)
             pool_rows(mean + g * count * channels, var + g * count * channels, count, channels,
@@ -350,13 +350,12 @@ CLONES static void constant_row(int64_t count, const double *restrict mean,
     *grad_u -= 0.5 * dot(count, var_part, running_var);
 }
 
-/* bn of one group of `count` samples. */
-CLONES static void spread_rows(int64_t count, int64_t channels, const double *restrict mean,
-                               const double *restrict pooled_mean,
-                               const double *restrict pooled_var, double w, double u,
-                               const double *restrict mean_part, const double *restrict var_part,
-                               double *restrict p, double *restrict q, double *restrict sum_p,
-                               double *restrict sum_q, double *grad_w, double *grad_u) {
+/* bn of one group of `count` samples: the sums, and the importance weights' gradients. */
+CLONES static void sum_rows(int64_t count, int64_t channels, const double *restrict mean,
+                            const double *restrict pooled_mean, const double *restrict pooled_var,
+                            const double *restrict mean_part, const double *restrict var_part,
+                            double *restrict sum_p, double *restrict sum_q, double *grad_w,
+                            double *grad_u) {
     double dot = 0, dot_var = 0;
     memset(sum_p, 0, channels * sizeof(double));
     memset(sum_q, 0, channels * sizeof(double));
@@ -368,18 +367,25 @@ CLONES static void spread_rows(int64_t count, int64_t channels, const double *re
             dot += mean_part[i + c] * (mean[i + c] - pooled_mean[c]);
         }
     #pragma omp simd reduction(+ : dot_var)
+    for (int64_t c = 0; c < channels; c++) dot_var += sum_q[c] * pooled_var[c];
+    *grad_w += dot;
+    *grad_u -= 0.5 * dot_var;
+}
+
+/* Its part of p and q from these sums, which are multiplied by w and u. */
+CLONES static void spread_rows(int64_t count, int64_t channels, const double *restrict mean,
+                               const double *restrict pooled_mean, double w, double u,
+                               double *restrict sum_p, double *restrict sum_q,
+                               double *restrict p, double *restrict q) {
     for (int64_t c = 0; c < channels; c++) {
-        dot_var += sum_q[c] * pooled_var[c];
-        sum_p[c] *= w / count;
-        sum_q[c] *= u / count;
+        sum_p[c] *= w;
+        sum_q[c] *= u;
     }
     for (int64_t n = 0, i = 0; n < count; n++, i += channels)
         for (int64_t c = 0; c < channels; c++) {
             p[i + c] += sum_q[c];
             q[i + c] += sum_q[c] * (mean[i + c] - pooled_mean[c]) + sum_p[c];
         }
-    *grad_w += dot;
-    *grad_u -= 0.5 * dot_var;
 }
 
 static void softmax_backward(const double *ratios, double *grads, int64_t places) {
@@ -388,30 +394,33 @@ static void softmax_backward(const double *ratios, double *grads, int64_t places
     for (int i = 0; i < places; i++) grads[i] = ratios[i] * (grads[i] - common);
 }
 
-/* Of the backward pass alone, in one allocation. */
+/* Of the backward pass alone, in one piece of memory. */
 typedef struct {
+    double *pools;                     /* (2, C) */
     double *weight;                    /* (affine, C) */
     double *total, *product;           /* (N, C): sum dy, sum dy (x - mean) */
     double *mean_part, *var_part;      /* (N, C): P, Q of __init__.py */
     double *p, *q;                     /* (N, C): dx = scale dy + p (x - mean) + q */
     double *grad_weight, *grad_bias;   /* (affine, C) */
-    double *pools;                     /* (2, C) */
 } Gradients;
 
-static double *allocate_gradients(const Layer *s, Gradients *to) {
+int64_t sn_state(const Layer *s) {
+    return (2 + 6 * s->batch + 3 * s->affine) * s->channels;
+}
+
+static void lay_out_gradients(const Layer *s, double *memory, Gradients *to) {
     int64_t c = s->channels, nc = s->batch * c, ac = s->affine * c;
-    double *next = malloc((6 * nc + 3 * ac + 2 * c) * sizeof(double)), *memory = next;
-    if (memory == NULL) return NULL;
+    to->pools = memory;
+    memory += 2 * c;
     double **wide[] = {&to->total, &to->product, &to->mean_part, &to->var_part, &to->p, &to->q};
-    for (int i = 0; i < 6; i++, next += nc) *wide[i] = next;
-    double **narrow[] = {&to->weight, &to->grad_weight, &to->grad_bias, &to->pools};
-    for (int i = 0; i < 4; i++, next += ac) *narrow[i] = next;
-    return memory;
+    for (int i = 0; i < 6; i++, memory += nc) *wide[i] = memory;
+    double **narrow[] = {&to->weight, &to->grad_weight, &to->grad_bias};
+    for (int i = 0; i < 3; i++, memory += ac) *narrow[i] = memory;
 }
 
 /* From total and product to p, q and the gradients of the parameters. */
-static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, double *grad_w,
-                         double *grad_u) {
+static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, int part,
+                         double *grad_w, double *grad_u) {
     int64_t channels = s->channels, width = channels / s->num_groups;
     const double *mean = mix->mean, *var = mix->var;
     double each = -1.0 / s->length;
@@ -446,11 +455,17 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, do
         int64_t count = s->batch / s->groups;
         for (int64_t g = 0; g < s->groups; g++) {
             int64_t i = g * count * channels;
-            spread_rows(count, channels, mean + i, mix->bn + g * channels,
-                        mix->bn + (s->groups + g) * channels, each * mix->w[s->bn],
-                        each * mix->u[s->bn], to->mean_part + i, to->var_part + i, to->p + i,
-                        to->q + i, to->pools, to->pools + channels, grad_w + s->bn,
-                        grad_u + s->bn);
+            double *sum_p = to->pools, *sum_q = to->pools + channels;
+            const double *pooled = mix->bn + g * channels;
+            sum_rows(count, channels, mean + i, pooled, pooled + s->groups * channels,
+                     to->mean_part + i, to->var_part + i, sum_p, sum_q, grad_w + s->bn,
+                     grad_u + s->bn);
+            double w = mix->w[s->bn], u = mix->u[s->bn];
+            if (part == SUMS)
+                spread_rows(0, channels, mean, pooled, -w, -0.5 * u, sum_p, sum_q, NULL, NULL);
+            else
+                spread_rows(count, channels, mean + i, pooled, each * w / count, each * u / count,
+                            sum_p, sum_q, to->p + i, to->q + i);
         }
     }
     softmax_backward(mix->w, grad_w, s->places);

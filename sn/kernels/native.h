@@ -26,6 +26,7 @@ typedef struct {
     const void *mean_logits, *var_logits, *weight, *bias;
     void *running_mean, *running_var;   /* updated if the layer says so */
     int64_t *counter;                   /* of batches */
+    int64_t given;                      /* `saved` has the moments of instances and batches */
 } Forward;
 
 typedef struct {
@@ -36,4 +37,12 @@ typedef struct {
     double *saved;
     const void *weight, *bias;
     void *grad_mean_logits, *grad_var_logits, *grad_weight, *grad_bias;
+    /* In two parts, for bn over several processes. WHOLE: neither is used. SUMS: to `state`,
+       sn_state doubles whose first 2 C are the gradients of bn's mean and variance, and those of
+       the parameters. REST: from `state`, where these 2 C have become those of all processes, whose
+       batches have `values` values of a channel, to dx. */
+    int64_t part;
+    double *state;
+    double values;
 } Backward;
+enum { WHOLE, SUMS, REST };

@@ -12,6 +12,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,16 +24,19 @@ from torch import Tensor
 from ..functional import STATISTICS
 from .common import (
     Options,
+    Reduce,
     as_dtype,
     dense_in_layout,
     goes_by_formula,
+    join_moments,
     keep,
     like_layout,
     reference_backward,
 )
 
 # `Forward` and `Backward` of native.h: one packed argument costs less than fourteen.
-_FORWARD, _BACKWARD = struct.Struct("=QqqdQQQQQQQQQQQ"), struct.Struct("=QqqQQQQQQQQQQQQ")
+_FORWARD, _BACKWARD = struct.Struct("=Qqqd11Qq"), struct.Struct("=Qqq12QqQd")
+_WHOLE, _SUMS, _REST = range(3)  # parts of a backward pass
 _SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
 
 
@@ -66,7 +70,8 @@ def library() -> ctypes.CDLL | None:
         return None
     found.source = source
     found.parallel = bool(found.sn_parallel())
-    found.sn_saved.argtypes, found.sn_saved.restype = [ctypes.c_void_p], ctypes.c_int64
+    for size in (found.sn_saved, found.sn_state):
+        size.argtypes, size.restype = [ctypes.c_void_p], ctypes.c_int64
     for suffix in _SUFFIXES.values():
         for name in ("forward", "backward"):
             getattr(found, f"sn_{name}_{suffix}").argtypes = [ctypes.c_char_p]
@@ -230,10 +235,16 @@ def batch_moments(x: Tensor, virtual_gpus: int) -> Tensor:
     layer = _layer(x.shape, last, ("bn",), None, True, 0.0, virtual_gpus, False)
     saved = torch.empty(layer.size, dtype=torch.float64)
     tensors = (x, None, None, saved, *[None] * 7)
-    call = _FORWARD.pack(layer.address, torch.get_num_threads(), False, 0.0, *_addresses(tensors))
+    where = _addresses(tensors)
+    call = _FORWARD.pack(layer.address, torch.get_num_threads(), False, 0.0, *where, False)
     if _functions(x.dtype)[0](call):
         raise torch.OutOfMemoryError(f"no memory for the statistics of shape {tuple(x.shape)}")
-    return saved[-2 * virtual_gpus * x.shape[1] :].view(2, virtual_gpus, x.shape[1])
+    return _bn_moments(saved, layer)
+
+
+def _bn_moments(saved: Tensor, layer: _Layer) -> Tensor:
+    """Means and variances of bn, (2, groups, C), among what the library keeps."""
+    return saved[-2 * layer.groups * layer.channels :].view(2, layer.groups, layer.channels)
 
 
 def _addresses(tensors) -> list[int]:
@@ -253,8 +264,13 @@ def _dense(tensors, x: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
-    """Output, its layer, what the library keeps."""
+def _forward(
+    inputs, options: Options, relu: bool, counter: Tensor | None, between: Callable | None = None
+):
+    """Output, its layer, what the library keeps.
+
+    `between`, if any, is called once this has all moments, with bn's (2, groups, C) to be changed.
+    """
     x, last = dense_in_layout(inputs[0])
     residual = inputs[7]
     if residual is not None:
@@ -270,18 +286,25 @@ def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
     ):
         counter.add_(1)
         counter = None
-    call = _FORWARD.pack(
-        layer.address,
-        torch.get_num_threads(),
-        relu,
-        momentum if layer.update else 0.0,
-        *_addresses((x, residual, y, saved, *parameters, counter)),
-    )
-    failed = _functions(x.dtype)[0](call)
-    if failed:
-        raise torch.OutOfMemoryError(
-            f"no memory for the statistics of an input of shape {tuple(x.shape)}"
+
+    def call(to: Tensor | None, given: bool) -> None:
+        packed = _FORWARD.pack(
+            layer.address,
+            torch.get_num_threads(),
+            relu,
+            momentum if layer.update else 0.0,
+            *_addresses((x, residual, to, saved, *parameters, counter)),
+            given,
         )
+        if _functions(x.dtype)[0](packed):
+            raise torch.OutOfMemoryError(
+                f"no memory for the statistics of an input of shape {tuple(x.shape)}"
+            )
+
+    if between is not None:
+        call(None, False)
+        between(_bn_moments(saved, layer))
+    call(y, between is not None)
     if layer.update:
         for old, new in zip(inputs[5:7], parameters[4:]):
             if new is not old:
@@ -292,8 +315,21 @@ def _forward(inputs, options: Options, relu: bool, counter: Tensor | None):
     return y, layer, saved
 
 
-def _backward(layer: _Layer, dy: Tensor, inputs, y, saved: Tensor, relu: bool, needed):
-    """Gradients of x, of the control parameters, weight and bias, and of a residual."""
+def _backward(
+    layer: _Layer,
+    dy: Tensor,
+    inputs,
+    y,
+    saved: Tensor,
+    relu: bool,
+    needed,
+    between: tuple[Callable, float] | None = None,
+):
+    """Gradients of x, of the control parameters, weight and bias, and of a residual.
+
+    `between`, if any: a function that is called with the gradients (2, C) of bn's mean and variance
+    to be changed, and the number of values of a channel that these are of.
+    """
     # Hooks may have changed what was saved: its layout is mended, more is an error.
     x, dy = (like_layout(t, bool(layer.last)) for t in (inputs[0], dy))
     y = y if y is None else like_layout(y.to(x.dtype), bool(layer.last))
@@ -306,19 +342,65 @@ def _backward(layer: _Layer, dy: Tensor, inputs, y, saved: Tensor, relu: bool, n
     parameters = _dense(inputs[1:5], x)
     grads = [None if t is None else torch.empty_like(t) for t in parameters]
     written = d_residual if relu else None
-    call = _BACKWARD.pack(
-        layer.address,
-        torch.get_num_threads(),
-        relu,
-        *_addresses((dy, x, y, dx, written, saved, *parameters[2:], *grads)),
-    )
-    failed = _functions(x.dtype)[1](call)
-    if failed:
-        raise torch.OutOfMemoryError(
-            f"no memory for the gradients of an input of shape {tuple(x.shape)}"
+    tensors = (dy, x, y, dx, written, saved, *parameters[2:], *grads)
+
+    def call(part: int, state: Tensor | None = None, values: float = 0.0) -> None:
+        packed = _BACKWARD.pack(
+            layer.address,
+            torch.get_num_threads(),
+            relu,
+            *_addresses(tensors),
+            part,
+            *_addresses((state,)),
+            values,
         )
+        if _functions(x.dtype)[1](packed):
+            raise torch.OutOfMemoryError(
+                f"no memory for the gradients of an input of shape {tuple(x.shape)}"
+            )
+
+    if between is None:
+        call(_WHOLE)
+    else:
+        state = torch.empty(library().sn_state(layer.address), dtype=torch.float64)
+        call(_SUMS, state)
+        if needed[0]:  # which is so in all processes or none
+            between[0](state[: 2 * layer.channels].view(2, -1))
+        if dx is not None:
+            call(_REST, state, between[1])
     grads = [g if g is None else as_dtype(g, t.dtype) for g, t in zip(grads, inputs[1:5])]
     return dx, grads, d_residual
+
+
+def sync_forward(inputs, options: Options, relu: bool, reduce: Reduce):
+    """Output, what the backward pass needs (tensors, more), and bn's moments: `join_moments`."""
+    x, joined = inputs[0], []
+
+    def between(moments: Tensor) -> None:
+        values = x.numel() // x.shape[1]
+        joined.extend(join_moments(*moments[:, 0], values, reduce))
+        moments[0], moments[1] = joined[:2]
+
+    y, layer, saved = _forward(inputs, options, relu, None, between)
+    return y, (saved,), layer, joined
+
+
+def sync_backward(
+    dy: Tensor,
+    inputs,
+    y: Tensor | None,
+    kept,
+    layer: _Layer,
+    options: Options,
+    relu: bool,
+    needed,
+    values: Tensor,
+    reduce: Reduce,
+):
+    """Gradients of x, of the four parameters, and of a residual."""
+    (saved,) = kept
+    between = (lambda grads: reduce(grads.view(-1))), values.item()
+    return _backward(layer, dy, inputs, y, saved, relu, needed, between)
 
 
 class _SwitchNorm(torch.autograd.Function):

@@ -523,8 +523,9 @@ int NAME(sn_forward)(const Forward *call) {
                 memcpy(mix.mean + n * channels, mix.bn, channels * sizeof(double));
                 memcpy(mix.var + n * channels, mix.bn + channels, channels * sizeof(double));
             }
-        else NAME(instance_moments)(s, x, &work, mix.mean, mix.var, part, threads);
-        mix_moments(s, &mix, part, threads);
+        else if (!call->given)
+            NAME(instance_moments)(s, x, &work, mix.mean, mix.var, part, threads);
+        mix_moments(s, &mix, part, call->given != 0, threads);
         if (y == NULL) continue;
         NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, part, threads);
         NAME(apply)(s, x, residual, y, &work, relu, part, threads);
@@ -605,27 +606,39 @@ int NAME(sn_backward)(const Backward *call) {
     Mix mix;
     Gradients grads;
     NAME(Work) work;
-    void *wide = allocate_gradients(s, &grads);
+    void *wide = call->state == NULL ? malloc(sn_state(s) * sizeof(double)) : NULL;
+    double *state = call->state == NULL ? wide : call->state;
     void *memory = NAME(allocate_work)(s, &work, threads, 1);
-    if (wide == NULL || memory == NULL) {
+    if (state == NULL || memory == NULL) {
         free(wide);
         free(memory);
         return 1;
     }
     lay_out(s, call->saved, &mix);
-    NAME(widen)(call->weight, s->affine * channels, 1, grads.weight);
+    lay_out_gradients(s, state, &grads);
     NAME(all_coefficients)(s, &mix, call->weight, call->bias, &work, (Range){0, s->batch}, threads);
-    NAME(sums)(s, dy, x, y, &work, grads.total, grads.product, act, threads);
-    NAME(about_mean)(size, work.k, mix.mean, grads.total, grads.product);
-    mix_backward(s, &mix, &grads, grad_w, grad_u);
-    for (int64_t i = 0; i < s->places; i++) {
-        grad_mean_logits[i] = (A)grad_w[i];
-        grad_var_logits[i] = (A)grad_u[i];
+    if (call->part == REST) {
+        double one = 1 / call->values;
+        spread_rows(s->batch, channels, mix.mean, mix.bn, one, 2 * one, grads.pools,
+                    grads.pools + channels, grads.p, grads.q);
+    } else {
+        NAME(widen)(call->weight, s->affine * channels, 1, grads.weight);
+        NAME(sums)(s, dy, x, y, &work, grads.total, grads.product, act, threads);
+        NAME(about_mean)(size, work.k, mix.mean, grads.total, grads.product);
+        mix_backward(s, &mix, &grads, call->part, grad_w, grad_u);
+        for (int64_t i = 0; i < s->places; i++) {
+            grad_mean_logits[i] = (A)grad_w[i];
+            grad_var_logits[i] = (A)grad_u[i];
+        }
+        for (int64_t c = 0; c < s->affine * channels && grad_weight != NULL; c++)
+            grad_weight[c] = (A)grads.grad_weight[c];
+        for (int64_t c = 0; c < s->affine * channels && grad_bias != NULL; c++)
+            grad_bias[c] = (A)grads.grad_bias[c];
     }
-    for (int64_t c = 0; c < s->affine * channels && grad_weight != NULL; c++)
-        grad_weight[c] = (A)grads.grad_weight[c];
-    for (int64_t c = 0; c < s->affine * channels && grad_bias != NULL; c++)
-        grad_bias[c] = (A)grads.grad_bias[c];
+    if (call->part == SUMS) {
+        free(memory);
+        return 0;
+    }
     NAME(about_k)(size, work.k, mix.mean, grads.p, grads.q, work.p, work.q);
     if (dx != NULL && !s->last) {
         #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -1,9 +1,10 @@
 """Switchable Normalization with batch statistics over all processes of a group.
 
-One all-reduce forward (2 C + 1 numbers), one backward (2 C), none in evaluation. Source: Luo et
-al., "SyncSN" in section 4.2; the official code averages E[x] and E[x^2] of equal batches. Differs:
-every value counts once, whatever each process brings, and the gradients are those of the whole
-batch in one process.
+One all-reduce forward (2 C + 1 numbers), one backward (2 C), in double, none in evaluation. Where
+there are kernels for the layer they do it, and stop for both; a process whose batch they do not
+take does the same by the plain formula. Source: Luo et al., "SyncSN" in section 4.2; the official
+code averages E[x] and E[x^2] of equal batches. Differs: every value counts once, whatever each
+process brings, and the gradients are those of the whole batch in one process.
 """
 
 import copy
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import functional
+from ..kernels import fits, synchronised
+from ..kernels.common import Options, Reduce, join_batches, keep
 from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
 from ..running import count_batch
 
@@ -28,21 +31,13 @@ class _GroupMoments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mean_in: Tensor, var_in: Tensor, length: int, group) -> tuple:
-        channels = mean_in.shape[1]
-        wide = mean_in.double()  # sums of squares: cancellation costs nothing visible in double
-        sums = wide.new_empty(2 * channels + 1)
-        sums[:channels] = wide.sum(0)
-        sums[channels:-1] = (var_in.double() + wide.square()).sum(0)
-        sums[-1] = mean_in.shape[0]
-        sums *= length
-        dist.all_reduce(sums, group=group)
-        count = sums[-1].clamp(min=1)
-        mean, square = (sums[:-1] / count).view(2, channels).unbind(0)
-        var = (square - mean.square()).clamp(min=0)
-        ctx.length, ctx.group = length, group
+    def forward(ctx, mean_in: Tensor, var_in: Tensor, length: int, reduce: Reduce) -> tuple:
+        wide = mean_in.double()
+        ones = wide.new_full((1,), len(wide))
+        sums = torch.cat((wide.sum(0), (var_in.double() + wide.square()).sum(0), ones)) * length
+        mean, var, count = join_batches(sums, reduce)
+        ctx.length, ctx.reduce = length, reduce
         ctx.save_for_backward(mean_in, mean, count)
-        count = sums[-1].clone()
         ctx.mark_non_differentiable(count)
         return mean.to(mean_in.dtype), var.to(mean_in.dtype), count
 
@@ -50,11 +45,34 @@ class _GroupMoments(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_mean: Tensor, grad_var: Tensor, _) -> tuple:
         mean_in, mean, count = ctx.saved_tensors
-        grads = torch.stack((grad_mean, grad_var))
-        dist.all_reduce(grads, group=ctx.group)
-        grad_mean, grad_var = (grads * (ctx.length / count)).to(grads.dtype)
+        grads = torch.cat((grad_mean, grad_var)).double()
+        ctx.reduce(grads)
+        grad_mean, grad_var = (grads * (ctx.length / count)).view(2, -1).to(mean_in.dtype)
         delta = (mean_in - mean).to(mean_in.dtype)
         return grad_mean + 2 * delta * grad_var, grad_var.expand_as(mean_in), None, None
+
+
+class _Fused(torch.autograd.Function):
+    """The layer by `kernels`, which stop for the same two all-reduces: y and bn's moments."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *inputs, options, relu, reduce, kernels = arguments
+        y, kept, ctx.more, joined = kernels.sync_forward(inputs, options, relu, reduce)
+        ctx.kernels, ctx.reduce = kernels, reduce
+        keep(ctx, inputs, options, y, joined[2], *kept, relu=relu, residual=inputs[7] is not None)
+        ctx.mark_non_differentiable(*joined)
+        return y, *joined
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor, *_) -> tuple:
+        *inputs, y, values = ctx.saved_tensors[:9]
+        kept, needed = ctx.saved_tensors[9:], ctx.needs_input_grad
+        dx, grads, d_residual = ctx.kernels.sync_backward(
+            dy, inputs, y, kept, ctx.more, ctx.options, ctx.relu, needed, values, ctx.reduce
+        )
+        return dx, *grads, None, None, d_residual, *[None] * 4
 
 
 class SyncSwitchNormBase(SwitchNormBase):
@@ -62,9 +80,8 @@ class SyncSwitchNormBase(SwitchNormBase):
 
     None is the default group; without a group of several processes, and without bn, the layer is
     its parent. A process may bring any number of samples, none included, but all must run the
-    layer equally often. Training is the plain formula on any device; second derivatives are an
-    error. `virtual_gpus` has no effect: virtual GPUs are synchronised as well. Parameters, buffers
-    and state_dict are the parent's.
+    layer equally often. Second derivatives are an error. `virtual_gpus` has no effect: virtual GPUs
+    are synchronised as well. Parameters, buffers and state_dict are the parent's.
     """
 
     def __init__(
@@ -109,28 +126,52 @@ class SyncSwitchNormBase(SwitchNormBase):
             return super()._normalize(x, residual, relu)
         self._check_input(x)
         momentum = count_batch(self) if self.track_running_stats else 0.0
+
+        def reduce(sums: Tensor) -> None:
+            dist.all_reduce(sums, group=group)
+
+        parameters = (self.mean_weight, self.var_weight, self.weight, self.bias)
+        kernels = None if self.unbiased else synchronised((x, *parameters))
+        if kernels is None:
+            y = self._by_formula(x, parameters, momentum, reduce)
+        else:
+            options = Options(self.statistics, self.num_groups, True, 0.0, self._eps, 1)
+            matches = residual is None or fits(residual, x)
+            fused = residual if matches else None
+            inputs = (x, *parameters, None, None, fused)
+            y, *joined = _Fused.apply(*inputs, options, relu and matches, reduce, kernels)
+            self._step(*joined, momentum)
+            if matches:
+                return y
+        y = y if residual is None else y + residual
+        return y.relu() if relu else y
+
+    def _by_formula(self, x: Tensor, parameters: tuple, momentum: float, reduce: Reduce) -> Tensor:
         length = math.prod(x.shape[2:])
 
         def batch_moments(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor]:
-            mean, var, count = _GroupMoments.apply(mean_in, var_in, length, group)
-            if self.running_mean is not None:
-                with torch.no_grad():
-                    for running, new in ((self.running_mean, mean), (self.running_var, var)):
-                        share = (count > 0).to(running.dtype) * momentum
-                        running.lerp_(new.to(running.dtype), share)
+            mean, var, count = _GroupMoments.apply(mean_in, var_in, length, reduce)
+            self._step(mean, var, count, momentum)
             return mean - mean_in, var
 
-        y = functional.normalize(
+        return functional.normalize(
             x,
-            (self.mean_weight, self.var_weight, self.weight, self.bias),
+            parameters,
             self.statistics,
             self.num_groups,
             self._eps,
             self.unbiased,
             batch_moments,
         )
-        y = y if residual is None else y + residual
-        return y.relu() if relu else y
+
+    @torch.no_grad()
+    def _step(self, mean: Tensor, var: Tensor, count: Tensor, momentum: float) -> None:
+        """That of the running statistics, unless no process had a value."""
+        if self.running_mean is None:
+            return
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            share = (count > 0).to(running.dtype) * momentum
+            running.lerp_(new.to(running.dtype), share)
 
     def micro_batches(self) -> NoReturn:
         """Refuse: one all-reduce needs the whole batch of every process."""

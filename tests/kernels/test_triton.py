@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import sync_workers
 import torch
 from test_kernels import ALL, LAYOUTS, MODES, SUBSETS, compare, lay_out, values
+from workers import run_in_group
 
 import sn
 from sn import functional, kernels
@@ -48,6 +50,12 @@ def check(shape, statistics, dtype=torch.float32, layout="contiguous", offset=0.
     compare(
         tensors, dtype, layout, backend="triton", device=DEVICE, statistics=statistics, **options
     )
+
+
+@pytest.mark.skipif(not INTERPRET, reason="in test_under_the_interpreter")
+def test_synchronised_over_processes():
+    """Batch statistics of two processes against the plain formula's."""
+    run_in_group(2, sync_workers.run_forms, "triton")
 
 
 @runs

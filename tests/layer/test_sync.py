@@ -47,8 +47,10 @@ def test_outputs_gradients_and_statistics_are_the_whole_batchs(ranks):
             # each rank holds its share: the sum is the gradient, once, whatever the world size
             close(sum(r["grads"][name] for r in results), grad)
         mean, var = (moment[0] for moment in oracle.batch_moments(x))
-        for result in results:
+        for rank, result in enumerate(results):
             close(result["state"]["running_mean"], 0.3 * mean)
+            has_kernels = sn.kernels.native.library() is not None and counts[rank] > 0
+            assert result["by kernels"] == (has_kernels and (len(counts) == 2 or rank % 2 == 0))
             close(result["state"]["running_var"], 0.7 + 0.3 * var)
             assert result["state"]["num_batches_tracked"] == 1
             assert result["reduced"] == ([9], [8], [])  # 2 C + 1, 2 C, and none in evaluation
@@ -57,6 +59,12 @@ def test_outputs_gradients_and_statistics_are_the_whole_batchs(ranks):
             x, *(getattr(layer, n) for n in names), running, statistics=statistics, num_groups=2
         )
         close(torch.cat([r["eval"] for r in results]), expected.detach())
+
+
+def test_kernels_against_the_formula():
+    if sn.kernels.native.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+    run_in_group(2, sync_workers.run_forms, "native")
 
 
 def test_maps_of_unequal_size(ranks):
