@@ -187,9 +187,12 @@ def run_gpu_check(rank):
     smoke = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(smoke)
     dist.init_process_group("gloo")
-    smoke.check_synchronised("sync_sn", "sn", torch.device("cpu"))
+    device, plain = torch.device("cpu"), sn.make_norm("sn")
+    smoke.check_synchronised(sn.make_norm("sync_sn"), plain, device)
+    smoke.check_synchronised(smoke.Synchronised, plain, device, torch.float32, 1e-4)
     try:
-        smoke.check_synchronised("bn", "bn", torch.device("cpu"))  # not synchronised: must not pass
+        batch_norm = sn.make_norm("bn")
+        smoke.check_synchronised(batch_norm, batch_norm, device)  # must not pass
     except AssertionError:
         dist.destroy_process_group()
     else:
