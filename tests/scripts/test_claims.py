@@ -526,14 +526,12 @@ def test_style_loss_along_the_curve():
     assert claims.effect_of(the_test("bn - sn", of="style_loss"), runs) is None
 
 
-def style_run(wanted, steps, scale=1.0, overrides=()):
+def style_run(campaign, wanted, steps):
     """A run of C11's design as its command makes it, its loss halving along the curve."""
-    from run_claims import Campaign
     from workers import config as typed_config
 
     from sn.training.run.config import recorded
 
-    campaign = Campaign(LEDGER, [], None, Path("outputs"), 1, overrides)
     _, _, *options = campaign.command(wanted)
     typed = typed_config(*options, root="style_transfer")
     config = recorded(typed)
@@ -547,7 +545,7 @@ def style_run(wanted, steps, scale=1.0, overrides=()):
     assert summary["steps"] == LEDGER.designs["style"].facts["steps"]
     summary["steps"] = steps  # fewer lines
     metrics = [
-        {"step": step, "train/content": scale, "train/style": scale * (2 - step / steps)}
+        {"step": step, "train/content": 1.0, "train/style": 2 - step / steps}
         for step in range(1, steps + 1)
     ]
     return typed, Run(Path(), summary, config, metrics=metrics)
@@ -567,15 +565,18 @@ def of_seed(run, seed, scale):
 
 def test_style_runs_of_both_styles_are_made_and_judged_from_one_command():
     """Each arm's command makes the run the ledger looks for, with the painting of its style."""
+    from run_claims import Campaign
+
     design = dataclasses.replace(
         LEDGER.designs["style"], facts=LEDGER.designs["style"].facts | {"steps": 40}
     )
     given = ["photos.root=/photos", "style.image=/styles/${style.name}.jpg", "data.root=/no"]
     ratios = {"bn": 1.2, "in": 1.0, "sn": 0.9, "sn_x10": 1.1}
+    campaign = Campaign(LEDGER, [], None, Path("outputs"), 1, given)
     runs, of_arm = [], {}
     for name, arm in design.arms.items():
         wanted = claims.Wanted(design, arm, None, 3, None)
-        typed, run = style_run(wanted, 40, 1.0, given)
+        typed, run = style_run(campaign, wanted, 40)
         style = "wave" if name.endswith("_wave") else "starry_night"
         assert (typed.style.name, typed.style.image) == (style, f"/styles/{style}.jpg")
         assert (typed.photos.root, typed.run_name) == ("/photos", f"style_{name}")
