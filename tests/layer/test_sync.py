@@ -64,7 +64,7 @@ def test_outputs_gradients_and_statistics_are_the_whole_batchs(ranks):
 def test_kernels_against_the_formula():
     if sn.kernels.native.library() is None:
         pytest.skip("the package was installed without a C compiler")
-    run_in_group(2, sync_workers.run_forms, "native")
+    run_in_group(2, sync_workers.run_forms)
 
 
 def test_maps_of_unequal_size(ranks):
