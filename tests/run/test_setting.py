@@ -32,9 +32,13 @@ BRN = ("norm.r_images=[20,60]", "norm.d_images=[20,60]", "norm.momentum=0.3")
 
 
 SMALL = ("model=resnet8", "model.width=8")
-CASES = [("bn", 4, SMALL), ("sn", 4, SMALL)] + [
-    pytest.param(norm, 8, ("model=resnet20",), marks=pytest.mark.slow)
-    for norm in ("bn", "sn", "brn", "bkn")
+CASES = [
+    ("sn", 4, SMALL),
+    pytest.param("bn", 4, SMALL, marks=pytest.mark.slow),
+    *(
+        pytest.param(norm, 8, ("model=resnet20",), marks=pytest.mark.slow)
+        for norm in ("bn", "sn", "brn", "bkn")
+    ),
 ]
 
 
