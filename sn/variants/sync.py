@@ -9,6 +9,7 @@ process brings, and the gradients are those of the whole batch in one process.
 
 import copy
 import math
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -52,27 +53,55 @@ class _GroupMoments(torch.autograd.Function):
         return grad_mean + 2 * delta * grad_var, grad_var.expand_as(mean_in), None, None
 
 
+class _Together(torch.autograd.Function):
+    """The tensors as they are; their gradients wait for one another, as those of `_Fused` do.
+
+    The all-reduce backward is then before any gradient of a parameter in every process, whichever
+    of its paths that takes, and takes place for such a gradient alone, too. Otherwise those of
+    DistributedDataParallel, or none, would meet it.
+    """
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.set_materialize_grads(False)
+        needed = zip(tensors, ctx.needs_input_grad)
+        ctx.mark_non_differentiable(*(t for t, need in needed if t is not None and not need))
+        return tensors
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+
 class _Fused(torch.autograd.Function):
-    """The layer by `kernels`, which stop for the same two all-reduces: y and bn's moments."""
+    """The layer by `kernels`, which stop for the same two all-reduces.
+
+    `step` is given bn's moments before anything is saved: repeating a forward pass, checkpointing
+    stops once it has what was saved.
+    """
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, options, relu, reduce, kernels = arguments
+        *inputs, options, relu, reduce, step, kernels = arguments
         y, kept, ctx.more, joined = kernels.sync_forward(inputs, options, relu, reduce)
+        step(*joined)
         ctx.kernels, ctx.reduce = kernels, reduce
         keep(ctx, inputs, options, y, joined[2], *kept, relu=relu, residual=inputs[7] is not None)
-        ctx.mark_non_differentiable(*joined)
-        return y, *joined
+        return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor, *_) -> tuple:
-        *inputs, y, values = ctx.saved_tensors[:9]
-        kept, needed = ctx.saved_tensors[9:], ctx.needs_input_grad
-        dx, grads, d_residual = ctx.kernels.sync_backward(
-            dy, inputs, y, kept, ctx.more, ctx.options, ctx.relu, needed, values, ctx.reduce
-        )
-        return dx, *grads, None, None, d_residual, *[None] * 4
+    def backward(ctx, dy: Tensor) -> tuple:
+        return _fused_backward(ctx, dy, *ctx.saved_tensors)
+
+
+@once_differentiable  # by what was saved, too: `dy` alone need not depend on anything
+def _fused_backward(ctx, dy: Tensor, *saved: Tensor) -> tuple:
+    *inputs, y, values = saved[:9]
+    kept, needed = saved[9:], ctx.needs_input_grad
+    dx, grads, d_residual = ctx.kernels.sync_backward(
+        dy, inputs, y, kept, ctx.more, ctx.options, ctx.relu, needed, values, ctx.reduce
+    )
+    return dx, *grads, None, None, d_residual, *[None] * 5
 
 
 class SyncSwitchNormBase(SwitchNormBase):
@@ -135,12 +164,15 @@ class SyncSwitchNormBase(SwitchNormBase):
         if kernels is None:
             y = self._by_formula(x, parameters, momentum, reduce)
         else:
+            functional._check_shapes(x, *parameters, self.statistics)
+            if "gn" in self.statistics:
+                functional.check_num_groups(self.num_groups, x.shape[1])
             options = Options(self.statistics, self.num_groups, True, 0.0, self._eps, 1)
             matches = residual is None or fits(residual, x)
             fused = residual if matches else None
             inputs = (x, *parameters, None, None, fused)
-            y, *joined = _Fused.apply(*inputs, options, relu and matches, reduce, kernels)
-            self._step(*joined, momentum)
+            step = partial(self._step, momentum)
+            y = _Fused.apply(*inputs, options, relu and matches, reduce, step, kernels)
             if matches:
                 return y
         y = y if residual is None else y + residual
@@ -148,15 +180,16 @@ class SyncSwitchNormBase(SwitchNormBase):
 
     def _by_formula(self, x: Tensor, parameters: tuple, momentum: float, reduce: Reduce) -> Tensor:
         length = math.prod(x.shape[2:])
+        x, *own = _Together.apply(x, *parameters)
 
         def batch_moments(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor]:
             mean, var, count = _GroupMoments.apply(mean_in, var_in, length, reduce)
-            self._step(mean, var, count, momentum)
+            self._step(momentum, mean, var, count)
             return mean - mean_in, var
 
         return functional.normalize(
             x,
-            parameters,
+            tuple(own),
             self.statistics,
             self.num_groups,
             self._eps,
@@ -165,7 +198,7 @@ class SyncSwitchNormBase(SwitchNormBase):
         )
 
     @torch.no_grad()
-    def _step(self, mean: Tensor, var: Tensor, count: Tensor, momentum: float) -> None:
+    def _step(self, momentum: float, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """That of the running statistics, unless no process had a value."""
         if self.running_mean is None:
             return

@@ -9,10 +9,12 @@ import sync_workers
 import torch
 from sync_workers import COUNTS
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from workers import run_in_group
 
 import sn
 from sn.training.run.distributed import prepare_setting
+from sn.variants import sync
 
 
 @pytest.fixture(scope="module", params=COUNTS, ids="{} processes".format)
@@ -124,6 +126,81 @@ def test_alone_it_is_switch_norm():
         assert torch.equal(ours(x), plain(x)) and torch.equal(ours.eval()(x), plain.eval()(x))
         torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=0, atol=0)
         assert repr(ours) == repr(plain).replace("SwitchNorm", "SyncSwitchNorm")
+
+
+@pytest.fixture(params=["native", "reference"])
+def reduced(request, monkeypatch):
+    """Two processes with the same batch, by each implementation: what was summed, a log."""
+    if request.param == "native" and sn.kernels.native.library() is None:
+        pytest.skip("the package was installed without a C compiler")
+    log = []
+    monkeypatch.setattr(sync.SyncSwitchNormBase, "_group", lambda layer: layer.training or None)
+    monkeypatch.setattr(sync.dist, "all_reduce", lambda t, group: log.append(len(t)) or t.mul_(2))
+    with sn.backend(request.param):
+        yield log
+
+
+def test_gradients_of_parameters_follow_the_all_reduce(reduced):
+    """As DistributedDataParallel sums them: otherwise processes that mix paths would not meet."""
+    layer = sync_workers.layer_of(("in", "bn"), 2)
+    for name, parameter in layer.named_parameters():
+        parameter.register_hook(lambda grad, name=name: reduced.append(name))
+    x = oracle.values((2, 4, 3, 2)).requires_grad_()
+    layer(x).square().sum().backward()
+    assert reduced[:2] == [9, 8] and len(reduced) == 6
+    reduced.clear()
+    torch.autograd.grad(layer(x).square().sum(), layer.bias)  # that of x is not asked for
+    assert reduced == [9, 8, "bias"]
+    reduced.clear()
+    layer(x.detach()).square().sum().backward()
+    assert 8 not in reduced and layer.weight.grad is not None
+
+
+def test_frozen_parameters_get_no_gradient(reduced):
+    layer = sync_workers.layer_of(("in", "bn"), 2)
+    layer.weight.requires_grad_(False)
+    layer.bias = None
+    layer(oracle.values((2, 4, 3, 2))).square().sum().backward()
+    assert layer.weight.grad is None and layer.mean_weight.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reduced, reentrant):
+    """The gradients without it; running statistics are updated twice, as batch norm's."""
+    layers = [sync_workers.layer_of(("in", "bn"), 2) for _ in range(2)]
+    inputs = [oracle.values((2, 4, 3, 2), mean=1.0).requires_grad_() for _ in range(2)]
+    y = checkpoint(layers[0], inputs[0], use_reentrant=reentrant)
+    y.square().sum().backward()
+    layers[1](inputs[1].detach())
+    layers[1](inputs[1]).square().sum().backward()
+    close(inputs[0].grad, inputs[1].grad)
+    close(layers[0].state_dict(), layers[1].state_dict())
+    for ours, plain in zip(*(layer.parameters() for layer in layers)):
+        close(ours.grad, plain.grad)
+
+
+def test_second_derivatives_are_an_error(reduced):
+    x = oracle.values((2, 4, 3, 2)).requires_grad_()
+    y = sync_workers.layer_of(("in", "bn"), 2)(x)
+    (grad,) = torch.autograd.grad(y, x, oracle.values(y.shape, 1), create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        (grad.square().sum() + y.sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "mean_weight", "var_weight"])
+def test_parameters_of_another_size(reduced, name):
+    layer = sync_workers.layer_of(("in", "gn", "bn"), 2)
+    setattr(layer, name, nn.Parameter(torch.ones(2).double()))
+    with pytest.raises(ValueError, match=name):
+        layer(oracle.values((2, 4, 3, 2)))
+    assert reduced == []
+
+
+def test_groups_that_do_not_divide(reduced):
+    layer = sync_workers.layer_of(("in", "gn", "bn"), 2)
+    layer.num_groups = 3
+    with pytest.raises(ValueError, match="num_groups=3"):
+        layer(oracle.values((2, 4, 3, 2)))
 
 
 def test_conversion_keeps_parameters_names_and_modes():
