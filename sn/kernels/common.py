@@ -128,6 +128,8 @@ def reference_backward(ctx, dy, inputs, y) -> tuple[Tensor | None, ...]:
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Aliases: x itself may come from the same parameters, of a layer that is applied twice.
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
         plain = _formula(inputs, ctx.options)
     if ctx.relu:
         dy = dy * ~((plain if y is None else y) <= 0)  # NaN passes, as in PyTorch

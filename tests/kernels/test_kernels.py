@@ -222,6 +222,26 @@ def test_second_derivatives(backend):
     assert torch.autograd.gradgradcheck(layer, leaves)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_differentiable_gradients_of_a_layer_applied_twice(backend, batched):
+    """Its second input depends on the parameters, whose gradients must not count that again."""
+    found = []
+    for function in (functional.switch_norm, kernels.switch_norm):
+        tensors = values((2, 4, 3, 3), ALL, dtype=torch.float64)
+        leaves = [t.requires_grad_() for t in tensors[:5]]
+        x, *rest = leaves
+        options = {"statistics": ALL, "num_groups": 2}
+        y = function(function(x, *rest, **options), *rest, **options).pow(3).sum()
+        if batched:
+            ones = torch.ones(2, dtype=y.dtype)
+            found.append(torch.autograd.grad(y, leaves, ones, is_grads_batched=True))
+            continue
+        first = torch.autograd.grad(y, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append((*first, *second))
+    torch.testing.assert_close(*reversed(found))
+
+
 @pytest.mark.parametrize("frozen", range(5))
 def test_gradients_only_where_asked(backend, frozen):
     tensors = values((2, 4, 5, 6), ("in", "ln", "bn"))
