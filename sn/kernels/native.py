@@ -233,7 +233,7 @@ def batch_moments(x: Tensor, virtual_gpus: int) -> Tensor:
     """Means and biased variances of a batch's groups, (2, virtual_gpus, C) in float64."""
     x, last = dense_in_layout(x.detach())
     layer = _layer(x.shape, last, ("bn",), None, True, 0.0, virtual_gpus, False)
-    saved = torch.empty(layer.size, dtype=torch.float64)
+    saved = torch.empty(layer.size, dtype=torch.float64, device=x.device)
     tensors = (x, None, None, saved, *[None] * 7)
     where = _addresses(tensors)
     call = _FORWARD.pack(layer.address, torch.get_num_threads(), False, 0.0, *where, False)

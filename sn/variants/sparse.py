@@ -169,7 +169,7 @@ class _Logits(torch.autograd.Function):
         for grad, slopes, own in zip(grads, ctx.slopes, control):
             columns = zip(*slopes)
             numbers = [sum(a * b for a, b in zip(grad.tolist(), column)) for column in columns]
-            found.append(torch.tensor(numbers, dtype=own.dtype))
+            found.append(torch.tensor(numbers, dtype=own.dtype, device=own.device))
         return None, None, None, *found
 
 
@@ -253,8 +253,8 @@ class SparseSwitchNormBase(SwitchNormBase):
             )
             if self.training and settled is not None and settled != before:
                 with torch.no_grad():
-                    choice.copy_(torch.tensor(settled))
-            logits.append(torch.tensor(logs, dtype=dtype))
+                    choice.copy_(torch.tensor(settled, device=choice.device))
+            logits.append(torch.tensor(logs, dtype=dtype, device=own.device))
             derivatives.append(slopes)
         if not needed:
             return tuple(logits)

@@ -279,3 +279,17 @@ def test_networks_train_a_step(name, source, model):
     assert loss.isfinite() and not dead
     if name in ("none", "frozen_bn"):
         assert net.layer1[0].conv1.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["sn", "ssn", "bn", "brn", "sync_sn"])
+def test_another_default_device(name):
+    """A network on the CPU in a program whose new tensors go elsewhere."""
+    layer = randomise(sn.make_norm(name)(4).double())
+    found = []
+    for device in ("cpu", "meta"):
+        own, x = copy.deepcopy(layer), shaped((4, 4, 3, 2))
+        with torch.device(device):
+            y = own(x)
+            y.square().sum().backward()
+        found.append((y, x.grad, *(p.grad for p in own.parameters()), *own.buffers()))
+    torch.testing.assert_close(found[1], found[0])
