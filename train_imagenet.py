@@ -34,7 +34,7 @@ from sn.training.classification.evaluation import (
     line_of,
     training_metrics,
 )
-from sn.training.classification.task import Task, starting_model
+from sn.training.classification.task import Task, starting_model, starting_weights
 from sn.training.run import budget, distributed, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.schedule import lr_factor, mix_seed
@@ -90,12 +90,13 @@ def train(config: ImagenetConfig) -> dict:
 def build(config: ImagenetConfig, run: Session) -> Task:
     """Norm, model, data and optimizer of the config, on this process's device."""
     setting, processes = config.setting, run.processes
+    weights = starting_weights(config, run.say)  # before the images are listed, which takes longer
     bad_images = BadImages(f"{config.output_dir}/bad_images.txt", config.data.max_bad_images or 0)
     options = config.data.options()
     if config.data.last_crop is not None:
         options |= {"last_fraction": config.schedule.last_fraction, "bad": bad_images}
     data = build_data(**options)
-    model, init, start = starting_model(config, data.num_classes, run.say)
+    model, init, start = starting_model(config, data.num_classes, weights)
     emulation, micro_batches = distributed.prepare_setting(
         model.to(run.device),
         setting.gpus,

@@ -124,24 +124,35 @@ class Task:
         run.say_resumed(len(self.bad_images.lines()))
 
 
+def starting_weights(
+    config: ImagenetConfig, told: Callable[[str], object]
+) -> dict[str, Tensor] | None:
+    """The pretrained weights that the config asks for; None without.
+
+    Raises ValueError or OSError, in one line, if they are not there.
+    """
+    init = config.init
+    weights = pretrained_weights(init.name, config.model.name, init.path, init.key, told)
+    if weights is None and config.norm["name"] == "frozen_bn":
+        raise ValueError(
+            "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "
+            "loaded; choose another norm, or init=checkpoint init.path=..."
+        )
+    return weights
+
+
 def starting_model(
-    config: ImagenetConfig, num_classes: int, told: Callable[[str], object]
+    config: ImagenetConfig, num_classes: int, weights: dict[str, Tensor] | None
 ) -> tuple[nn.Module, dict, str]:
     """The classifier of a run's config; name and hash of its pretrained weights; what to say.
 
     The latter two are empty without such weights. The initial values depend on `config.seed`.
 
-    Raises ValueError or OSError, in one line, for weights that are not there or do not fit.
+    Raises ValueError, in one line, for weights that do not fit.
     """
-    init, options = config.init, vars(config.model) | {"num_classes": num_classes}
-    weights = pretrained_weights(init.name, config.model.name, init.path, init.key, told)
     torch.manual_seed(config.seed)
+    init, options = config.init, vars(config.model) | {"num_classes": num_classes}
     if weights is None:
-        if config.norm["name"] == "frozen_bn":
-            raise ValueError(
-                "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "
-                "loaded; choose another norm, or init=checkpoint init.path=..."
-            )
         return build_model(**options, norm=sn.make_norm(**config.norm)), {}, ""
     model, start = pretrained_model(weights, config.norm, gate_start=init.gate_start, **options)
     return model, {"name": init.name, "sha256": sha256(weights)}, start
