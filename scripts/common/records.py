@@ -495,6 +495,8 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
                 recipe.setdefault(f"{prefix}{key}", value)  # what ran counts over what was asked
 
     flatten(run.config)
+    if not one_cell and recipe.get("schedule.images") is not None:
+        recipe.pop("steps")  # as many as the setting's batches make of these images
     return recipe
 
 

@@ -66,6 +66,22 @@ def write_run(root, parts, init="scratch", seed=0, /, **changes):
     return folder
 
 
+def test_steps_of_two_settings_follow_from_the_images(tmp_path):
+    """Runs of as many images compare, in however many steps; those of one setting, or others, not."""
+    many = write_run(tmp_path, ("sn", "sn"), steps=20)
+    few = write_run(tmp_path, ("bn", "bn"), steps=160)
+    more = write_run(tmp_path, ("gn", "gn"), steps=200)
+    for folder, images in ((many, 320), (few, 320), (more, 400)):
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config |= {"schedule": {"images": images}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    many, few, more = (results.read_run(folder) for folder in (many, few, more))
+    assert results.differences([many, few], one_cell=False) == {}
+    assert results.differences([many, few])["steps"] == ["160", "20"]
+    found = results.differences([few, more], one_cell=False)
+    assert found == {"schedule.images": ["320", "400"]}
+
+
 def tables(script, root):
     script("make_tables", "--runs", root)
     return (Path(root) / "README.md").read_text()
