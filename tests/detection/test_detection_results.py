@@ -67,7 +67,7 @@ def write_run(root, parts, init="scratch", seed=0, /, **changes):
 
 
 def test_steps_of_two_settings_follow_from_the_images(tmp_path):
-    """Runs of as many images compare, in however many steps; those of one setting, or others, not."""
+    """Runs of as many images compare, in however many steps; those of one setting do not."""
     many = write_run(tmp_path, ("sn", "sn"), steps=20)
     few = write_run(tmp_path, ("bn", "bn"), steps=160)
     more = write_run(tmp_path, ("gn", "gn"), steps=200)
