@@ -42,7 +42,7 @@ from torch import Tensor
 from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from . import native
-from .common import PLAIN, Options, is_transformed
+from .common import PLAIN, Options, Reduce, is_transformed
 from .native import native_switch_norm, quick_switch_norm, takes
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -201,6 +201,20 @@ def batch_norm_by_group(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     tensors = (x, one, one, weight.flatten(), bias.flatten(), None, None)
     options = Options(("bn",), None, True, 0.0, eps, len(weight))
     return _quick(tensors, options, None, False, None, True)
+
+
+def quick_synchronised(
+    tensors: tuple[Tensor | None, ...],
+    options: Options,
+    residual: Tensor | None,
+    relu: bool,
+    reduce: Reduce,
+) -> Tensor | None:
+    """The layer by the CPU's kernels with bn over all processes, whose vectors `reduce` sums.
+
+    None where `synchronised` is to be asked.
+    """
+    return _quick(tensors, options, residual, relu, None, False, reduce)
 
 
 def synchronised(tensors: tuple[Tensor | None, ...]) -> ModuleType | None:

@@ -11,8 +11,10 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
+#include <torch/custom_class.h>
 
 #include <cstring>
 #include <string>
@@ -33,6 +35,7 @@ enum Kind { F32, F64, BF16, KINDS };
 int (*forward_of[KINDS])(const Forward*);
 int (*backward_of[KINDS])(const Backward*);
 int64_t (*saved_of)(const Layer*);
+int64_t (*state_of)(const Layer*);
 bool parallel;
 PyObject* formula;
 
@@ -40,11 +43,32 @@ PyObject* formula;
 struct Head {
   Layer layer;
   int64_t relu, residual_needed;
+  int64_t x_needed;  /* of a synchronised layer */
+  double values;     /* of a channel in all processes, if the layer is synchronised; else 0 */
 };
 
 struct WithoutGil {
   PyThreadState* state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+// Sums a vector over processes, in its place: a Python function.
+struct Reduce : torch::CustomClassHolder {
+  PyObject* function;
+  explicit Reduce(PyObject* callable) : function(callable) { Py_INCREF(function); }
+  ~Reduce() override {
+    pybind11::gil_scoped_acquire gil;
+    Py_DECREF(function);
+  }
+  void operator()(const Tensor& sums) const {
+    pybind11::gil_scoped_acquire gil;
+    THPObjectPtr wrapped(THPVariable_Wrap(sums));
+    THPObjectPtr done(PyObject_CallFunctionObjArgs(function, wrapped.get(), nullptr));
+    if (done) return;
+    python_error error;
+    error.persist();
+    throw error;
+  }
 };
 
 int kind_of(const Tensor& x) {
@@ -82,40 +106,75 @@ struct Call {
   at::MemoryFormat format;
   double momentum;
   Maybe counter;
+  c10::intrusive_ptr<Reduce> reduce;  // null if there is one process
 };
+
+// Mean and variance (2, C) of this process's `values` to those of all; returns the number of theirs.
+// In double, cancellation costs nothing visible.
+double join(double* moments, int64_t channels, double values, const Reduce& reduce) {
+  Tensor sums = at::empty({2 * channels + 1}, at::kDouble);
+  double *sum = sums.data_ptr<double>(), *square = sum + channels, *var = moments + channels;
+  for (int64_t c = 0; c < channels; c++) {
+    sum[c] = moments[c] * values;
+    square[c] = (var[c] + moments[c] * moments[c]) * values;
+  }
+  sum[2 * channels] = values;
+  reduce(sums);
+  double count = sum[2 * channels];
+  for (int64_t c = 0; c < channels; c++) {
+    double mean = sum[c] / count, spread = square[c] / count - mean * mean;
+    moments[c] = mean;
+    var[c] = spread < 0 ? 0 : spread;  // NaN stays
+  }
+  return count;
+}
 
 // Gradient of x, and those of the four `parameters` in their place. Hooks may have changed what was
 // saved: its layout is mended, more is an error.
 Tensor gradients(const Head& head, Tensor dy, Tensor x, Tensor y, Tensor saved,
-                 Tensor (&parameters)[4], bool needed, Tensor* d_residual) {
+                 Tensor (&parameters)[4], bool needed, Tensor* d_residual,
+                 const Reduce* reduce) {
   const Layer* layer = &head.layer;
   TORCH_CHECK(x.scalar_type() == dy.scalar_type() && x.sizes() == dy.sizes() &&
                   saved.scalar_type() == at::kDouble && saved.numel() == saved_of(layer) &&
                   is_plain(x) && is_plain(saved) && (!y.defined() || y.sizes() == x.sizes()),
               "what the layer saved came back with another dtype, shape or device: ",
               x.toString(), x.sizes(), " and ", saved.toString(), saved.sizes());
-  at::AutoDispatchBelowADInplaceOrView guard;
   // Instances of one value have one layout: there the library is told that channels are last.
   auto format = format_of(x, layer->last && layer->length > 1);
   auto dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  x = x.contiguous(format);
-  dy = dy.contiguous(format);
-  saved = saved.contiguous();
-  if (y.defined()) y = y.to(x.scalar_type()).contiguous(format);
   bool both = head.relu && head.residual_needed;  // one pass writes both
-  Tensor dx, found[4];
-  if (needed || both) dx = at::empty_like(x);
-  if (head.residual_needed) *d_residual = head.relu ? at::empty_like(x) : dy;
-  for (int i = 0; i < 4; i++)
-    if (parameters[i].defined()) {
-      parameters[i] = parameters[i].to(dtype).contiguous();
-      found[i] = at::empty_like(parameters[i]);
-    }
+  Tensor dx, state, found[4];
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    x = x.contiguous(format);
+    dy = dy.contiguous(format);
+    saved = saved.contiguous();
+    if (y.defined()) y = y.to(x.scalar_type()).contiguous(format);
+    if (needed || both) dx = at::empty_like(x);
+    if (head.residual_needed) *d_residual = head.relu ? at::empty_like(x) : dy;
+    for (int i = 0; i < 4; i++)
+      if (parameters[i].defined()) {
+        parameters[i] = parameters[i].to(dtype).contiguous();
+        found[i] = at::empty_like(parameters[i]);
+      }
+    if (reduce) state = at::empty({state_of(layer)}, at::kDouble);
+  }
   Backward given = {layer, at::get_num_threads(), head.relu, dy.data_ptr(), x.data_ptr(),
                     address(y), address(dx), both ? address(*d_residual) : nullptr,
                     saved.data_ptr<double>(), address(parameters[2]), address(parameters[3]),
                     address(found[0]), address(found[1]), address(found[2]), address(found[3])};
+  if (reduce) {
+    given.part = SUMS;
+    given.state = state.data_ptr<double>();
+    given.values = head.values;
+  }
   int failed = backward_of[kind_of(x)](&given);
+  if (reduce && !failed) {
+    if (head.x_needed) (*reduce)(state.narrow(0, 0, 2 * layer->channels));
+    given.part = REST;
+    if (dx.defined()) failed = backward_of[kind_of(x)](&given);
+  }
   TORCH_CHECK_WITH(OutOfMemoryError, !failed,
                    "no memory for the gradients of an input of shape ", x.sizes());
   for (int i = 0; i < 4; i++) parameters[i] = found[i];
@@ -123,40 +182,56 @@ Tensor gradients(const Head& head, Tensor dy, Tensor x, Tensor y, Tensor saved,
 }
 
 struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
-  // Output and what the backward pass needs.
-  static std::pair<Tensor, Tensor> compute(const Call& call, const Tensor& x,
-                                           const Tensor& mean_weight, const Tensor& var_weight,
-                                           const Maybe& weight, const Maybe& bias,
-                                           const Maybe& running_mean, const Maybe& running_var,
-                                           const Maybe& residual) {
-    at::AutoDispatchBelowADInplaceOrView guard;
+  // Output, what the backward pass needs, and the number of values of `Head`.
+  static std::tuple<Tensor, Tensor, double> compute(
+      const Call& call, const Tensor& x, const Tensor& mean_weight, const Tensor& var_weight,
+      const Maybe& weight, const Maybe& bias, const Maybe& running_mean, const Maybe& running_var,
+      const Maybe& residual) {
     const Layer* layer = &call.head.layer;
-    Tensor y = at::empty_like(x);
-    Tensor saved = at::empty({saved_of(layer)}, at::kDouble);
-    Tensor other = residual ? residual->contiguous(call.format) : Tensor();
+    Tensor y, saved, other;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      y = at::empty_like(x);
+      saved = at::empty({saved_of(layer)}, at::kDouble);
+      if (residual) other = residual->contiguous(call.format);
+    }
     Forward given = {layer, at::get_num_threads(), call.head.relu, call.momentum,
                      x.data_ptr(), address(other), y.data_ptr(), saved.data_ptr<double>(),
                      mean_weight.data_ptr(), var_weight.data_ptr(), address(weight),
                      address(bias), address(running_mean), address(running_var),
                      static_cast<int64_t*>(address(call.counter))};
-    int failed;
-    {
+    auto run = [&](const Forward& what) {
       WithoutGil released;
-      failed = forward_of[kind_of(x)](&given);
+      int failed = forward_of[kind_of(x)](&what);
+      TORCH_CHECK_WITH(OutOfMemoryError, !failed,
+                       "no memory for the statistics of an input of shape ", x.sizes());
+    };
+    double values = 0;
+    if (call.reduce) {
+      Layer own = *layer;
+      own.update = 0;
+      Forward moments = given;
+      moments.layer = &own;
+      moments.y = nullptr;
+      moments.counter = nullptr;
+      run(moments);
+      int64_t channels = layer->channels;
+      values = join(given.saved + saved.numel() - 2 * channels, channels,
+                    layer->batch * layer->length, *call.reduce);
+      given.given = 1;
     }
-    TORCH_CHECK_WITH(OutOfMemoryError, !failed,
-                     "no memory for the statistics of an input of shape ", x.sizes());
+    run(given);
     for (const Maybe* t : {&running_mean, &running_var})
       if (layer->update) (*t)->unsafeGetTensorImpl()->bump_version();
     if (call.counter) call.counter->unsafeGetTensorImpl()->bump_version();
-    return {y, saved};
+    return {y, saved, values};
   }
 
   static Tensor forward(AutogradContext* ctx, const Call& call, const Tensor& x,
                         const Tensor& mean_weight, const Tensor& var_weight, const Maybe& weight,
                         const Maybe& bias, const Maybe& running_mean, const Maybe& running_var,
                         const Maybe& residual) {
-    auto [y, saved] = compute(call, x, mean_weight, var_weight, weight, bias, running_mean,
+    auto [y, saved, values] = compute(call, x, mean_weight, var_weight, weight, bias, running_mean,
                               running_var, residual);
     // They change with the next call; in training y does not depend on them.
     bool constant = call.head.layer.running;
@@ -165,8 +240,10 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
                             bias.value_or(Tensor()), constant ? running_mean->clone() : Tensor(),
                             constant ? running_var->clone() : Tensor(),
                             keeps_y ? y : Tensor(), saved});
-    ctx->saved_data["head"] =
-        std::string(reinterpret_cast<const char*>(&call.head), sizeof(Head));
+    Head head = call.head;
+    head.values = values;
+    ctx->saved_data["head"] = std::string(reinterpret_cast<const char*>(&head), sizeof(Head));
+    if (call.reduce) ctx->saved_data["reduce"] = c10::IValue::make_capsule(call.reduce);
     return y;
   }
 
@@ -175,14 +252,43 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
     Tensor x = inputs[0], y = inputs[7], saved = inputs[8], dy = grads[0];
     Head head;
     std::memcpy(&head, ctx->saved_data["head"].toStringRef().data(), sizeof(Head));
+    if (head.values) return synchronised(ctx, head, dy, inputs);
     bool transformed = c10::impl::tls_is_dispatch_key_included(
         c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
     if (at::GradMode::is_enabled() || transformed || !is_plain(dy) || dy._fw_grad(0).defined())
       return by_formula(ctx, head, dy, inputs);
     Tensor parameters[4] = {inputs[1], inputs[2], inputs[3], inputs[4]}, d_residual;
-    Tensor dx = gradients(head, dy, x, y, saved, parameters, ctx->needs_input_grad(0), &d_residual);
+    Tensor dx = gradients(head, dy, x, y, saved, parameters, ctx->needs_input_grad(0), &d_residual,
+                          nullptr);
     return {Tensor(), dx, parameters[0], parameters[1], parameters[2], parameters[3], Tensor(),
             Tensor(), d_residual};
+  }
+
+  // Of a layer whose processes sum; once differentiable.
+  static variable_list synchronised(AutogradContext* ctx, const Head& head, Tensor dy,
+                                    const variable_list& inputs) {
+    bool again = at::GradMode::is_enabled();
+    at::AutoGradMode disabled(false);
+    if (dy._is_zerotensor()) dy = dy.clone();
+    dy = dy.resolve_neg();
+    TORCH_CHECK(is_plain(dy), "a synchronised layer takes plain gradients, got ", dy.toString());
+    Tensor parameters[4] = {inputs[1], inputs[2], inputs[3], inputs[4]}, d_residual, dx;
+    auto held = ctx->saved_data["reduce"].toCapsule();
+    dx = gradients(head, dy, inputs[0], inputs[7], inputs[8], parameters, head.x_needed,
+                   &d_residual, static_cast<Reduce*>(held.get()));
+    variable_list found = {dx, parameters[0], parameters[1], parameters[2], parameters[3],
+                           d_residual};
+    if (again) {
+      at::AutoGradMode enabled(true);
+      for (Tensor& t : found)
+        if (t.defined()) t = t.detach().set_requires_grad(true);
+      torch::autograd::DelayedError error(
+          "trying to differentiate twice a synchronised layer, which is once differentiable",
+          found.size());
+      found = error.apply(std::move(found));
+    }
+    return {Tensor(), found[0], found[1], found[2], found[3], found[4], Tensor(), Tensor(),
+            found[5]};
   }
 
   // The gradients as a differentiable function, by the plain formula.
@@ -226,10 +332,10 @@ bool take(PyObject* object, Maybe* to) {
 bool needs_grad(const Maybe& t) { return t && t->requires_grad(); }
 
 // The arguments of `run` into `to` and `t`; whether they are usual: (x, mean_weight,
-// var_weight, weight, bias, running_mean, running_var, residual, counter, layer, momentum, relu).
-// `layer` is a `Layer` without a shape, as bytes.
+// var_weight, weight, bias, running_mean, running_var, residual, counter, layer, momentum, relu,
+// reduce). `layer` is a `Layer` without a shape, as bytes; `reduce` may be None.
 bool parse(PyObject* const* arguments, Py_ssize_t count, Call* to, Maybe (&t)[9]) {
-  TORCH_CHECK(count == 12, "expected 12 arguments, got ", count);
+  TORCH_CHECK(count == 13, "expected 13 arguments, got ", count);
   Call& call = *to;
   for (int i = 0; i < 9; i++)
     if (!take(arguments[i], t + i)) return false;
@@ -272,6 +378,10 @@ bool parse(PyObject* const* arguments, Py_ssize_t count, Call* to, Maybe (&t)[9]
   if (PyErr_Occurred()) throw python_error();
   call.head.relu = PyObject_IsTrue(arguments[11]);
   call.head.residual_needed = needs_grad(t[7]);
+  call.head.x_needed = needs_grad(t[0]);
+  call.head.values = 0;
+  if (arguments[12] != Py_None)
+    call.reduce = c10::make_intrusive<Reduce>(arguments[12]);
   return true;
 }
 
@@ -286,25 +396,26 @@ PyObject* run(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (const Maybe& each : t) needed |= needs_grad(each);
   needed &= at::GradMode::is_enabled();
   if (!needed)
-    return THPVariable_Wrap(
-        SwitchNorm::compute(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]).first);
+    return THPVariable_Wrap(std::get<0>(
+        SwitchNorm::compute(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7])));
   return THPVariable_Wrap(
       SwitchNorm::apply(call, x, *t[1], *t[2], t[3], t[4], t[5], t[6], t[7]));
   END_HANDLE_TH_ERRORS
 }
 
-// setup(addresses of sn_saved, the forward and the backward functions, parallel, formula)
+// setup(addresses of sn_saved, sn_state, the forward and the backward functions, parallel, formula)
 PyObject* setup(PyObject*, PyObject* arguments) {
-  unsigned long long at[1 + 2 * KINDS];
+  unsigned long long at[2 + 2 * KINDS];
   int together;
   PyObject* callable;
-  if (!PyArg_ParseTuple(arguments, "KKKKKKKpO", at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6,
-                        &together, &callable))
+  if (!PyArg_ParseTuple(arguments, "KKKKKKKKpO", at, at + 1, at + 2, at + 3, at + 4, at + 5, at + 6,
+                        at + 7, &together, &callable))
     return nullptr;
   saved_of = reinterpret_cast<decltype(saved_of)>(at[0]);
+  state_of = reinterpret_cast<decltype(state_of)>(at[1]);
   for (int kind = 0; kind < KINDS; kind++) {
-    forward_of[kind] = reinterpret_cast<int (*)(const Forward*)>(at[1 + kind]);
-    backward_of[kind] = reinterpret_cast<int (*)(const Backward*)>(at[1 + KINDS + kind]);
+    forward_of[kind] = reinterpret_cast<int (*)(const Forward*)>(at[2 + kind]);
+    backward_of[kind] = reinterpret_cast<int (*)(const Backward*)>(at[2 + KINDS + kind]);
   }
   parallel = together;
   Py_INCREF(callable);

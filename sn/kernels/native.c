@@ -31,6 +31,7 @@
 #define SHORT 512        /* rows up to this length are summed a batch at a time */
 #define BATCH 16
 #define COLUMN_BLOCK 64  /* rows of (L, C) whose sums are kept in the arithmetic's dtype */
+#define ROWS 4           /* of these, those that are summed at once */
 #define SEGMENT 65536    /* values of a sample (L, C) that are one task, at least */
 #define PIECE 16384      /* values of rows that are one task, at least */
 #define CACHE 524288     /* bytes of x that stay in the cache from one pass over it to the next */
@@ -96,21 +97,17 @@ static Segment segment(const Layer *s, int64_t task) {
     return (Segment){n, smaller(step, s->length - start), (n * s->length + start) * s->channels};
 }
 
-/* Whether a tensor is read from memory rather than from a cache. Then rows of (L, C) are asked for
-   ahead, and summed one by one: two at a time are less work, but as two streams slower. Measured. */
+/* Whether a tensor is read from memory rather than from a cache. */
 static int is_far(const Layer *s, int64_t size) {
     return s->batch * s->channels * s->length * size > 8 << 20;
 }
-static int row_pairs(const Layer *s, int64_t size) {
-    return s->channels * size <= 512 || !is_far(s, size);
-}
 
-/* Ask for `bytes` of memory, to be read or written. */
-INLINE void fetch(const void *at, int64_t ahead, int64_t bytes, int write) {
+/* Ask for `count` lines of memory, `stride` bytes apart, to be read or written. */
+INLINE void fetch(const void *at, int64_t ahead, int64_t count, int64_t stride, int write) {
     uintptr_t start = (uintptr_t)at + ahead;
-    for (int64_t i = 0; i < bytes; i += 64)
-        if (write) __builtin_prefetch((const void *)(start + i), 1, 3);
-        else __builtin_prefetch((const void *)(start + i), 0, 2);
+    for (int64_t i = 0; i < count; i++)
+        if (write) __builtin_prefetch((const void *)(start + i * stride), 1, 3);
+        else __builtin_prefetch((const void *)(start + i * stride), 0, 2);
 }
 
 /* Join a mean and a sum of squared distances of `count` values to those of `before` others, by
@@ -476,6 +473,7 @@ static void mix_backward(const Layer *s, const Mix *mix, const Gradients *to, in
 
 #define PASTE(a, b) a##_##b
 #define JOIN(a, b) PASTE(a, b)
+#define LINE (64 / (int64_t)sizeof(T))  /* values in a line of the cache */
 
 /* Vectors of the arithmetic, for sums along rows: the compiler splits them where they are wider
    than the processor's. */

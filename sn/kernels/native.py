@@ -91,7 +91,7 @@ def extension() -> ModuleType | None:
         return None
     if module.source != found.source:
         return None
-    names = ["sn_saved"]
+    names = ["sn_saved", "sn_state"]
     names += [
         f"sn_{way}_{suffix}" for way in ("forward", "backward") for suffix in _SUFFIXES.values()
     ]
@@ -175,10 +175,12 @@ def quick_switch_norm(
     relu: bool = False,
     counter: Tensor | None = None,
     by_group: bool = False,
+    reduce: Reduce | None = None,
 ) -> Tensor | None:
     """`native_switch_norm` by the extension; None if it is not there or not for such arguments.
 
     `counter`, if any, is increased by 1. `by_group`: weight and bias are (virtual_gpus C,).
+    `reduce`, if any: bn's batch is that of all processes; second derivatives are then an error.
     """
     module = extension()
     if module is None:
@@ -188,7 +190,7 @@ def quick_switch_norm(
         return None  # for the checks to judge
     running = tensors[5] is not None
     layer = _description(statistics, num_groups, training, eps, virtual_gpus, running, by_group)
-    return module.run(*tensors, residual, counter, layer, momentum, relu)
+    return module.run(*tensors, residual, counter, layer, momentum, relu, reduce)
 
 
 def _check_saved(x: Tensor, saved: Tensor, dy: Tensor, size: int) -> None:

@@ -7,6 +7,18 @@ typedef MASK NAME(mask);
 
 INLINE NAME(vector) NAME(load)(const T *x) { return LOAD_VECTOR(x); }
 
+/* Of numbers in the arithmetic's dtype. */
+INLINE NAME(vector) NAME(get)(const A *values) {
+    NAME(vector) v;
+    memcpy(&v, values, sizeof(v));
+    return v;
+}
+INLINE void NAME(add)(A *to, NAME(vector) v) {
+    v += NAME(get)(to);
+    memcpy(to, &v, sizeof(v));
+}
+INLINE NAME(vector) NAME(fill)(A value) { return value - (NAME(vector)){0}; }
+
 INLINE double NAME(total)(NAME(vector) v) {
 #if LANES == 8
     v += SHUFFLE(NAME(mask), v, 4, 5, 6, 7, 0, 1, 2, 3);
@@ -122,7 +134,8 @@ INLINE A NAME(masked)(T dy, A d, const T *y, int64_t i, A a, A b, int act) {
     return g;
 }
 
-INLINE NAME(vector) NAME(load_masked)(const T *dy, NAME(vector) d, const T *y, A a, A b, int act) {
+INLINE NAME(vector) NAME(load_masked)(const T *dy, NAME(vector) d, const T *y, NAME(vector) a,
+                                      NAME(vector) b, int act) {
     NAME(vector) g = NAME(load)(dy);
     if (act == RELU_OF_X) return (NAME(vector))((NAME(mask))g & ~(a * d + b <= 0));
     if (act == RELU_OF_Y) return (NAME(vector))((NAME(mask))g & ~(NAME(load)(y) <= 0));
@@ -134,7 +147,7 @@ INLINE void NAME(row_reduce_as)(const T *restrict dy, const T *restrict x, const
                                 int64_t count, A a, A k, A b, int act, double *total,
                                 double *product) {
     NAME(vector) s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, t0 = {0}, t1 = {0}, t2 = {0}, t3 = {0};
-    NAME(vector) d, g;
+    NAME(vector) d, g, as = NAME(fill)(a), bs = NAME(fill)(b);
     int64_t i = 0;
     if (count < LANES) {
         for (; i < count; i++) {
@@ -146,7 +159,7 @@ INLINE void NAME(row_reduce_as)(const T *restrict dy, const T *restrict x, const
     }
 #define STEP(s, t, keep)                                                                         \
     d = NAME(load)(x + i) - k;                                                                   \
-    g = NAME(load_masked)(dy + i, d, y + i, a, b, act);                                          \
+    g = NAME(load_masked)(dy + i, d, y + i, as, bs, act);                                        \
     g = keep;                                                                                    \
     s += g;                                                                                      \
     t += g * d;                                                                                  \
@@ -201,10 +214,10 @@ CLONES static void NAME(row_apply2)(const T *dy, const T *x, const T *y, T *dx, 
 
 /* Mean and sum of squared distances of every column. Blocks of rows are summed about the mean of
    the block before, the first about that of its first rows, and joined by Chan's formula. (About
-   the mean of m of n rows the sum of squares is at most 1 + n / m times that about their own.)
-   `scratch` is 3 C. */
+   the mean of m of n rows the sum of squares is at most 1 + n / m times that about their own.) ROWS
+   of them are under way at the same time. `scratch` is 3 C. */
 CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64_t channels,
-                                        int pairs, int far, A *restrict scratch,
+                                        int far, A *restrict scratch,
                                         double *restrict mean, double *restrict square) {
     A *restrict k = scratch, *restrict s = scratch + channels, *restrict t = s + channels;
     int64_t first = smaller(rows, COLUMN_BLOCK / 8), l;
@@ -218,22 +231,26 @@ CLONES static void NAME(column_moments)(const T *restrict x, int64_t rows, int64
     for (int64_t start = 0; start < rows; start += COLUMN_BLOCK) {
         int64_t end = smaller(rows, start + COLUMN_BLOCK);
         memset(s, 0, 2 * channels * sizeof(A));
-        for (l = start; l + 2 <= end && pairs; l += 2) {
-            const T *x0 = x + l * channels, *x1 = x0 + channels;
-            if (far) fetch(x0, AHEAD, 2 * channels * sizeof(T), 0);
-            for (int64_t c = 0; c < channels; c++) {
-                A d0 = LOAD(x0[c]) - k[c], d1 = LOAD(x1[c]) - k[c];
-                s[c] += d0 + d1;
-                t[c] += d0 * d0 + d1 * d1;
+        for (l = start; l < end; l += ROWS) {
+            const T *from = x + l * channels;
+            int64_t c = 0, count = smaller(ROWS, end - l);
+            for (; c + LANES <= channels && count == ROWS; c += LANES) {
+                NAME(vector) centre = NAME(get)(k + c), sum = {0}, squares = {0};
+                if (far && c % LINE == 0) fetch(from + c, AHEAD, ROWS, channels * sizeof(T), 0);
+                for (int r = 0; r < ROWS; r++) {
+                    NAME(vector) d = NAME(load)(from + r * channels + c) - centre;
+                    sum += d;
+                    squares += d * d;
+                }
+                NAME(add)(s + c, sum);
+                NAME(add)(t + c, squares);
             }
-        }
-        for (; l < end; l++) {
-            if (far) fetch(x + l * channels, AHEAD, channels * sizeof(T), 0);
-            for (int64_t c = 0; c < channels; c++) {
-                A d = LOAD(x[l * channels + c]) - k[c];
-                s[c] += d;
-                t[c] += d * d;
-            }
+            for (; c < channels; c++)
+                for (int64_t r = 0; r < count; r++) {
+                    A d = LOAD(from[r * channels + c]) - k[c];
+                    s[c] += d;
+                    t[c] += d * d;
+                }
         }
         double count = end - start, one = 1 / count;
         for (int64_t c = 0; c < channels; c++) {
@@ -257,7 +274,7 @@ INLINE void NAME(column_apply_as)(const T *restrict x, const T *restrict residua
                                   const A *restrict k, const A *restrict b, int add, int relu,
                                   int far) {
     for (int64_t l = 0; l < rows; l++, x += channels, y += channels, residual += channels) {
-        if (far) fetch(y, AHEAD_WRITTEN, channels * sizeof(T), 1);
+        if (far) fetch(y, AHEAD_WRITTEN, (channels + LINE - 1) / LINE, 64, 1);
         for (int64_t c = 0; c < channels; c++) {
             A value = a[c] * (LOAD(x[c]) - k[c]) + b[c];
             if (add) value += LOAD(residual[c]);
@@ -281,31 +298,40 @@ CLONES static void NAME(column_apply)(const T *x, const T *residual, T *y, int64
 INLINE void NAME(column_reduce_as)(const T *restrict dy, const T *restrict x,
                                    const T *restrict y, int64_t rows, int64_t channels,
                                    const A *restrict a, const A *restrict k, const A *restrict b,
-                                   int act, int pairs, A *restrict scratch,
+                                   int act, int far, A *restrict scratch,
                                    double *restrict total, double *restrict product) {
     A *restrict s = scratch, *restrict t = scratch + channels;
     for (int64_t c = 0; c < channels; c++) total[c] = product[c] = 0;
     for (int64_t start = 0; start < rows; start += COLUMN_BLOCK) {
-        int64_t l = start, end = smaller(rows, start + COLUMN_BLOCK);
+        int64_t end = smaller(rows, start + COLUMN_BLOCK);
         memset(s, 0, 2 * channels * sizeof(A));
-        for (; l + 2 <= end && pairs; l += 2) {
-            const int64_t i = l * channels, one = channels;
-            const T *x0 = x + i, *dy0 = dy + i, *y0 = y + i;
-            for (int64_t c = 0; c < channels; c++) {
-                A d0 = LOAD(x0[c]) - k[c], d1 = LOAD(x0[one + c]) - k[c];
-                A g0 = NAME(masked)(dy0[c], d0, y0, c, a[c], b[c], act);
-                A g1 = NAME(masked)(dy0[one + c], d1, y0, one + c, a[c], b[c], act);
-                s[c] += g0 + g1;
-                t[c] += g0 * d0 + g1 * d1;
+        for (int64_t l = start; l < end; l += ROWS) {
+            int64_t from = l * channels, c = 0, count = smaller(ROWS, end - l);
+            for (; c + LANES <= channels && count == ROWS; c += LANES) {
+                NAME(vector) centre = NAME(get)(k + c), sum = {0}, products = {0};
+                NAME(vector) as = NAME(get)(a + c), bs = NAME(get)(b + c);
+                if (far && c % LINE == 0) {
+                    fetch(x + from + c, AHEAD, ROWS, channels * sizeof(T), 0);
+                    fetch(dy + from + c, AHEAD, ROWS, channels * sizeof(T), 0);
+                }
+                for (int r = 0; r < ROWS; r++) {
+                    int64_t i = from + r * channels + c;
+                    NAME(vector) d = NAME(load)(x + i) - centre;
+                    NAME(vector) g = NAME(load_masked)(dy + i, d, y + i, as, bs, act);
+                    sum += g;
+                    products += g * d;
+                }
+                NAME(add)(s + c, sum);
+                NAME(add)(t + c, products);
             }
+            for (; c < channels; c++)
+                for (int64_t r = 0; r < count; r++) {
+                    int64_t i = from + r * channels + c;
+                    A d = LOAD(x[i]) - k[c], g = NAME(masked)(dy[i], d, y, i, a[c], b[c], act);
+                    s[c] += g;
+                    t[c] += g * d;
+                }
         }
-        for (; l < end; l++)
-            for (int64_t c = 0; c < channels; c++) {
-                int64_t i = l * channels + c;
-                A d = LOAD(x[i]) - k[c], g = NAME(masked)(dy[i], d, y, i, a[c], b[c], act);
-                s[c] += g;
-                t[c] += g * d;
-            }
         for (int64_t c = 0; c < channels; c++) {
             total[c] += s[c];
             product[c] += t[c];
@@ -314,16 +340,16 @@ INLINE void NAME(column_reduce_as)(const T *restrict dy, const T *restrict x,
 }
 CLONES static void NAME(column_reduce)(const T *dy, const T *x, const T *y, int64_t rows,
                                        int64_t channels, const A *a, const A *k, const A *b,
-                                       int act, int pairs, A *scratch, double *total,
+                                       int act, int far, A *scratch, double *total,
                                        double *product) {
     if (act == RELU_OF_X)
-        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, RELU_OF_X, pairs, scratch, total,
+        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, RELU_OF_X, far, scratch, total,
                                product);
     else if (act == RELU_OF_Y)
-        NAME(column_reduce_as)(dy, x, y, rows, channels, a, k, b, RELU_OF_Y, pairs, scratch, total,
+        NAME(column_reduce_as)(dy, x, y, rows, channels, a, k, b, RELU_OF_Y, far, scratch, total,
                                product);
     else
-        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, NO_ACT, pairs, scratch, total,
+        NAME(column_reduce_as)(dy, x, x, rows, channels, a, k, b, NO_ACT, far, scratch, total,
                                product);
 }
 
@@ -435,7 +461,7 @@ static void NAME(instance_moments)(const Layer *s, const T *x, const NAME(Work) 
     for (int64_t task = part.from * count; task < part.to * count; task++) {
         Segment own = segment(s, task);
         double *to = work->partial + 2 * task * channels;
-        NAME(column_moments)(x + own.at, own.rows, channels, row_pairs(s, sizeof(T)), is_far(s, sizeof(T)),
+        NAME(column_moments)(x + own.at, own.rows, channels, is_far(s, sizeof(T)),
                              work->scratch + 3 * THREAD * channels, to, to + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -482,10 +508,11 @@ static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
         }
         for (int64_t i = task; i < smaller(end, task + step); i++) {
             int64_t at = i * length;
-            int64_t most = far && !backwards ? AHEAD_WRITTEN / sizeof(T) : length;
+            int64_t most = far && !backwards ? AHEAD_WRITTEN / (int64_t)sizeof(T) : length;
             for (int64_t l = 0; l < length; l += most) {
                 int64_t here = at + l, count = smaller(most, length - l);
-                if (most < length) fetch(y + here, AHEAD_WRITTEN, count * sizeof(T), 1);
+                if (most < length)
+                    fetch(y + here, AHEAD_WRITTEN, (count + LINE - 1) / LINE, 64, 1);
                 NAME(row_apply)(x + here, residual == NULL ? NULL : residual + here, y + here,
                                 count, work->a[i], work->k[i], work->b[i], relu);
             }
@@ -563,7 +590,7 @@ static void NAME(sums)(const Layer *s, const T *dy, const T *x, const T *y,
         int64_t at = part.at, i = part.n * channels;
         double *own = work->partial + 2 * task * channels;
         NAME(column_reduce)(dy + at, x + at, y == NULL ? NULL : y + at, part.rows, channels,
-                            work->a + i, work->k + i, work->b + i, act, row_pairs(s, sizeof(T)),
+                            work->a + i, work->k + i, work->b + i, act, is_far(s, sizeof(T)),
                             work->scratch + 3 * THREAD * channels, own, own + channels);
     }
     #pragma omp parallel for num_threads(threads) if (threads > 1)

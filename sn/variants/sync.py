@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import functional
-from ..kernels import fits, synchronised
+from ..kernels import fits, quick_synchronised, synchronised
 from ..kernels.common import Options, Reduce, join_batches, keep
 from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormAct2d, SwitchNormBase
 from ..running import count_batch
@@ -160,6 +160,12 @@ class SyncSwitchNormBase(SwitchNormBase):
             dist.all_reduce(sums, group=group)
 
         parameters = (self.mean_weight, self.var_weight, self.weight, self.bias)
+        if not self.unbiased:
+            tensors = (x, *parameters, self.running_mean, self.running_var)
+            options = Options(self.statistics, self.num_groups, True, momentum, self._eps, 1)
+            y = quick_synchronised(tensors, options, residual, relu, reduce)
+            if y is not None:
+                return y
         kernels = None if self.unbiased else synchronised((x, *parameters))
         if kernels is None:
             y = self._by_formula(x, parameters, momentum, reduce)
@@ -167,10 +173,9 @@ class SyncSwitchNormBase(SwitchNormBase):
             functional._check_shapes(x, *parameters, self.statistics)
             if "gn" in self.statistics:
                 functional.check_num_groups(self.num_groups, x.shape[1])
-            options = Options(self.statistics, self.num_groups, True, 0.0, self._eps, 1)
             matches = residual is None or fits(residual, x)
             fused = residual if matches else None
-            inputs = (x, *parameters, None, None, fused)
+            inputs = (x, *parameters, None, None, fused)  # the running statistics are for `step`
             step = partial(self._step, momentum)
             y = _Fused.apply(*inputs, options, relu and matches, reduce, step, kernels)
             if matches:

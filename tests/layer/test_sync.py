@@ -128,15 +128,19 @@ def test_alone_it_is_switch_norm():
         assert repr(ours) == repr(plain).replace("SwitchNorm", "SyncSwitchNorm")
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=["extension", "native", "reference"])
 def reduced(request, monkeypatch):
     """Two processes with the same batch, by each implementation: what was summed, a log."""
-    if request.param == "native" and sn.kernels.native.library() is None:
-        pytest.skip("the package was installed without a C compiler")
+    native = sn.kernels.native
+    found = {"extension": native.extension, "native": native.library}.get(request.param)
+    if found is not None and found() is None:
+        pytest.skip("the package was installed without a C or C++ compiler")
+    if request.param == "native":
+        monkeypatch.setattr(native, "extension", lambda: None)
     log = []
     monkeypatch.setattr(sync.SyncSwitchNormBase, "_group", lambda layer: layer.training or None)
     monkeypatch.setattr(sync.dist, "all_reduce", lambda t, group: log.append(len(t)) or t.mul_(2))
-    with sn.backend(request.param):
+    with sn.backend("reference" if request.param == "reference" else "native"):
         yield log
 
 
@@ -177,6 +181,18 @@ def test_activation_checkpointing(reduced, reentrant):
     close(layers[0].state_dict(), layers[1].state_dict())
     for ours, plain in zip(*(layer.parameters() for layer in layers)):
         close(ours.grad, plain.grad)
+
+
+@pytest.mark.parametrize("numbers", [9, 8])  # of the all-reduce forward, backward
+def test_an_error_of_the_all_reduce(reduced, numbers, monkeypatch):
+    def fail(sums, group):
+        if len(sums) == numbers:
+            raise ConnectionError("a process is gone")
+
+    monkeypatch.setattr(sync.dist, "all_reduce", fail)
+    layer = sync_workers.layer_of(("in", "bn"), 2)
+    with pytest.raises(ConnectionError, match="gone"):
+        layer(oracle.values((2, 4, 3, 2)).requires_grad_()).sum().backward()
 
 
 def test_second_derivatives_are_an_error(reduced):
