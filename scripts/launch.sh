@@ -31,5 +31,7 @@ if [ "${NNODES:-1}" -gt 1 ]; then
 else
     place=(--standalone)
 fi
+# torchrun would keep the store of a failed attempt, and the next would look for its processes there.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$processes" \
     --max-restarts "${MAX_RESTARTS:-0}" "$@"
