@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"left out {folder}: {run.summary['status']}")
     for name, runs in named.items():
         run, target = runs[0], args.to / name
-        reason = local_path(run.path) or several(runs) or occupied(run, target, args.force)
+        reason = unfit(run) or several(runs) or occupied(run, target, args.force)
         if reason:
             refused += sum(refuse(run.path, reason) for run in runs)
         elif same(run.path, target):
@@ -90,13 +90,16 @@ def refuse(folder: Path, reason: str) -> int:
     return 1
 
 
-def local_path(folder: Path) -> str | None:
-    """Where a run's records hold a path of the machine it ran on, or None."""
-    if not (folder / "metrics.jsonl").is_file():
+def unfit(run: Run) -> str | None:
+    """Why a run's records cannot be kept: none of its progress, or a path of the machine it ran on.
+
+    One that diverged may have done so before its first evaluation.
+    """
+    if not (run.diverged or (run.path / "metrics.jsonl").is_file()):
         return "metrics.jsonl missing"
     for file in RECORDS:
-        if (folder / file).is_file():
-            for key, value in strings(read(folder / file)):
+        if (run.path / file).is_file():
+            for key, value in strings(read(run.path / file)):
                 if found := LOCAL_PATH.search(value):
                     return f"{file}: {key} holds the local path {found[1]}"
     return None

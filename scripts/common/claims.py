@@ -1035,7 +1035,7 @@ def _unlike(claim: Claim, design: Design, cells: Mapping[tuple, Mapping[int, lis
     for runs, one_cell in [*((runs, True) for runs in in_cells), (every, False)]:
         allowed = set() if one_cell else set(named)
         if any(run.diverged for run in runs):
-            allowed.add("epochs")  # a diverged run has fewer
+            allowed |= {"epochs", "steps"}  # a diverged run has fewer
         if runs:
             unlike = differences(runs, one_cell)
             found |= {key: values for key, values in unlike.items() if key not in allowed}

@@ -330,8 +330,9 @@ def test_missing_runs_leave_a_claim_undecided(tmp_path):
 
 def test_a_diverged_run_is_as_good_as_a_guess(tmp_path):
     for seed in DESIGN.seeds:
-        write(tmp_path, "bn", "8x32", seed, top1=60.0 + seed / 10)
-        write(tmp_path, "bn", "8x2", seed, **({"status": "diverged"} if seed == 2 else {}))
+        write(tmp_path, "bn", "8x32", seed, top1=60.0 + seed / 10, steps=250)
+        end = {"status": "diverged", "steps": 36} if seed == 2 else {"steps": 250}
+        write(tmp_path, "bn", "8x2", seed, **end)
     [found] = claims.judge(small(the_test()), load_runs(tmp_path))
     assert found.outcomes[0].values[2] == pytest.approx(60.2 - 10)
     assert found.diverged == 1 and not found.missing and "refused" not in found.reason

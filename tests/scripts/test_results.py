@@ -577,6 +577,14 @@ def test_records_are_kept_under_their_run(script, tmp_path, capsys):
     assert "0 of 3 runs copied" in capsys.readouterr().out
 
 
+def test_a_run_that_diverged_before_its_first_evaluation_is_kept(script, tmp_path):
+    folder = write_run(tmp_path / "outputs", "bn", "8x2", status="diverged")
+    (folder / "metrics.jsonl").unlink()
+    script("keep_records", tmp_path / "outputs", "--to", tmp_path / "kept")
+    (run,) = results.load_runs(tmp_path / "kept")
+    assert run.diverged and not run.metrics
+
+
 def test_a_record_that_differs_is_not_overwritten(script, tmp_path, capsys):
     source, kept = tmp_path / "outputs", tmp_path / "results"
     folder = write_run(source, "bn", "8x2")
