@@ -455,6 +455,7 @@ def differences(
 
     one_cell: the runs share norm and setting and should differ in the seed alone; otherwise norm,
     setting and what follows from them (the lr, the images a rounded-up epoch sees) may differ too.
+    A key that a config lacks has the value of before it existed: another than any that is there.
     free: more keys that may differ.
     """
     if len(runs) < 2:
@@ -467,7 +468,7 @@ def differences(
     for key in sorted({key for recipe in recipes for key in recipe}):
         values = sorted({str(recipe[key]) for recipe in recipes if key in recipe})
         missing = any(key not in recipe for recipe in recipes)
-        if len(values) > 1 or (missing and one_cell and all(run.config for run in runs)):
+        if len(values) > 1 or (missing and all(run.config for run in runs)):
             found[key] = values + ["(not set)"] * missing
     if any(key.startswith("schedule.lr_per_") for key in found):
         found.pop("lr", None)  # which follows from it
@@ -543,6 +544,8 @@ def variants(runs: Iterable[Run]) -> dict[str, list[Run]]:
         same = [pair for pair in pairs if pair[0].setting == pair[1].setting]
         run, other = (same or pairs)[0]
         keys = differences([run, other], one_cell=bool(same))
+        if "data.train_images" in keys:
+            keys.pop("data.sha256", None)  # which follows from it
         recipe = _recipe(other, one_cell=True)
         values = [f"{key} {_plain(recipe.get(key, '(not set)'))}" for key in keys]
         found.setdefault(", ".join([first.norm, *values]), []).extend(others)

@@ -555,6 +555,21 @@ def test_bad_input_ends_with_one_line(script, tmp_path, capsys, args, message):
     assert message in last and "error: " in last
 
 
+def test_a_key_that_most_configs_lack_makes_a_variant(tmp_path):
+    """A config without `gates` is of joint training: no setting's cell may take a bilevel run."""
+    for seed in range(3):
+        write_run(tmp_path / "a", "sn", "8x2", seed, config={"gates": "bilevel"}, top1=50.0)
+    for setting in ("8x4", "8x2"):
+        write_run(tmp_path / "b", "sn", setting)
+    found = results.variants(results.load_runs(tmp_path))
+    values = {
+        name: sorted((run.setting, run.summary["top1"]) for run in runs)
+        for name, runs in found.items()
+    }
+    others = [("8x2", 70.0), ("8x4", 70.0)]
+    assert sorted(values.values()) == [[("8x2", 50.0)] * 3, others]
+
+
 # scripts/keep_records.py
 
 
