@@ -26,7 +26,7 @@ from common.records import (
 
 METRICS = {"top1": "BN by moving average", "top1_batch_average": "BN by batch average"}
 LR = "schedule.lr_per_256"  # may be chosen for each norm
-MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v", "brn": "*"}
+MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v", "brn": "*", "bkn": "X"}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,7 +37,7 @@ from matplotlib.lines import Line2D
 # One colour per norm and statistic in every figure (Okabe and Ito, safe for colour-blind readers).
 COLORS = {"bn": "#0072B2", "gn": "#E69F00", "sn": "#000000", "in": "#009E73", "ln": "#D55E00"}
 COLORS |= {"sn_in_ln": "#CC79A7", "sn_with_bn": "#56B4E9", "none": "#999999", "sn_x10": "#CC79A7"}
-COLORS |= {"brn": "#999999"}
+COLORS |= {"brn": "#999999", "bkn": "#CC79A7"}
 PARTS = {"mean": "mean weights", "var": "variance weights"}
 STYLES = {"mean": "-", "var": "--"}
 INTERVAL = "whiskers and bands: 95 % t intervals of the mean over seeds, cut at the axis"
