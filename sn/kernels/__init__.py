@@ -30,6 +30,7 @@ statistic k, w and u the importance weights of means and variances, d_k = m - M_
 
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -229,7 +230,7 @@ def synchronised(tensors: tuple[Tensor | None, ...]) -> ModuleType | None:
 
 def _quick(tensors: tuple[Tensor | None, ...], options: Options, *others) -> Tensor | None:
     """`quick_switch_norm`, where a backend that is not the CPU's is neither forced nor needed."""
-    if _backend not in ("auto", "native") or seen_through():
+    if _backend not in ("auto", "native") or seen_through() or _is_autograd_compiled():
         return None
     return quick_switch_norm(tensors, options, *others)
 
@@ -291,6 +292,12 @@ def seen_through() -> bool:
         or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0  # such as fake tensors, counters of operations
     )
+
+
+def _is_autograd_compiled() -> bool:
+    """Whether compiled autograd is on: it cannot take what C++ functions keep beside tensors."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")  # its import takes seconds
+    return getattr(module, "compiled_autograd_enabled", False)
 
 
 def _takes_triton(device: torch.device) -> bool:

@@ -183,6 +183,20 @@ def test_activation_checkpointing(reduced, reentrant):
         close(ours.grad, plain.grad)
 
 
+@pytest.mark.parametrize("reduced", ["extension"], indirect=True)
+@pytest.mark.parametrize("norm", ["sync_sn", "sn"])
+def test_compiled_autograd(reduced, norm):
+    """It cannot take what C++ functions keep apart from tensors: there the layer is by Python."""
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    layers = [sync_workers.layer_of(("in", "bn"), 2, norm) for _ in range(2)]
+    inputs = [oracle.values((2, 4, 3, 2)).requires_grad_() for _ in range(2)]
+    layers[1](inputs[1]).square().sum().backward()
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        layers[0](inputs[0]).square().sum().backward()
+    close(inputs[0].grad, inputs[1].grad)
+    close(layers[0].weight.grad, layers[1].weight.grad)
+
+
 @pytest.mark.parametrize("numbers", [9, 8])  # of the all-reduce forward, backward
 def test_an_error_of_the_all_reduce(reduced, numbers, monkeypatch):
     def fail(sums, group):
