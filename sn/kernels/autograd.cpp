@@ -271,7 +271,8 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
     at::AutoGradMode disabled(false);
     if (dy._is_zerotensor()) dy = dy.clone();
     dy = dy.resolve_neg();
-    TORCH_CHECK(is_plain(dy), "a synchronised layer takes plain gradients, got ", dy.toString());
+    TORCH_CHECK(is_plain(dy) && !dy._fw_grad(0).defined(),
+                "a synchronised layer takes plain gradients, got ", dy.toString());
     Tensor parameters[4] = {inputs[1], inputs[2], inputs[3], inputs[4]}, d_residual, dx;
     auto held = ctx->saved_data["reduce"].toCapsule();
     dx = gradients(head, dy, inputs[0], inputs[7], inputs[8], parameters, head.x_needed,

@@ -487,7 +487,6 @@ static void NAME(update)(const Layer *s, const double *new, double momentum, A *
     }
 }
 
-/* From the last value to the first: the end of what was read before is in the cache. */
 /* All samples from the last one on, whose x is in the cache; a part of them in order. */
 static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
                         const NAME(Work) *work, int relu, Range part, int threads) {
