@@ -160,13 +160,14 @@ class SyncSwitchNormBase(SwitchNormBase):
             dist.all_reduce(sums, group=group)
 
         parameters = (self.mean_weight, self.var_weight, self.weight, self.bias)
+        kernels = None
         if not self.unbiased:
             tensors = (x, *parameters, self.running_mean, self.running_var)
             options = Options(self.statistics, self.num_groups, True, momentum, self._eps, 1)
             y = quick_synchronised(tensors, options, residual, relu, reduce)
             if y is not None:
                 return y
-        kernels = None if self.unbiased else synchronised((x, *parameters))
+            kernels = synchronised((x, *parameters))
         if kernels is None:
             y = self._by_formula(x, parameters, momentum, reduce)
         else:
