@@ -1,5 +1,6 @@
 """What all tests share: one thread each, one server that forks fresh processes."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -14,6 +15,7 @@ from workers import PRELOAD, processes
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 50, 100)  # a twentieth of the time went into looking at what stays
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would what tests start
 processes.set_forkserver_preload(PRELOAD)
 

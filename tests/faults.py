@@ -31,7 +31,7 @@ from sn.training.run.stopping import Watchdog
 ROOT = Path(__file__).resolve().parents[1]
 DATA = tempfile.mkdtemp()  # what the runs draw for themselves
 atexit.register(shutil.rmtree, DATA, ignore_errors=True)
-# entrypoint -> module and overrides of a run of 12 to 30 steps with a checkpoint after each
+# entrypoint -> module and overrides of a run of 8 to 30 steps with a checkpoint after each
 RUNS = {
     "imagenet": (
         "train_imagenet",
@@ -41,7 +41,7 @@ RUNS = {
     ),
     "detection": (
         "train_detection",
-        *("parts=sn", "setting.gpus=2", "setting.images_per_gpu=1", "schedule.images=24"),
+        *("parts=sn", "setting.gpus=2", "setting.images_per_gpu=1", "schedule.images=16"),
         *("schedule.warmup_images=4", "data.sizes=[32,48]", "data.test_size=48"),
         *("data.max_size=64", "model.fpn_channels=16", "model.box_features=16"),
         *("model.rois_per_image=8", "model.proposals_train=20", "model.proposals_test=10"),

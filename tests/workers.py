@@ -22,7 +22,10 @@ from sn.training.run.options import SCHEMAS
 
 CONFIGS = str(Path(__file__).parents[1] / "configs")
 # fresh processes without the seconds that imports take: forked from a server that has done them
-PRELOAD = ["train_imagenet", "pytest"]
+PRELOAD = [
+    *("pytest", "train_imagenet", "torchvision.models.detection", "pycocotools.cocoeval"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+]
 processes = multiprocessing.get_context("forkserver")
 
 

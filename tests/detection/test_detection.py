@@ -371,13 +371,8 @@ def crash_and_compare(digits, tmp_path, choose, *options):
 
 
 def test_resumed_run_equals_unbroken_one(digits, tmp_path):
-    """Killed between two lines of metrics, and in an evaluation, it ends with the same bits."""
-
-    def some(moments):
-        for name, turn in (("before train_step", 3), ("before write_predictions", 0)):
-            yield [place for place, moment in enumerate(moments) if moment == name][turn]
-
-    crash_and_compare(digits, tmp_path, some)
+    """Killed in an evaluation it ends with the same bits; in training: tests/run/test_faults.py."""
+    crash_and_compare(digits, tmp_path, lambda moments: [moments.index("before write_predictions")])
 
 
 @pytest.mark.slow
@@ -386,6 +381,7 @@ def test_resumed_run_equals_unbroken_one_wherever_it_crashes(parts, digits, tmp_
     crash_and_compare(digits, tmp_path, lambda m: range(len(m)), f"parts={parts}")
 
 
+@pytest.mark.slow  # its own part; the Session's is in test_entrypoints
 def test_two_processes_resume(two_processes, digits, tmp_path):
     """Both die before their second step; the run still equals an unbroken one bit by bit."""
     options = (*OPTIONS["sn"], f"data.root={digits}", f"output_dir={tmp_path}")

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from sn.training.run.display import say
-from sn.training.run.images import BadImages, is_hidden, listed, read_image
+from sn.training.run.images import (
+    BadImages,
+    is_hidden,
+    listed,
+    read_image,
+    sklearn_digits,
+    sklearn_file,
+)
 
 
 def gradient(width=12, height=8):
@@ -194,3 +201,16 @@ def test_list_of_bad_images_that_is_no_text(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=f"{path} is no text"):
         BadImages(path, limit=1).lines()
+
+
+def test_bundled_images_are_as_scikit_learn_loads_them(monkeypatch):
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = sklearn_digits()
+    expected = datasets.load_digits()
+    assert np.array_equal(images, expected.images) and images.dtype == expected.images.dtype
+    assert np.array_equal(labels, expected.target) and labels.dtype == expected.target.dtype
+    for name, pixels in zip(("china", "flower"), datasets.load_sample_images().images):
+        assert np.array_equal(picture(sklearn_file(f"images/{name}.jpg")), pixels)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="scikit-learn is not installed"):
+        sklearn_digits()

@@ -896,7 +896,7 @@ def test_suspended_time_is_no_hang(tmp_path):
     """The watchdog of a run that was stopped for longer than it waits; then of one that hangs."""
     with running(tmp_path, timeout=2 / 60) as process:
         os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(4)
+        time.sleep(3)
         os.kill(process.pid, signal.SIGCONT)
         process.join(0.5)
         assert process.exitcode is None

@@ -44,12 +44,12 @@ def stuck_here(errors):
 
 
 def lives(errors):
-    """Signs of life, 3 s of them with 2 s allowed; after the end none are needed."""
+    """Signs of life, 2 s of them with 1.5 s allowed; after the end none are needed."""
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    with Watchdog(2 / 60) as dog:
-        for _ in dog.over(range(30), "work"):
+    with Watchdog(1.5 / 60) as dog:
+        for _ in dog.over(range(20), "work"):
             time.sleep(0.1)
-    time.sleep(2.5)
+    time.sleep(1.8)
     sys.exit(29)
 
 

@@ -22,7 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from ..run.display import say
-from ..run.images import BadImages, files_below, is_hidden, listed, read_image
+from ..run.images import BadImages, files_below, is_hidden, listed, read_image, sklearn_digits
 from ..run.schedule import mix_seed, steps_per_epoch
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -343,17 +343,15 @@ def load_digits(train_images: int | None = None) -> ImageData:
 
     Source: bundled with scikit-learn (UCI Optical Recognition of Handwritten Digits, test part).
     """
-    from sklearn.datasets import load_digits as bundled
-
-    digits = bundled()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 0..16 to 0..255
+    images, labels = sklearn_digits()
+    images = (images * (255 / 16)).round().astype(np.uint8)  # (1797, 8, 8), 0..16 to 0..255
     images = np.repeat(images[:, None], 3, axis=1)
     order = np.random.RandomState(0).permutation(len(images))  # the same split for every run
     held_out, rest = order[:360], order[360:]
     return _in_memory(
         "digits",
-        (images[rest], digits.target[rest]),
-        (images[held_out], digits.target[held_out]),
+        (images[rest], labels[rest]),
+        (images[held_out], labels[held_out]),
         train_images,
         mean=(0.3053,) * 3,  # of the images
         std=(0.3760,) * 3,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..run.images import sklearn_digits
 from ..run.schedule import mix_seed
 from .data import CocoFile
 
@@ -54,10 +55,8 @@ def write_digits_coco(
                 f"asked for are {info['arguments']}; choose another data.root"
             )
         return
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = np.random.RandomState(0).permutation(len(digits.images))  # as data.load_digits
+    digits = sklearn_digits()
+    order = np.random.RandomState(0).permutation(len(digits[0]))  # as data.load_digits
     part = root.with_name(f"{root.name}.part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     (part / "annotations").mkdir(parents=True)
@@ -95,7 +94,11 @@ def write_digits_coco(
 
 
 def draw_digits(random, digits, chosen: np.ndarray, size: int) -> tuple[np.ndarray, list]:
-    """One picture (H, W, 3) uint8 and its [(digit, mask (H, W) bool)]."""
+    """One picture (H, W, 3) uint8 and its [(digit, mask (H, W) bool)].
+
+    `digits`: images and labels, as by `sklearn_digits`; `chosen`: which of them may be drawn.
+    """
+    images, labels = digits
     sides = [size, int(size * random.uniform(0.7, 1.0))]
     width, height = sides if random.rand() < 0.6 else sides[::-1]
     canvas = texture(random, height, width)
@@ -104,7 +107,7 @@ def draw_digits(random, digits, chosen: np.ndarray, size: int) -> tuple[np.ndarr
     for _ in range(count):
         index = chosen[random.randint(len(chosen))]
         side = int(size / 128 * 16 * 3.5 ** random.rand())
-        shape = Image.fromarray((digits.images[index] * (255 / 16)).astype(np.uint8))
+        shape = Image.fromarray((images[index] * (255 / 16)).astype(np.uint8))
         strength = np.asarray(shape.resize((side, side), Image.BICUBIC)) / 255
         drawn = strength > 0.4
         color = random.uniform(0.75, 1.0, 3) if random.rand() < 0.5 else random.uniform(0, 0.15, 3)
@@ -118,7 +121,7 @@ def draw_digits(random, digits, chosen: np.ndarray, size: int) -> tuple[np.ndarr
         mask = np.zeros((height, width), bool)
         mask[y : y + side, x : x + side] = drawn
         canvas[mask] = color
-        objects.append((int(digits.target[index]), mask))
+        objects.append((int(labels[index]), mask))
     noise = random.normal(0, 0.03, canvas.shape)
     return ((canvas + noise).clip(0, 1) * 255).astype(np.uint8), objects
 

@@ -137,7 +137,8 @@ def options_of_others(root: str) -> None:
     own = choices(root)
     for word in sys.argv[1:]:
         group, _, choice = word.lstrip("+").partition("=")
-        if choice and group not in own and (others := having(group)):
+        is_group = choice and (CONFIGS / group).is_dir()
+        if is_group and group not in own and (others := having(group)):
             end(
                 f"{word}: the group {group} belongs to {', '.join(others)}; "
                 f"{COMMANDS[root]} has {', '.join(own) or 'no groups'}",

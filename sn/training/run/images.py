@@ -1,6 +1,7 @@
 """Image files: read as their use asks for; the unreadable ones counted."""
 
 import contextlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -51,6 +52,23 @@ def listed(path: str | Path, root: str | Path) -> bytes:
     size = path.stat().st_size if path.is_file() else 0
     line = f"{path.relative_to(root).as_posix()} {size}\n"
     return line.encode("utf-8", "surrogateescape")  # names are bytes, not always UTF-8
+
+
+def sklearn_file(name: str) -> Path:
+    """A file of sklearn.datasets, found without the seconds that importing scikit-learn takes."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("scikit-learn is not installed; run `make install`")
+    return Path(found.origin).parent / "datasets" / name
+
+
+def sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's handwritten digits: images (1797, 8, 8) of 0.0 to 16.0, labels (1797,).
+
+    Source: UCI Optical Recognition of Handwritten Digits, test part.
+    """
+    table = np.loadtxt(sklearn_file("data/digits.csv.gz"), delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
 
 def read_image(
