@@ -1,6 +1,6 @@
 # make install   the environment .venv (Python 3.11+, about 4 minutes); a no-op afterwards
 # make demo      BN, GN and SN over several settings on bundled digits, table and figures
-# make test      lint, format and type check and the test suite (about 6 minutes on 2 cores)
+# make test      lint, format and type check and the test suite (about 5 minutes on 2 cores)
 # make test-slow the longer checks
 # make wheel     sdist and wheel, tested as one without the clone gets them (38 s of CPU time)
 # Another interpreter: make install PYTHON=python3.12; more processes for the tests: make test JOBS=8

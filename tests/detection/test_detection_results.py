@@ -228,6 +228,7 @@ def test_weights_by_part(script, tmp_path):
     assert variances == {"in": 0.5, "ln": 0.3, "bn": 0.2}
 
 
+@pytest.mark.slow
 def test_bench_writes_what_it_measures(script, tmp_path, capsys, monkeypatch):
     """One round on the smallest detector; steps per second, ratios, memory, the circumstances."""
     size = ("--size", "32", "64", "--images", "1")

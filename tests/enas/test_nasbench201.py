@@ -336,6 +336,7 @@ def test_diverged_search_says_so(path, tmp_path):
     assert summary["status"] == "diverged" and summary["best_test"] is None
 
 
+@pytest.mark.slow  # as of enas.search, from another folder
 def test_command_line(path, tmp_path):
     """From another folder: the run's lines, no folder of Hydra's."""
     command = [sys.executable, "-m", "enas.nasbench201", f"table='{path}'", *SHORT]
