@@ -9,6 +9,7 @@ import pickle
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -70,6 +71,14 @@ def with_value(root: str, cfg, key: str, value, add: bool = False):
         return typed(changed)
     except OmegaConfBaseException as error:
         raise ValueError(explained(root, error)) from error
+
+
+def slow_but(quick, cases):
+    """Test cases of which only those whose index is in `quick` are in the short suite."""
+    return [
+        pytest.param(case, marks=[] if index in quick else pytest.mark.slow)
+        for index, case in enumerate(cases)
+    ]
 
 
 def train_in_group(world_size: int, *overrides: str, timeout: float = 240) -> None:

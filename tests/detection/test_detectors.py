@@ -10,6 +10,7 @@ from torchvision.models.detection import (
     maskrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn_v2,
 )
+from workers import slow_but
 
 import sn
 from sn.training.classification.models import build_model
@@ -60,16 +61,7 @@ PEERS = {  # torchvision's builder -> our arguments for the same model
 }
 
 
-@pytest.mark.parametrize(
-    "builder",
-    [
-        fasterrcnn_resnet50_fpn,
-        pytest.param(fasterrcnn_resnet50_fpn_v2, marks=pytest.mark.slow),
-        pytest.param(maskrcnn_resnet50_fpn, marks=pytest.mark.slow),
-        maskrcnn_resnet50_fpn_v2,
-    ],
-    ids=lambda builder: builder.__name__,
-)
+@pytest.mark.parametrize("builder", slow_but({0, 3}, PEERS), ids=lambda builder: builder.__name__)
 def test_equals_torchvisions_builder(builder):
     """The same names, shapes and counts; with the same weights, the same losses and detections."""
     architecture, parts, options = PEERS[builder]

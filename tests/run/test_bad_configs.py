@@ -12,7 +12,7 @@ import typing
 import pytest
 from faults import ROOT, user_environment
 from test_config import base, fields, has_schema
-from workers import schema, with_value
+from workers import schema, slow_but, with_value
 
 from sn.training.run.entry import KNOWN, message
 from sn.training.run.session import Session
@@ -137,14 +137,6 @@ COMMANDS = [
     ("scripts/evaluate_checkpoint.py", "nowhere.pt", "--device", "cpu"),
     ("scripts/convert_checkpoint.py", "nowhere.pth", "out.pt"),
 ]
-
-
-def slow_but(quick, cases):
-    """Test cases of which only those whose index is in `quick` are in the short suite."""
-    return [
-        pytest.param(case, marks=[] if index in quick else pytest.mark.slow)
-        for index, case in enumerate(cases)
-    ]
 
 
 @pytest.mark.parametrize("words", slow_but({2, 25}, COMMANDS), ids=" ".join)

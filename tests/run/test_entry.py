@@ -134,7 +134,10 @@ def test_deterministic_is_applied():
     assert not torch.backends.cudnn.deterministic
 
 
-@pytest.mark.parametrize("error", [RecursionError("maximum depth"), yaml.YAMLError("line 3")])
+@pytest.mark.parametrize(
+    "error",
+    [RecursionError("maximum depth"), yaml.YAMLError("line 3"), OSError(36, "File name too long")],
+)
 def test_a_config_file_that_cannot_be_read(error, capsys, monkeypatch):
     """One that refers to itself has no end. Once a run has begun, it would be a bug."""
 
@@ -209,6 +212,13 @@ def test_groups_of_other_tasks_are_refused(root, word, belongs, capsys, monkeypa
     group = word.lstrip("+").partition("=")[0]
     assert end.value.code == 2
     assert f"{word}: the group {group} belongs to {belongs}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["a" * 300 + "=1", "norm=" + "a" * 300, "b" * 5000 + "=c"])
+def test_a_word_too_long_for_a_path_is_left_to_hydra(word, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", word])
+    entry.numbers_as_options()
+    entry.options_of_others("imagenet")
 
 
 def test_comments_of_one_option_carry_its_name():

@@ -96,7 +96,7 @@ def start(main: Callable[[], None], root: str) -> None:
         if TRACEBACKS:
             raise
         end(explain(error, schema_of(root)), 2)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         if TRACEBACKS or _begun:
             raise
         reason = " ".join(str(error).split())
@@ -127,7 +127,7 @@ def numbers_as_options() -> None:
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
         group = CONFIGS / key.lstrip("+").partition("@")[0]
-        if re.fullmatch(NO_OPTION, value, re.I) and group.is_dir():
+        if re.fullmatch(NO_OPTION, value, re.I) and os.path.isdir(group):
             options = sorted(path.stem for path in group.glob("*.yaml"))
             end(f"{word}: expected one of {', '.join(options)}, no number, true, false or null", 2)
 
@@ -137,14 +137,15 @@ def options_of_others(root: str) -> None:
     own = choices(root)
     for word in sys.argv[1:]:
         group, _, choice = word.lstrip("+").partition("=")
-        is_group = choice and (CONFIGS / group).is_dir()
-        if is_group and group not in own and (others := having(group)):
+        if not choice or not os.path.isdir(CONFIGS / group):  # of no name too long for a path
+            continue
+        if group not in own and (others := having(group)):
             end(
                 f"{word}: the group {group} belongs to {', '.join(others)}; "
                 f"{COMMANDS[root]} has {', '.join(own) or 'no groups'}",
                 2,
             )
-        if not choice or not (CONFIGS / group / f"{choice}.yaml").is_file():
+        if not os.path.isfile(CONFIGS / group / f"{choice}.yaml"):
             continue
         task = choice.partition("/")[0] if group == "experiment" else root
         foreign = task != root and (CONFIGS / f"{task}.yaml").is_file()
