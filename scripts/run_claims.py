@@ -104,12 +104,18 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def chosen(ledger: Ledger, names: Sequence[str]) -> list[Claim]:
-    """The named claims (C2: all that begin with C2-), or all, in order of worth."""
+    """The named claims, or all, in order of worth.
+
+    A name that is no claim's own means a group: C2 is C2-text and C2-table, but C4 is not C4-x10.
+    """
     known = [claim.id for claim in ledger.claims]
+    wanted = set() if names else set(known)
     for name in names:
-        if not any(name in (one, one.split("-")[0]) for one in known):
+        found = {name} & set(known) or {one for one in known if one.split("-")[0] == name}
+        if not found:
             raise ValueError(f"unknown claim {name!r}; there are {', '.join(known)}")
-    claims = [c for c in ledger.claims if not names or {c.id, c.id.split("-")[0]} & set(names)]
+        wanted |= found
+    claims = [claim for claim in ledger.claims if claim.id in wanted]
     return sorted(claims, key=lambda claim: claim.worth)
 
 

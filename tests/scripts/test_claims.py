@@ -854,5 +854,6 @@ def test_ids_with_a_suffix_are_chosen_by_their_number():
     from run_claims import chosen
 
     assert [claim.id for claim in chosen(LEDGER, ["C2", "C1"])] == ["C1", "C2-text", "C2-table"]
+    assert [claim.id for claim in chosen(LEDGER, ["C4"])] == ["C4"]  # not C4-x10
     worths = [claim.worth for claim in chosen(LEDGER, [])]
     assert worths == sorted(worths) and len(worths) == len(LEDGER.claims)
