@@ -118,8 +118,9 @@ def build(config: ImagenetConfig, run: Session) -> Task:
     def training_loader(images, seed: int) -> tuple[DataLoader, SettingSampler]:
         where = (processes.rank, processes.world_size)
         sampler = SettingSampler(len(images), setting.gpus, setting.images_per_gpu, seed, *where)
-        transformed = TransformedImages(images, data.augmentation, config.schedule.epochs, seed)
-        return make_loader(transformed, sampler, config.data.workers, run.device), sampler
+        epochs, workers = config.schedule.epochs, config.data.workers
+        transformed = TransformedImages(images, data.augmentation, epochs, seed)
+        return make_loader(transformed, sampler, workers, run.device, epochs), sampler
 
     train, held_out = data.train, None
     if config.gates != "joint":

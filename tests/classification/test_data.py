@@ -1,5 +1,6 @@
 """Data sets, their errors, and batches that depend on (seed, epoch, image) and nothing else."""
 
+import itertools
 import math
 import os
 import pickle
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import datasets
+from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 from sn.training.classification.data import (
@@ -167,16 +168,17 @@ def test_global_generators_are_left_alone():
     assert torch.equal(torch.get_rng_state(), before[0])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(workers):
+@pytest.mark.parametrize("workers, passes", [(1, 1), (1, 2), (2, 2)])
+def test_workers_change_nothing(workers, passes):
+    """They stay for the second epoch where it was announced."""
     data = build_data("digits", train_images=40)
     images = TransformedImages(data.train, data.augmentation, epochs=2, seed=1)
 
     def epochs(workers):
         sampler = SettingSampler(40, 2, 8, 1)
-        loader = make_loader(images, sampler, workers, CPU)
+        loader = make_loader(images, sampler, workers, CPU, passes)
         result = []
-        for sampler.epoch in range(2):  # the loader's workers persist
+        for sampler.epoch in range(2):
             sampler.first_step = sampler.epoch
             result += [(x.clone(), y.clone()) for x, y in loader]
         return result
@@ -285,6 +287,40 @@ def test_last_part_of_the_run_takes_the_other_transform():
                 assert chosen.count("last") == count, (epochs, last)
     assert Augmentation("usual", "last", 0.0).at(0.999) == "usual"
     assert Augmentation("usual", None, 0.5).at(0.9) == "usual"
+
+
+@pytest.mark.parametrize("lighting", [0.0, 0.1])
+def test_files_are_normalised_together_as_one_by_one(tmp_path, lighting):
+    """Against torchvision's v1 transforms of each image, the noise drawn from its own seed."""
+    generator = np.random.default_rng(0)
+    for part, name, index in itertools.product(("train", "val"), "ab", range(3)):
+        (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    data = build_data("x", root=str(tmp_path), image_size=8, resize=10, lighting=lighting)
+    images = TransformedImages(data.train, data.augmentation, epochs=2, seed=3)
+    keys = [(1, index) for index in (4, 0, 5, 1)]
+    batch, labels = images.__getitems__(keys)
+    assert batch.shape == (4, 3, 8, 8) and labels.tolist() == [1, 0, 1, 0]
+    seeded = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(8, antialias=True),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            *([Lighting(lighting)] if lighting else []),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    for key, image in zip(keys, batch):
+        torch.manual_seed(mix_seed(3, *key))
+        torch.testing.assert_close(image, seeded(data.train[key[1]][0]), atol=1e-6, rtol=0)
+        assert torch.equal(image, images[key][0])
+    to_tensor, normalise = seeded.transforms[2], seeded.transforms[-1]
+    crop = (transforms.Resize(10), transforms.CenterCrop(8))
+    plain = transforms.Compose([*crop, to_tensor, normalise])
+    held_out, _ = TransformedImages(data.val, data.evaluation, 1).__getitems__([(0, 2), (0, 3)])
+    for index, image in zip((2, 3), held_out):
+        torch.testing.assert_close(image, plain(data.val[index][0]), atol=1e-6, rtol=0)
 
 
 def test_lighting_formula():
@@ -643,7 +679,7 @@ def test_image_folder(tmp_path):
     for index in range(6):
         image, label = images[0, index]
         assert image.shape == (3, 8, 8) and image.dtype == torch.float32 and label == index // 3
-    image = data.evaluation.usual(data.val[2][0])
+    image, _ = TransformedImages(data.val, data.evaluation, 1)[0, 2]
     mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
     expected = ((torch.tensor((90, 0, 200)) / 255 - mean) / std).view(3, 1, 1).expand(3, 8, 8)
     torch.testing.assert_close(image, expected)
@@ -659,7 +695,8 @@ def test_evaluation_is_the_resized_center(tmp_path):
     std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
     expected = (torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255 - mean) / std
     for _ in range(2):
-        torch.testing.assert_close(data.evaluation.usual(image), expected)
+        shown = data.evaluation.normalise(data.evaluation.usual(image))
+        torch.testing.assert_close(shown, expected)
 
 
 def test_folder_hash_is_of_the_content_list_not_the_place(tmp_path):
@@ -822,8 +859,8 @@ def test_augmentation_of_the_recipe(tmp_path):
     data = small(write_folder(tmp_path), last_fraction=0.05)
     assert steps_of(data.augmentation.at(0.5)) == [
         v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.PILToTensor, v2.ToDtype, Lighting,
-        v2.Normalize,
     ]  # fmt: skip
+    assert steps_of(data.augmentation.normalise) == [v2.ToDtype, v2.Normalize]
     assert steps_of(data.augmentation.at(0.95))[:3] == [
         v2.Resize, v2.CenterCrop, v2.RandomHorizontalFlip,
     ]  # fmt: skip

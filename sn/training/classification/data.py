@@ -79,13 +79,21 @@ class ImageData:
         }
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 @dataclass
 class Augmentation:
-    """The transform at a fraction of the run: `usual`, then `last` for its last fraction."""
+    """The transform at a fraction of the run: `usual`, then `last` for its last fraction.
+
+    `normalise` is for what either gives: a whole batch at once, which takes a worker less time.
+    """
 
     usual: Any
     last: Callable | None = None
     last_fraction: float = 0.0
+    normalise: Callable = _as_it_is
 
     def at(self, progress: float) -> Callable:
         end = progress + self.last_fraction >= 1 - 1e-9
@@ -127,6 +135,13 @@ def random_bits(key: int, counters: np.ndarray) -> np.ndarray:
         return z ^ (z >> np.uint64(31))
 
 
+def normaliser(mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Compose:
+    """uint8, or floats in [0, 1], (..., 3, H, W) to normalised float32; such floats in place."""
+    return v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std, inplace=True)]
+    )
+
+
 class ArrayTransform:
     """Whole batches of uint8 images (n, 3, H, W) to normalised floats, augmented if asked for.
 
@@ -142,9 +157,7 @@ class ArrayTransform:
         padding: int = 0,
         flip: bool = False,
     ):
-        self.normalise = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-        )
+        self.normalise = normaliser(mean, std)
         self.padding, self.flip = padding, flip
 
     def __call__(self, images: Tensor, bits: np.ndarray | None = None) -> Tensor:
@@ -215,10 +228,10 @@ class TransformedImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        if isinstance(self.images, ArrayImages):
-            images, labels = self.__getitems__([key])
-            return images[0], labels.item()
+        images, labels = self.__getitems__([key])
+        return images[0], labels.item()
+
+    def _transformed(self, epoch: int, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index]
         transform = self.augmentation.at(epoch / self.epochs)
         state = torch.get_rng_state()
@@ -231,7 +244,8 @@ class TransformedImages(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """The batch of `keys`, all of one epoch: images (n, 3, H, W) and labels (n,)."""
         if not isinstance(self.images, ArrayImages):
-            return default_collate([self[key] for key in keys])
+            images, labels = default_collate([self._transformed(*key) for key in keys])
+            return self.augmentation.normalise(images), labels
         epoch, indices = keys[0][0], [index for _, index in keys]
         images, labels = self.images.batch(indices)
         bits = random_bits(mix_seed(self.seed, epoch), np.array(indices))
@@ -301,21 +315,21 @@ def batch_average_batches(
 
 
 def make_loader(
-    dataset: TransformedImages, batches, workers: int, device: torch.device
+    dataset: TransformedImages,
+    batches,
+    workers: int,
+    device: torch.device,
+    epochs: int = 1,
 ) -> DataLoader:
-    """A DataLoader over given batches of (epoch, index) keys."""
+    """A DataLoader over given batches of (epoch, index) keys; workers stay from epoch to epoch."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,  # TransformedImages gives whole batches
         pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and epochs > 1,
     )
-
-
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch
 
 
 def build_data(name: str, **options) -> ImageData:
@@ -546,22 +560,25 @@ def load_image_folder(
         for path, _ in samples:
             listing.update(f"{part} ".encode() + listed(path, root))
 
-    to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-    normalise = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     noise = [v2.RandomHorizontalFlip()]
     if color_jitter:
         noise.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-    noise += [*to_float, *([Lighting(lighting)] if lighting else []), normalise]
+    noise.append(v2.PILToTensor())
+    if lighting:
+        noise += [v2.ToDtype(torch.float32, scale=True), Lighting(lighting)]
     crop = v2.CenterCrop if last_crop == "center" else v2.RandomCrop
     usual = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True), *noise])
     shrink = v2.Resize(resize, antialias=True)
+    last = v2.Compose([shrink, crop(image_size), *noise])
+    plain = v2.Compose([shrink, v2.CenterCrop(image_size), v2.PILToTensor()])
+    normalise = normaliser(IMAGENET_MEAN, IMAGENET_STD)
     return ImageData(
         name,
         FileImages(train_samples, bad=bad),
         FileImages(val.samples, substitute=False, bad=bad),
         len(train.classes),
-        Augmentation(usual, v2.Compose([shrink, crop(image_size), *noise]), last_fraction),
-        Augmentation(v2.Compose([shrink, v2.CenterCrop(image_size), *to_float, normalise])),
+        Augmentation(usual, last, last_fraction, normalise),
+        Augmentation(plain, normalise=normalise),
         listing.hexdigest(),
     )
 
