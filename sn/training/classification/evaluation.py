@@ -1,5 +1,6 @@
 """Top-1 and top-5 over a validation set, each image once whatever the number of processes."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -84,13 +85,13 @@ def line_of(metrics: dict[str, float]) -> str:
 
 
 @contextmanager
-def batch_averaged(model: nn.Module, images: Iterable, batches: int) -> Iterator[dict]:
+def batch_averaged(model: nn.Module, images: Iterable) -> Iterator[dict]:
     """Inside, the model has the batch average of `images` for its running statistics.
 
     Yields the model's buffers by name. Source: section 3.1, "batch average".
     """
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    batch_average(model, images, batches)
+    batch_average(model, images, sys.maxsize)  # to the end, with which a loader's workers end
     yield {name: buffer.clone() for name, buffer in model.named_buffers()}
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
@@ -118,7 +119,7 @@ def evaluate_both_ways(
     loader = make_loader(transformed, batches, task.config.data.workers, run.device)
     # no early end: synchronised norms need as many batches in every process
     images = (run.to_device(x) for x, _ in run.watchdog.over(loader, "batch average"))
-    with run.autocast(), batch_averaged(model, images, len(batches)) as averaged:
+    with run.autocast(), batch_averaged(model, images) as averaged:
         results["top1_batch_average"] = validate()["top1"]
     size = min(options.batch_size, len(data.train))
     results["batch_average_images"] = size * min(options.batches, len(data.train) // size)
