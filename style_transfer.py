@@ -9,6 +9,11 @@ Section 4.3; Fig 5(a) expects the training loss of SN below IN's below BN's. The
 resumes a run that was interrupted. See configs/style_transfer.yaml for every option.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage; entry.start collects again
+
 import dataclasses
 
 import hydra

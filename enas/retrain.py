@@ -8,6 +8,11 @@ CIFAR-10's test images, which the search never saw (null without such a set). Ba
 statistics here. The same command resumes a run. See configs/enas_retrain.yaml.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage; entry.start collects again
+
 import hydra
 import torch
 from omegaconf import DictConfig

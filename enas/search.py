@@ -9,6 +9,11 @@ accuracy of sampled architectures with *shared* weights (`shared_top1`); enas.re
 architecture that comes out. The same command resumes a run. See configs/enas.yaml.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # imports leave no garbage; entry.start collects again
+
 import functools
 
 import hydra

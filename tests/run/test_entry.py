@@ -1,5 +1,6 @@
 """The command line's common part: exit codes and messages."""
 
+import gc
 import importlib
 import sys
 
@@ -231,3 +232,21 @@ def test_comments_of_one_option_carry_its_name():
     importlib.import_module("sn.training.style.config")
     said = {row.key: row.comment for row in rows("style_transfer")}
     assert said["photos.max_bad_images"].endswith("may stand in for (coco, folder)")  # inherited
+
+
+def test_garbage_is_collected_once_imports_are_done(monkeypatch):
+    """Entrypoints turn it off while they import, unless they are imported themselves."""
+    for command in set(COMMANDS.values()):
+        importlib.import_module(command.split()[-1].removesuffix(".py"))
+    assert gc.isenabled()
+
+    def main():
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py"])
+    gc.disable()
+    try:
+        entry.start(main, "imagenet")
+    finally:
+        gc.enable()
+        gc.unfreeze()

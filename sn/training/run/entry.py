@@ -1,5 +1,6 @@
 """What the command line of every entrypoint does alike: one line for what is wrong, exit codes."""
 
+import gc
 import os
 import re
 import sys
@@ -83,7 +84,12 @@ def is_too_large(error: BaseException) -> bool:
 
 
 def start(main: Callable[[], None], root: str) -> None:
-    """Call the Hydra main of a root config; what Hydra refuses ends in one line, exit code 2."""
+    """Call the Hydra main of a root config; what Hydra refuses ends in one line, exit code 2.
+
+    What has been imported is never looked through for garbage again.
+    """
+    gc.freeze()
+    gc.enable()
     os.environ |= {"HYDRA_FULL_ERROR": "1", "SN_ONE_LINE": "1"}
     if {"--help", "-h"} & set(sys.argv[1:]):
         say(help_text(root))
