@@ -833,6 +833,8 @@ def explain(verdict: Verdict) -> str:
     text = (
         f"{'/'.join(map(str, seeds))} seeds; p {verdict.p:.2g}, adjusted {verdict.adjusted_p:.2g}."
     )
+    if looks := verdict.claim.looks:
+        text += f" Judged with {', '.join(map(str, looks))} seeds: p counts {len(looks)} times."
     if verdict.diverged:
         text += f" {verdict.diverged} runs diverged."
     return text

@@ -85,6 +85,12 @@ class Claim:
     design: str
     marks: tuple[str, ...]
     tests: tuple[Test, ...]
+    looks: tuple[int, ...] = ()  # with how many seeds it was judged, where more were made after one
+
+    @property
+    def factor(self) -> int:
+        """What a p-value counts: once for each time that the claim was judged."""
+        return max(1, len(self.looks))
 
     @property
     def cells(self) -> list[tuple[str, str | None]]:
@@ -334,12 +340,15 @@ def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Cl
     where = f"claim {name or f'number {number}'}"
     shared = {"of": str, "rule": str, "margin": int | float, "where": str}
     kinds = {"id": str, "claim": str, "source": str, "worth": int, "design": str, "tests": list}
-    entry = _fields(where, entry, kinds, shared | {"marks": list})
+    entry = _fields(where, entry, kinds, shared | {"marks": list, "looks": list})
     design = designs.get(entry["design"])
     _need(design, f"{where}: unknown design {entry['design']!r}; there are {_names(designs)}")
     marks = tuple(entry.get("marks", ()))
     for mark in marks:
         _need(mark in top["marks"], f"{where}: unknown mark {mark!r}; there are those of `marks`")
+    looks = entry.get("looks", [])
+    rising = all(isinstance(n, int) for n in looks) and looks == sorted({1, *looks})[1:]
+    _need(rising, f"{where}: looks {looks} are not rising numbers of seeds, 2 or more")
     _need(entry["tests"], f"{where}: no tests")
     tests = []
     for index, test in enumerate(entry["tests"], 1):
@@ -347,7 +356,7 @@ def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Cl
         defaults = {key: entry[key] for key in shared if key in entry}
         tests += _tests(place, test, defaults, shared, top["figures"], design)
     facts = {key: entry[key] for key in ("id", "claim", "source", "worth", "design")}
-    return Claim(**facts, marks=marks, tests=tuple(tests))
+    return Claim(**facts, marks=marks, tests=tuple(tests), looks=tuple(looks))
 
 
 def _tests(
@@ -920,8 +929,10 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
         level, passed, verdict.adjusted_p = corrected[verdict.claim.id]
         toward = all(outcome.inside for outcome in verdict.outcomes)
         verdict.level = level if toward else level / len(verdict.outcomes)
+        one_more = verdict.level / (verdict.claim.factor + 1)
+        verdict.level /= verdict.claim.factor
         for outcome in verdict.outcomes:
-            _correct(outcome, verdict.level)
+            _correct(outcome, verdict.level, one_more)
         if verdict.reason:
             continue
         if passed:
@@ -980,8 +991,8 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     if all(outcome.inside for outcome in outcomes):
         verdict.p = max(outcome.p for outcome in outcomes)
     else:
-        against = min(outcome.p for outcome in outcomes if not outcome.inside)
-        verdict.p = min(1.0, len(outcomes) * against)
+        verdict.p = len(outcomes) * min(o.p for o in outcomes if not o.inside)
+    verdict.p = min(1.0, verdict.p * claim.factor)
     return verdict
 
 
@@ -1010,8 +1021,8 @@ def _outcome(test: Test, cells: Mapping[tuple, Mapping[int, list[Run]]]) -> Outc
     return outcome
 
 
-def _correct(outcome: Outcome, level: float) -> None:
-    """The interval at the claim's corrected level, and what it decides."""
+def _correct(outcome: Outcome, level: float, next_level: float) -> None:
+    """The interval at the claim's corrected level, what it decides; what the next look needs."""
     values = list(outcome.values.values())
     if len(values) < 2:
         return
@@ -1019,7 +1030,7 @@ def _correct(outcome: Outcome, level: float) -> None:
     if outcome.p <= level:
         outcome.decided = HELD if outcome.inside else NOT_HELD
     else:
-        outcome.needed = seeds_needed(values, outcome.test.wanted, level)
+        outcome.needed = seeds_needed(values, outcome.test.wanted, next_level)
 
 
 def _unlike(claim: Claim, design: Design, cells: Mapping[tuple, Mapping[int, list[Run]]]) -> str:

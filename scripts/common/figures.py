@@ -5,7 +5,9 @@ Like `common.records`, without torch.
 
 import argparse
 import csv
+import itertools
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
@@ -28,6 +30,7 @@ from common.records import (
     fail,
     load_runs,
     over_seeds,
+    own_values,
     recipes,
     repeated_seeds,
     without_searches,
@@ -86,22 +89,27 @@ def by_recipe(
     """Groups of runs by name, unlike runs apart, each with lines for its caption.
 
     `cell(run)` is what a figure averages over (see `records.recipes`). The recipe of most runs
-    keeps the group's name, the others get `_recipe2` and so on, with a warning.
+    keeps the group's name; the others add what they differ in, `_gate_lr_factor_10`, with a
+    warning.
     """
-    found = {}
+    found: dict[str, tuple[list[Run], list[str]]] = {}
     for name, runs in groups.items():
-        lists = recipes(runs, cell, free, of_norm)
-        for number, alike in enumerate(lists, 1):
+        first, *others = recipes(runs, cell, free, of_norm)
+        apart = {name: first}
+        for alike in others:
+            end = ending(alike[0], unlike(alike, first, cell, free))
+            apart[_unused(name + end, apart)] = alike
+        for own, alike in apart.items():
             lines = []
-            own = name if number == 1 else f"{name}_recipe{number}"
-            if number == 1:
+            if alike is first:
                 lines += [
-                    f"{name}_recipe{i} differs in "
-                    f"{describe_differences(unlike(alike, other, cell))}; drawn apart."
-                    for i, other in enumerate(lists[1:], 2)
+                    f"{other} differs in "
+                    f"{describe_differences(unlike(first, theirs, cell, free))}; drawn apart."
+                    for other, theirs in apart.items()
+                    if theirs is not first
                 ]
             else:
-                what = describe_differences(unlike(alike, lists[0], cell))
+                what = describe_differences(unlike(alike, first, cell, free))
                 lines.append(f"Drawn apart from {name}, which differs in {what}.")
                 warn(f"{own}: {plural(len(alike), 'run')}, first {alike[0].path}, drawn apart from "
                      f"{name}: {what}")  # fmt: skip
@@ -117,13 +125,28 @@ def by_recipe(
     return found
 
 
-def unlike(ours: list[Run], theirs: list[Run], cell: Callable) -> dict[str, list[str]]:
+def ending(run: Run, keys: Collection[str]) -> str:
+    """What a figure's name adds for a run that differs from others in `keys`: these, its values."""
+    values = own_values(run, keys).items()
+    words = "".join(f"_{key.split('.')[-1]}_{value[:16]}" for key, value in values)
+    return re.sub(r"[^\w.-]+", "-", words)[:60]
+
+
+def _unused(name: str, names: Collection[str]) -> str:
+    """The name, numbered if it is there already."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in names else next(one for one in numbered if one not in names)
+
+
+def unlike(
+    ours: list[Run], theirs: list[Run], cell: Callable, free: Collection[str] = ()
+) -> dict[str, list[str]]:
     """What two lists of runs differ in; of equal cells if there are some, else in general."""
     cells = {cell(run): run for run in ours}
     pairs = [(cells[cell(run)], run) for run in theirs if cell(run) in cells]
     return next(
-        (found for pair in pairs if (found := differences(pair))),
-        differences([ours[0], theirs[0]], one_cell=False),
+        (found for pair in pairs if (found := differences(pair, free=free))),
+        differences([ours[0], theirs[0]], one_cell=False, free=free),
     )
 
 

@@ -550,12 +550,16 @@ def variants(runs: Iterable[Run]) -> dict[str, list[Run]]:
         same = [pair for pair in pairs if pair[0].setting == pair[1].setting]
         run, other = (same or pairs)[0]
         keys = differences([run, other], one_cell=bool(same))
-        if "data.train_images" in keys:
-            keys.pop("data.sha256", None)  # which follows from it
-        recipe = _recipe(other, one_cell=True)
-        values = [f"{key} {_plain(recipe.get(key, '(not set)'))}" for key in keys]
+        values = [f"{key} {value}" for key, value in own_values(other, keys).items()]
         found.setdefault(", ".join([first.norm, *values]), []).extend(others)
     return found
+
+
+def own_values(run: Run, keys: Collection[str]) -> dict[str, str]:
+    """A run's values of what it differs in from others, as one writes them."""
+    recipe = _recipe(run, one_cell=True)
+    follows = {"data.sha256"} if "data.train_images" in keys else set()
+    return {key: _plain(recipe.get(key, "(not set)")) for key in keys if key not in follows}
 
 
 def _plain(value: Any) -> str:

@@ -135,7 +135,7 @@ def test_unlike_searches_are_drawn_apart(searches, plot, capsys):
     assert "epochs: 2 / 9" in capsys.readouterr().err
     text = (searches / "enas/README.md").read_text()
     assert "| LN | 0, 1 | 20.50 ± 0.71 |" in text and "| LN | 2 | 80.00 |" in text
-    assert (searches / "enas/figures/search_cifar10_2x8_3nodes_recipe2.png").is_file()
+    assert (searches / "enas/figures/search_cifar10_2x8_3nodes_epochs_9.png").is_file()
 
 
 def test_two_runs_of_a_seed_are_not_two_seeds(searches, plot, capsys):

@@ -169,6 +169,9 @@ def test_terms_of_an_effect():
             "design cifar10_16px, arm bilevel: 'gates' is not among the design's facts",
         ),
         (lambda d: d["judging"].update(level=5), "judging: level 5 is not 0 to 1"),
+        (lambda d: d["claims"][0].update(looks=[7, 5]), "claim C1: looks [7, 5] are not rising"),
+        (lambda d: d["claims"][0].update(looks=[1, 5]), "claim C1: looks [1, 5] are not rising"),
+        (lambda d: d["claims"][0].update(looks=["5"]), "claim C1: looks ['5'] are not rising"),
         (lambda d: d.pop("figures"), "the file: `figures` is missing"),
     ],
 )
@@ -290,6 +293,24 @@ def test_rules_and_margins(tmp_path, rule, margin, mean, verdict):
     write_pairs(tmp_path, [mean + x for x in (-0.2, 0.1, 0.2, -0.1, 0.0)])
     [found] = claims.judge(small(the_test(rule=rule, margin=margin)), load_runs(tmp_path))
     assert found.verdict == verdict
+
+
+def test_every_look_counts(tmp_path):
+    """p is about 0.02: enough at the first look, too much at the third."""
+    differences = [0.4, 1.6, 0.3, 1.0, 1.2]
+    write_pairs(tmp_path, differences)
+    runs, p = load_runs(tmp_path), stats.ttest_1samp(differences, 0).pvalue
+    assert 0.05 / 3 < p < 0.05 / 2
+    for looks, verdict in (((), "held"), ((3, 5), "held"), ((3, 4, 5), "undecided")):
+        ledger = small(the_test())
+        claim = dataclasses.replace(ledger.claims[0], looks=looks)
+        [found] = claims.judge(dataclasses.replace(ledger, claims=(claim,)), runs)
+        assert found.verdict == verdict and found.p == pytest.approx(max(1, len(looks)) * p)
+        level = 0.05 / max(1, len(looks))
+        interval = stats.ttest_1samp(differences, 0).confidence_interval(1 - level)
+        assert found.outcomes[0].corrected == pytest.approx(tuple(interval))
+        assert (interval[0] > 0) == (verdict == "held")
+    assert found.needed == claims.seeds_needed(differences, (0, math.inf), 0.05 / 4) > 5
 
 
 def test_the_number_of_claims_corrects(tmp_path):

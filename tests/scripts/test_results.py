@@ -411,11 +411,11 @@ def test_norms_may_have_lrs_of_their_own(script, tmp_path, capsys):
             for row in read_csv(tmp_path / f"figures/accuracy_by_setting_cifar10_resnet20{end}.csv")
             if row["source"] == "ours"
         )
-        for end in ("", "_recipe2", "_recipe3")
+        for end in ("", "_lr_per_256_1.6", "_lr_per_256_0.2")
     }
-    assert drawn == {"": ["50.0", "60.0"], "_recipe2": ["70.0"], "_recipe3": ["80.0"]}
+    assert list(drawn.values()) == [["50.0", "60.0"], ["70.0"], ["80.0"]]
     figure = (tmp_path / "figures/accuracy_by_setting_cifar10_resnet20.svg").read_text()
-    assert "recipe2 differs in" in figure and "recipe3 differs in" in figure
+    assert "256_1.6 differs in" in figure and "256_0.2 differs in" in figure
     runs = results.load_runs(tmp_path)
     for run in runs:
         run.summary["lr"] = run.config["schedule"]["lr_per_256"] / 8  # what follows is not named
@@ -450,14 +450,14 @@ def test_unlike_runs_are_drawn_apart(script, tmp_path, capsys):
         assert "drawn apart" in error and "epochs: 10 / 2" in error and "long" in error
     figures = tmp_path / "figures"
     drawn = {}
-    for end in ("", "_recipe2"):
+    for end in ("", "_epochs_10"):
         rows = read_csv(figures / f"accuracy_by_setting_cifar10_resnet20{end}.csv")
         drawn[end] = sorted(row["top1"] for row in rows if row["source"] == "ours")
         rows = read_csv(figures / f"importance_by_setting_cifar10_resnet20{end}.csv")
         assert {row["seed"] for row in rows if row["source"] == "ours"} == (
             {"0"} if end else {"0", "1"}
         )
-    assert drawn == {"": ["50.0", "60.0", "60.0"], "_recipe2": ["80.0"]}
+    assert drawn == {"": ["50.0", "60.0", "60.0"], "_epochs_10": ["80.0"]}
 
 
 def test_recipes_are_alike_within(tmp_path):

@@ -181,7 +181,7 @@ def test_unlike_runs_are_drawn_apart(load_script, runs, capsys):
     (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 2, "optimizer": {"lr": 0.1}}))
     load_script("plot_style").main(["--runs", str(runs), "--window", "4"])
     assert "optimizer.lr" in capsys.readouterr().err
-    rows = read_csv(runs / "figures" / "style_loss_folder_wave_96px_b2_recipe2.csv")
+    rows = read_csv(runs / "figures" / "style_loss_folder_wave_96px_b2_lr_0.1.csv")
     assert {row["seed"] for row in rows if row["source"] == "ours"} == {"2"}
     rows = read_csv(runs / "figures" / "style_loss_folder_wave_96px_b2.csv")
     assert {row["seed"] for row in rows if row["source"] == "ours"} == {"0", "1"}
