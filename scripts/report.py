@@ -823,18 +823,20 @@ def legend() -> str:
 
 def explain(verdict: Verdict) -> str:
     """The verdict's grounds in a sentence."""
+    judged = ""
+    if looks := verdict.claim.looks:
+        judged = f" Judged with {', '.join(map(str, looks))} seeds: p counts {len(looks)} times."
     if verdict.verdict == UNDECIDED and verdict.reason.startswith("the interval"):
         more = f"{verdict.needed} seeds would decide" if verdict.needed else "no number of seeds "
         more += "" if verdict.needed else "up to 1,000 would decide"
-        return f"Undecided: {verdict.reason}; at the spread seen {more}."
+        return f"Undecided: {verdict.reason}; at the spread seen {more}.{judged}"
     if verdict.reason:
         return f"Undecided: {verdict.reason}."
     seeds = sorted({len(outcome.values) for outcome in verdict.outcomes})
     text = (
         f"{'/'.join(map(str, seeds))} seeds; p {verdict.p:.2g}, adjusted {verdict.adjusted_p:.2g}."
     )
-    if looks := verdict.claim.looks:
-        text += f" Judged with {', '.join(map(str, looks))} seeds: p counts {len(looks)} times."
+    text += judged
     if verdict.diverged:
         text += f" {verdict.diverged} runs diverged."
     return text
