@@ -86,9 +86,8 @@ def is_too_large(error: BaseException) -> bool:
 def start(main: Callable[[], None], root: str) -> None:
     """Call the Hydra main of a root config; what Hydra refuses ends in one line, exit code 2.
 
-    What has been imported is never looked through for garbage again.
+    Collects garbage from here on: entrypoints do not while they import.
     """
-    gc.freeze()
     gc.enable()
     os.environ |= {"HYDRA_FULL_ERROR": "1", "SN_ONE_LINE": "1"}
     if {"--help", "-h"} & set(sys.argv[1:]):
