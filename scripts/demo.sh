@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=outputs_demo
 cores=$(nproc 2>/dev/null || echo 1)
 jobs=$((cores < 4 ? cores : 4))
-echo "Nine short trainings on handwritten digits, $jobs at a time, under 3 minutes on 2 free cores."
+echo "Nine short trainings on handwritten digits, $jobs at a time, a minute or two on 2 free cores."
 finished=0
 scripts/sweep_settings.sh --norms "bn gn sn" --settings "8x32 8x8 8x2" --output "$out" \
     --jobs "$jobs" -- experiment=imagenet/demo device=cpu |

@@ -233,14 +233,15 @@ class Campaign:
     def listing(self) -> Iterator[str]:
         """A line for each claim: what it needs by itself, and beyond those above it."""
         verdicts = {verdict.claim.id: verdict for verdict in judge(self.ledger, self.runs)}
-        yield f"{'claim':<9} {'runs':>5} {'cost':>7} {'beyond':>7}  {'now':<26} statement"
+        head = f"{'claim':<9} {'runs':>5} {'cost':>7} {'beyond':>7}  {'now':<26} {'so long':>7}"
+        yield f"{head}  statement"
         known: set[str] = set()
         total = 0.0
         for claim in self.claims:
             design = self.ledger.design_of(claim)
             if design.experiment is None:
                 now = state(verdicts[claim.id])
-                yield f"{claim.id:<9} {'':>21}  {now:<26} {claim.claim}"
+                yield f"{claim.id:<9} {'':>21}  {now:<26} {'':>7}  {claim.claim}"
                 if design.command and verdicts[claim.id].reason:
                     yield f"{'':<9} make it with: {design.command}"
                 continue
@@ -250,13 +251,21 @@ class Campaign:
             known |= {w.name for w in wanted}
             total += more
             text = f"{claim.id:<9} {len(wanted):>5} {clock(cost):>7} {clock(more):>7}"
-            yield f"{text}  {state(verdicts[claim.id]):<26} {claim.claim}"
+            now, long = state(verdicts[claim.id]), clock(self.to_decide(verdicts[claim.id]))
+            yield f"{text}  {now:<26} {long if long != '0:00' else '':>7}  {claim.claim}"
         yield ""
         yield (
             f"{len(known)} runs, {clock(total)} h of one job"
             + (f", {clock(total / self.jobs)} h of {self.jobs}" if self.jobs > 1 else "")
-            + "; cost: hours of what is missing; beyond: of that, what no claim above needs too"
+            + "; cost: hours of what is missing; beyond: of that, what no claim above needs too; "
+            "so long: hours of the seeds that would decide, which --seeds 1-N makes"
         )
+
+    def to_decide(self, verdict: Verdict) -> float:
+        """Minutes of the further seeds that would decide a claim, by one that was not begun."""
+        further = (verdict.needed or 0) - min(len(o.values) for o in verdict.outcomes)
+        seed = self.evidence.wanted(verdict.claim, [10**6])
+        return max(0, further) * sum(map(self.evidence.minutes, seed))
 
     # --- making it
 

@@ -93,8 +93,11 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     as they are. Returns the number of batches used by all ranks; a model without batch statistics
     is left alone (0).
 
-    Raises ValueError if no batch came. The model is unchanged after an error.
+    Raises ValueError if no batch came or `num_batches` is below 1, TypeError for other items. The
+    model is unchanged after an error.
     """
+    if num_batches < 1:
+        raise ValueError(f"num_batches={num_batches}; expected 1 or more")
     layers = {n: m for n, m in batch_statistics_layers(model).items() if not is_frozen(m)}
     if not layers:
         return 0
@@ -120,7 +123,12 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
                 if hasattr(layer, "batch_alone"):
                     stack.enter_context(layer.batch_alone())
             for item in islice(loader, num_batches):
-                inputs = item[0] if isinstance(item, (tuple, list)) else item
+                inputs = item[0] if isinstance(item, (tuple, list)) and item else item
+                if not isinstance(inputs, torch.Tensor):
+                    raise TypeError(
+                        f"batch_average got {type(item).__name__} from the loader; expected a "
+                        "tensor of inputs, or a tuple or list that starts with one"
+                    )
                 model(inputs.to(device))
                 batches += 1
         batches = sum_over_processes(torch.tensor(float(batches), device=device))

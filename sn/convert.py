@@ -75,11 +75,16 @@ def convert(
             deviation.
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
 
-    Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, and for a
+    Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, for a
+    gate_start without it, and for a
     batch norm that is lazy, of an unknown class, scripted, of a model in DistributedDataParallel or
     FSDP (convert before), or with what would be lost: a parametrised, normalised or pruned gain,
     further parameters, hooks of its state dict. Warns if there is no batch norm.
     """
+    if gate_start != 8.0 and not keep_outputs:
+        raise ValueError(
+            f"gate_start={gate_start} is for keep_outputs=True; add that, or leave gate_start out"
+        )
     new = {}
     for name, layer in model.named_modules():
         if _is_batch_norm(layer):

@@ -57,6 +57,24 @@ def check_virtual_gpus(virtual_gpus: int, batch: int = 0) -> None:
         )
 
 
+def check_running(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float | None
+) -> None:
+    """Raise ValueError for running statistics that are not two of (C,), or no momentum for them."""
+    if (running_mean is None) != (running_var is None):
+        alone = "running_var" if running_mean is None else "running_mean"
+        raise ValueError(f"{alone} is given alone; expected both running statistics or neither")
+    if running_mean is None or running_var is None:
+        return
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if x.dim() > 1 and value.shape != x.shape[1:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; expected ({x.shape[1]},), x's channels"
+            )
+    if momentum is None:
+        raise ValueError("momentum=None; expected a number, 0 to 1 (None is of the modules alone)")
+
+
 def switch_norm(
     x: Tensor,
     mean_weight: Tensor,
@@ -98,14 +116,15 @@ def switch_norm(
     All variances are biased; an instance of one value has variance 0. Statistics, importance
     weights and the division are computed in at least float32; the output has the dtype of `x`.
 
-    Raises ValueError for a wrong dimension, a wrong number of channels or control parameters, or a
-    batch that does not split.
+    Raises ValueError for a wrong dimension, a wrong number of channels or control parameters, one
+    running statistic alone, no momentum for them, or a batch that does not split.
 
     Source: equations 2 to 4. Differs: layer, group and batch variances use the law of total
     variance instead of the paper's mean(var + mean^2) - mean^2: the same number, without
     cancellation.
     """
     statistics = canonical_statistics(statistics)
+    check_running(x, running_mean, running_var, momentum)
 
     def batch_moments(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor]:
         if not training and running_mean is not None:

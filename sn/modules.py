@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
-from .running import count_batch, warn_of_update_bn
+from .running import count_batch, fill_in_count, warn_of_update_bn
 from .tracing import Proxy, Traceable
 
 
@@ -36,6 +36,7 @@ class SwitchNormBase(Traceable, nn.Module):
     input_dims: tuple[int, ...]
     input_shape: str
     default_statistics: tuple[str, ...] = ("in", "ln", "bn")
+    _version = 2  # of state dicts, as BatchNorm's
 
     def __init__(
         self,
@@ -88,6 +89,10 @@ class SwitchNormBase(Traceable, nn.Module):
             self.register_buffer(name, value)
         self._register_own(factory)
         self.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        fill_in_count(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _register_own(self, factory: dict) -> None:
         """What a subclass has beside these parameters and buffers."""
@@ -423,10 +428,17 @@ def parameter_groups(
     The defaults give one group with decay on everything, as the paper trained. Otherwise the
     control parameters form a second group with `lr * gate_lr_factor` and `gate_weight_decay`
     (None: the same as the rest). Source: official code (one group); SSN uses lr / 10 and decay 0.
+
+    Raises ValueError for numbers below 0.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if gate_weight_decay is None:
         gate_weight_decay = weight_decay
+    numbers = {"lr": lr, "weight_decay": weight_decay}
+    numbers |= {"gate_lr_factor": gate_lr_factor, "gate_weight_decay": gate_weight_decay}
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{name}={value}; expected 0 or more")
     common = {"params": trainable, "lr": lr, "weight_decay": weight_decay, "lr_factor": 1.0}
     if gate_lr_factor == 1.0 and gate_weight_decay == weight_decay:
         return [common]

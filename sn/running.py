@@ -34,6 +34,15 @@ def warn_of_update_bn(layer: nn.Module) -> None:
         frame = frame.f_back
 
 
+def fill_in_count(layer: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Add the count of batches to a state dict without one, such as PyTorch's before 0.4.1.
+
+    As its BatchNorm does, whose version 2 has the count: the layer's own stays.
+    """
+    if (local_metadata.get("version") or 1) < 2 and layer.num_batches_tracked is not None:
+        state_dict.setdefault(prefix + "num_batches_tracked", layer.num_batches_tracked)
+
+
 def count_batch(layer: nn.Module) -> float:
     """Count a training batch in `layer`; return its share in the running statistics.
 
@@ -57,6 +66,7 @@ class RunningNorm(Traceable, nn.Module):
     """
 
     input_dims: tuple[int, ...]
+    _version = 2  # of state dicts, as BatchNorm's
 
     def __init__(
         self,
@@ -98,6 +108,10 @@ class RunningNorm(Traceable, nn.Module):
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        fill_in_count(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Batch norm with the running statistics, whatever the dtypes of its tensors."""

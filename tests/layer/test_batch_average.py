@@ -167,6 +167,17 @@ def test_no_batch(norm, loader):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("item, number", [({"images": 1}, 1), ((), 1), (torch.ones(2, 3, 5, 4), 0)])
+def test_what_is_no_batch_is_named(item, number):
+    model = network("sn")
+    before = state(model)
+    kind = "num_batches=0; expected 1" if number == 0 else f"got {type(item).__name__} from the"
+    with pytest.raises((TypeError, ValueError), match=kind):
+        batch_average(model, [item], number)
+    for name, value in before[2].items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
 def test_num_batches_caps():
     taken = []
 

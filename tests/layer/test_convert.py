@@ -291,3 +291,8 @@ def test_timm_fused_layers():
         assert (y.flatten(2) == 0).all(2).any()
     bare = sn.convert(BatchNormAct2d(4, apply_act=False))
     assert type(bare) is sn.SwitchNorm2d
+
+
+def test_gate_start_without_outputs_to_keep():
+    with pytest.raises(ValueError, match="gate_start=2 is for keep_outputs=True"):
+        sn.convert(nn.BatchNorm2d(2), gate_start=2)

@@ -92,6 +92,25 @@ def test_without_bias(name):
     assert kind(4, affine=False, bias=True).bias is None
 
 
+@pytest.mark.parametrize("name", SWITCHABLE + SYNC + OTHERS)
+def test_state_dicts_without_a_count_load_as_batch_norm_s(name):
+    """PyTorch's before 0.4.1, and those whose version was lost, have none; later ones must."""
+    layer, batch_norm = getattr(sn, name)(4), nn.BatchNorm2d(4)
+    with torch.no_grad():
+        layer.running_mean.fill_(3.0)
+    for module in (layer, batch_norm):
+        state = module.state_dict()
+        module.num_batches_tracked.fill_(7)
+        plain = {key: value for key, value in state.items() if key != "num_batches_tracked"}
+        module.load_state_dict(plain)
+        assert module.num_batches_tracked == 7
+        del state["num_batches_tracked"]  # its version says that there is one
+        with pytest.raises(RuntimeError, match="num_batches_tracked"):
+            module.load_state_dict(state)
+        module.load_state_dict(module.state_dict())
+    assert (layer.running_mean == 3).all()
+
+
 def test_without_bias_in_groups_and_recurrent():
     gn = sn.AutoGroupNorm(8, 2, bias=False)
     gn.reset_parameters()

@@ -711,3 +711,30 @@ def test_a_wrong_number_of_control_parameters_is_an_error():
 def test_input_without_channels_is_an_error(shape):
     with pytest.raises(ValueError, match=r"\(N, C|dimension|shape"):
         sn.switch_norm(torch.randn(shape), torch.ones(3), torch.ones(3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("function", [sn.switch_norm, sn.functional.switch_norm])
+@pytest.mark.parametrize(
+    "running, message",
+    [
+        ({"running_mean": torch.zeros(4)}, "running_mean is given alone"),
+        ({"running_var": torch.ones(4)}, "running_var is given alone"),
+        (
+            {"running_mean": torch.zeros(5), "running_var": torch.ones(4)},
+            r"running_mean has shape \(5,\); expected \(4,\)",
+        ),
+        (
+            {"running_mean": torch.zeros(4), "running_var": torch.ones(4, 1)},
+            r"running_var has shape \(4, 1\); expected \(4,\)",
+        ),
+        (
+            {"running_mean": torch.zeros(4), "running_var": torch.ones(4), "momentum": None},
+            "momentum=None; expected a number",
+        ),
+    ],
+)
+def test_running_statistics_that_do_not_fit(function, running, message, training):
+    logits = torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        function(torch.randn(2, 4, 3, 3), logits, logits, **running, training=training)

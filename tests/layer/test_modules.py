@@ -705,6 +705,14 @@ def test_control_parameters_in_a_group_of_their_own(options, lr, decay):
     torch.optim.SGD([rest, gates], momentum=0.9)
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "gate_lr_factor", "gate_weight_decay"])
+def test_parameter_groups_refuse_what_optimizers_do(name, value):
+    arguments = {"lr": 0.1, "weight_decay": 1e-4, name: value}
+    with pytest.raises(ValueError, match=f"{name}={value}; expected 0 or more"):
+        sn.parameter_groups(sn.SwitchNorm2d(2), **arguments)
+
+
 def test_parameter_groups_of_a_shared_layer_hold_it_once():
     layer = sn.SwitchNorm2d(4)
     model = nn.Sequential(layer, nn.ReLU(), layer)

@@ -47,8 +47,8 @@ def pretrained_weights(
             raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
         try:
             return load_network(path, key, told)
-        except ValueError as error:
-            raise ValueError(f"init.path: {error}") from None
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"init.path: {error}") from None
     try:
         return _of_torchvision(model) if name == "torchvision" else _of_timm(model)
     except (OSError, RuntimeError, ValueError) as error:  # not known, no network, a broken file
@@ -194,7 +194,9 @@ def _converted(
             f"norm.eps={options['eps']}: the pretrained batch norms have "
             f"{', '.join(map(str, eps))}; ~norm.eps on the command line keeps theirs"
         )
-    model = sn.convert(model, norm["name"], keep_outputs=keeps, gate_start=gate_start, **options)
+    if keeps:
+        options |= {"keep_outputs": True, "gate_start": gate_start}
+    model = sn.convert(model, norm["name"], **options)
     how = f"{len(layers)} batch norms became {norm['name']}"
     how += ", running statistics kept" if keeps else ", which has no running statistics"
     weights = sn.importance_weights(model)

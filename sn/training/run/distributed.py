@@ -283,5 +283,8 @@ def untrained_statistics(model: nn.Module) -> list[str]:
     return [
         name
         for name, layer in batch_statistics_layers(model).items()
-        if layer.num_batches_tracked is not None and layer.num_batches_tracked.item() == 0
+        if layer.num_batches_tracked is not None
+        and layer.num_batches_tracked.item() == 0
+        and not layer.running_mean.any()  # a state dict may come without the count
+        and (layer.running_var == 1).all()
     ]

@@ -176,7 +176,7 @@ class Session:
     def has_ended(self, what: str, key: str) -> dict:
         """Say that the run has ended before, with the figure `key` of its summary; return that."""
         summary = self.summary or {}
-        value = "unknown" if summary.get(key) is None else summary[key]
+        value = "unknown" if summary.get(key) is None else f"{summary[key]:.4g}"
         self.say(f"{self.config.output_dir} has ended already: {what} {value}")
         return summary
 
