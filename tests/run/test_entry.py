@@ -241,7 +241,7 @@ def test_garbage_is_collected_once_imports_are_done(monkeypatch):
     assert gc.isenabled()
 
     def main():
-        assert gc.isenabled()
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
 
     monkeypatch.setattr(sys, "argv", ["train_imagenet.py"])
     gc.disable()
@@ -249,3 +249,4 @@ def test_garbage_is_collected_once_imports_are_done(monkeypatch):
         entry.start(main, "imagenet")
     finally:
         gc.enable()
+        gc.unfreeze()

@@ -1,5 +1,6 @@
 """What the command line of every entrypoint does alike: one line for what is wrong, exit codes."""
 
+import atexit
 import gc
 import os
 import re
@@ -86,8 +87,12 @@ def is_too_large(error: BaseException) -> bool:
 def start(main: Callable[[], None], root: str) -> None:
     """Call the Hydra main of a root config; what Hydra refuses ends in one line, exit code 2.
 
-    Collects garbage from here on: entrypoints do not while they import.
+    Collects garbage from here on, without what entrypoints have imported, which would take as long
+    as they save by not collecting meanwhile. At the end of the process it counts again: libraries
+    look then for what was not freed.
     """
+    gc.freeze()
+    atexit.register(gc.unfreeze)
     gc.enable()
     os.environ |= {"HYDRA_FULL_ERROR": "1", "SN_ONE_LINE": "1"}
     if {"--help", "-h"} & set(sys.argv[1:]):
