@@ -58,7 +58,11 @@ def check_virtual_gpus(virtual_gpus: int, batch: int = 0) -> None:
 
 
 def check_running(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float | None
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    training: bool,
 ) -> None:
     """Raise ValueError for running statistics that are not two of (C,), or no momentum for them."""
     if (running_mean is None) != (running_var is None):
@@ -71,7 +75,7 @@ def check_running(
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; expected ({x.shape[1]},), x's channels"
             )
-    if momentum is None:
+    if momentum is None and training:
         raise ValueError("momentum=None; expected a number, 0 to 1 (None is of the modules alone)")
 
 
@@ -124,7 +128,7 @@ def switch_norm(
     cancellation.
     """
     statistics = canonical_statistics(statistics)
-    check_running(x, running_mean, running_var, momentum)
+    check_running(x, running_mean, running_var, momentum, training)
 
     def batch_moments(mean_in: Tensor, var_in: Tensor) -> tuple[Tensor, Tensor]:
         if not training and running_mean is not None:

@@ -108,7 +108,7 @@ def switch_norm(
     Arguments and errors are the same; see there.
     """
     statistics = canonical_statistics(statistics)
-    functional.check_running(x, running_mean, running_var, momentum)
+    functional.check_running(x, running_mean, running_var, momentum, training)
     options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
     tensors = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
     if unbiased:  # for the official code's checkpoints; no kernel has it
