@@ -212,7 +212,8 @@ class Report:
             '<p class="soft">Luo, Ren, Peng, Zhang, Li, arXiv 1806.10779. Our runs are proxies: '
             "small data and small networks that can show a trend, not an accuracy. "
             f"{len(self.verdicts)} claims, judged by a rule that was written before the runs."
-            f'{until} <a href="#rules">How a claim is judged</a></p></header>'
+            f'{until} <a href="#rules">How a claim is judged</a>, and what has changed since.</p>'
+            "</header>"
             f'<div class="cards"><div>{held}{not_held}</div>{"".join(others)}</div>'
         )
 
@@ -799,7 +800,7 @@ class Report:
             MARKDOWN_NOTE,
             "# The paper's claims, and what our runs say",
             f"{self.counts()}. The rule was written before the runs: `claims.yaml`, which explains "
-            "the effects too. With every seed, the commands, Tables 4.2 to 4.4 and Figs 2 to 6: "
+            "the effects too and dates its changes. With every seed, the commands, Tables 4.2 to 4.4 and Figs 2 to 6: "
             "`report.html`. Our runs are proxies, which can show a trend, not an accuracy.",
             md_table(short),
             "## Every effect",
