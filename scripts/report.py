@@ -800,9 +800,9 @@ class Report:
             MARKDOWN_NOTE,
             "# The paper's claims, and what our runs say",
             f"{self.counts()}. The rule was written before the runs: `claims.yaml`, which explains "
-            "the effects too and dates its changes. With every seed, the commands, Tables 4.2 to 4.4 "
-            "and Figs 2 to 6: `report.html`. Our runs are proxies, which can show a trend, not an "
-            "accuracy.",
+            "the effects too and dates its changes. With every seed, the commands, Tables 4.2 to "
+            "4.4 and Figs 2 to 6: `report.html`. Our runs are proxies, which can show a trend, not "
+            "an accuracy.",
             md_table(short),
             "## Every effect",
             md_table(long),
