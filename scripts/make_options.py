@@ -10,7 +10,8 @@ from pathlib import Path
 
 from sn.training.run.options import COMMANDS, SCHEMAS, markdown
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
 Made by `scripts/make_options.py` from the typed configs and the comments in `configs/`.
@@ -22,6 +23,7 @@ have the keys: the arguments of `sn.make_norm`.
 
 def page() -> str:
     sections = []
+    sys.path.insert(0, str(ROOT))  # enas is not installed
     for root, module in SCHEMAS.items():
         importlib.import_module(module)
         sections.append(markdown(root, COMMANDS[root]))
