@@ -251,8 +251,8 @@ class Campaign:
             known |= {w.name for w in wanted}
             total += more
             text = f"{claim.id:<9} {len(wanted):>5} {clock(cost):>7} {clock(more):>7}"
-            now, long = state(verdicts[claim.id]), clock(self.to_decide(verdicts[claim.id]))
-            yield f"{text}  {now:<26} {long if long != '0:00' else '':>7}  {claim.claim}"
+            now, long = state(verdicts[claim.id]), self.to_decide(verdicts[claim.id])
+            yield f"{text}  {now:<26} {clock(long) if long else '':>7}  {claim.claim}"
         yield ""
         yield (
             f"{len(known)} runs, {clock(total)} h of one job"

@@ -12,11 +12,11 @@ from torch.optim.swa_utils import AveragedModel
 from . import functional
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import Options, switch_norm_act
-from .running import count_batch, fill_in_count, warn_of_update_bn
+from .running import CountsBatches, count_batch, warn_of_update_bn
 from .tracing import Proxy, Traceable
 
 
-class SwitchNormBase(Traceable, nn.Module):
+class SwitchNormBase(Traceable, CountsBatches):
     """What all switchable normalisation layers share; use SwitchNorm1d, 2d, 3d or Recurrent.
 
     Parameters `weight`, `bias` (C,) are the gain and shift; `mean_weight`, `var_weight` (K,) the
@@ -36,7 +36,6 @@ class SwitchNormBase(Traceable, nn.Module):
     input_dims: tuple[int, ...]
     input_shape: str
     default_statistics: tuple[str, ...] = ("in", "ln", "bn")
-    _version = 2  # of state dicts, as BatchNorm's
 
     def __init__(
         self,
@@ -89,10 +88,6 @@ class SwitchNormBase(Traceable, nn.Module):
             self.register_buffer(name, value)
         self._register_own(factory)
         self.reset_parameters()
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        fill_in_count(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _register_own(self, factory: dict) -> None:
         """What a subclass has beside these parameters and buffers."""

@@ -34,13 +34,18 @@ def warn_of_update_bn(layer: nn.Module) -> None:
         frame = frame.f_back
 
 
-def fill_in_count(layer: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Add the count of batches to a state dict without one, such as PyTorch's before 0.4.1.
+class CountsBatches(nn.Module):
+    """State dicts without a count of batches, such as PyTorch's before 0.4.1, leave it as it is.
 
-    As its BatchNorm does, whose version 2 has the count: the layer's own stays.
+    As its BatchNorm does, whose version 2 has the count.
     """
-    if (local_metadata.get("version") or 1) < 2 and layer.num_batches_tracked is not None:
-        state_dict.setdefault(prefix + "num_batches_tracked", layer.num_batches_tracked)
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        if (local_metadata.get("version") or 1) < 2 and self.num_batches_tracked is not None:
+            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def count_batch(layer: nn.Module) -> float:
@@ -59,14 +64,13 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class RunningNorm(Traceable, nn.Module):
+class RunningNorm(Traceable, CountsBatches):
     """Gain, shift and running statistics under batch norm's names, and the checks of the input.
 
     The running variance is stored biased. Differs: torch's BatchNorm stores the unbiased one.
     """
 
     input_dims: tuple[int, ...]
-    _version = 2  # of state dicts, as BatchNorm's
 
     def __init__(
         self,
@@ -108,10 +112,6 @@ class RunningNorm(Traceable, nn.Module):
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        fill_in_count(self, state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Batch norm with the running statistics, whatever the dtypes of its tensors."""

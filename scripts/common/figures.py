@@ -95,24 +95,19 @@ def by_recipe(
     found: dict[str, tuple[list[Run], list[str]]] = {}
     for name, runs in groups.items():
         first, *others = recipes(runs, cell, free, of_norm)
-        apart = {name: first}
+        apart, differing = {name: first}, {}
         for alike in others:
-            end = ending(alike[0], unlike(alike, first, cell, free))
-            apart[_unused(name + end, apart)] = alike
+            what = unlike(alike, first, cell, free)
+            own = _unused(name + ending(alike[0], what), apart)
+            apart[own], differing[own] = alike, describe_differences(what)
         for own, alike in apart.items():
             lines = []
             if alike is first:
-                lines += [
-                    f"{other} differs in "
-                    f"{describe_differences(unlike(first, theirs, cell, free))}; drawn apart."
-                    for other, theirs in apart.items()
-                    if theirs is not first
-                ]
+                lines += [f"{o} differs in {w}; drawn apart." for o, w in differing.items()]
             else:
-                what = describe_differences(unlike(alike, first, cell, free))
-                lines.append(f"Drawn apart from {name}, which differs in {what}.")
+                lines.append(f"Drawn apart from {name}, which differs in {differing[own]}.")
                 warn(f"{own}: {plural(len(alike), 'run')}, first {alike[0].path}, drawn apart from "
-                     f"{name}: {what}")  # fmt: skip
+                     f"{name}: {differing[own]}")  # fmt: skip
             cells = defaultdict(list)
             for run in alike:
                 cells[cell(run)].append(run)

@@ -108,11 +108,11 @@ def switch_norm(
     Arguments and errors are the same; see there.
     """
     statistics = canonical_statistics(statistics)
-    functional.check_running(x, running_mean, running_var, momentum, training)
     options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
     tensors = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
     if unbiased:  # for the official code's checkpoints; no kernel has it
         return functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
+    functional.check_running(x, running_mean, running_var, momentum, training)
     return switch_norm_act(tensors, options)
 
 
