@@ -28,12 +28,11 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define ROW_BLOCK 4096   /* values of a row that are summed at once: they stay in L1 */
-#define SHORT 512        /* rows up to this length are summed a batch at a time */
-#define BATCH 16
+#define BATCH 16         /* rows whose moments are one task */
 #define COLUMN_BLOCK 64  /* rows of (L, C) whose sums are kept in the arithmetic's dtype */
 #define ROWS 4           /* of these, those that are summed at once */
 #define SEGMENT 65536    /* values of a sample (L, C) that are one task, at least */
-#define PIECE 16384      /* values of rows that are one task, at least */
+#define PIECE 262144     /* values of rows that are one task, about */
 #define CACHE 524288     /* bytes of x that stay in the cache from one pass over it to the next */
 #define AHEAD 16384      /* bytes from a value in use to one that is asked for from memory */
 #define AHEAD_WRITTEN 4096
@@ -67,10 +66,15 @@ typedef struct {
     int64_t from, to;  /* samples */
 } Range;
 
+/* Whether a tensor is read from memory rather than from a cache. */
+static int is_far(const Layer *s, int64_t size) {
+    return s->batch * s->channels * s->length * size > 8 << 20;
+}
+
 /* How many samples are read the second time after the first time: all, unless they are independent
-   of each other. Then as many as stay in the cache. */
+   of each other and far. Then as many as stay in the cache. */
 static int64_t together(const Layer *s, int64_t size, int threads) {
-    if (s->bn >= 0 && !s->running) return s->batch;
+    if ((s->bn >= 0 && !s->running) || !is_far(s, size)) return s->batch;
     return larger(threads, CACHE / (s->channels * s->length * size));
 }
 
@@ -97,9 +101,10 @@ static Segment segment(const Layer *s, int64_t task) {
     return (Segment){n, smaller(step, s->length - start), (n * s->length + start) * s->channels};
 }
 
-/* Whether a tensor is read from memory rather than from a cache. */
-static int is_far(const Layer *s, int64_t size) {
-    return s->batch * s->channels * s->length * size > 8 << 20;
+/* How many of `rows` rows are one task, read in order: no thread has a task more than another. */
+static int64_t task_rows(int64_t rows, int64_t length, int threads) {
+    int64_t tasks = threads * larger(1, rows * length / (PIECE * threads));
+    return (rows + tasks - 1) / tasks;
 }
 
 /* Ask for `count` lines of memory, `stride` bytes apart, to be read or written. */

@@ -36,12 +36,12 @@ INLINE NAME(vector) NAME(keep_tail)(NAME(vector) v, int64_t count) {
     return (NAME(vector))((NAME(mask))v & mask);
 }
 
-/* sum x, at most LANES values */
-INLINE double NAME(sum)(const T *x, int64_t count) {
-    if (count == LANES) return NAME(total)(NAME(load)(x));
+/* Mean of the first values of a row, at most LANES. */
+INLINE A NAME(start_mean)(const T *x, int64_t count) {
+    if (count >= LANES) return (A)(NAME(total)(NAME(load)(x)) * (1.0 / LANES));
     double sum = 0;
     for (int64_t i = 0; i < count; i++) sum += LOAD(x[i]);
-    return sum;
+    return (A)(sum / count);
 }
 
 /* Mean and sum of squared distances from it, through a nearby centre: no digits are lost. `one` is
@@ -82,29 +82,31 @@ INLINE void NAME(centred)(const T *x, int64_t count, double one, A centre, doubl
     *square = squares - shift * sum;
 }
 
-/* Means and biased variances of `rows` rows, at most BATCH. Long rows are joined from blocks by
-   Chan's formula; of short ones many are under way at the same time. A block is summed about the
-   mean of its first values; again, about its own, if that is more than two deviations away. */
+/* Means and biased variances of `rows` rows. Long rows are joined from blocks by Chan's formula. A
+   block is summed about the mean of its first values; again, about its own, if that is more than
+   two deviations away. Memory is read in one stream: a mean of first values is taken one block
+   ahead, so that a short row need not wait for it. */
 CLONES static void NAME(row_moments)(const T *restrict x, int64_t rows, int64_t length,
                                      double *restrict mean, double *restrict var) {
-    A centre[BATCH];
-    for (int64_t start = 0; start < length; start += ROW_BLOCK) {
-        int64_t count = smaller(length - start, ROW_BLOCK), few = smaller(count, LANES);
-        double one = 1.0 / count, other, square;
-        int64_t step = count > SHORT ? 1 : rows;
-        for (int64_t first = 0; first < rows; first += step) {
-            for (int64_t i = first; i < first + step; i++)
-                centre[i] = (A)(NAME(sum)(x + i * length + start, few) / few);
-            for (int64_t i = first; i < first + step; i++) {
-                NAME(centred)(x + i * length + start, count, one, centre[i], &other, &square);
-                double away = other - centre[i];
-                if (away * away * count > 4 * square)
-                    NAME(centred)(x + i * length + start, count, one, (A)other, &other, &square);
-                if (start == 0) { mean[i] = other; var[i] = square; }
-                else join(start, count, other, square, mean + i, var + i);
+    const T *end = x + rows * length;
+    A next = NAME(start_mean)(x, smaller(length, ROW_BLOCK));
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t start = 0; start < length; start += ROW_BLOCK) {
+            int64_t count = smaller(length - start, ROW_BLOCK);
+            double one = 1.0 / count, other, square;
+            A centre = next;
+            if (x + count < end) {
+                int64_t rest = start + count == length ? length : length - start - count;
+                next = NAME(start_mean)(x + count, rest);
             }
+            NAME(centred)(x, count, one, centre, &other, &square);
+            double away = other - centre;
+            if (away * away * count > 4 * square)
+                NAME(centred)(x, count, one, (A)other, &other, &square);
+            if (start == 0) { mean[i] = other; var[i] = square; }
+            else join(start, count, other, square, mean + i, var + i);
+            x += count;
         }
-    }
     double one = 1.0 / length;
     for (int64_t i = 0; i < rows; i++) var[i] = var[i] < 0 ? 0 : var[i] * one;
 }
@@ -491,8 +493,8 @@ static void NAME(update)(const Layer *s, const double *new, double momentum, A *
 static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
                         const NAME(Work) *work, int relu, Range part, int threads) {
     int64_t channels = s->channels, length = s->length;
-    int64_t step = s->last ? 1 : larger(1, PIECE / length), each = s->last ? segments(s) : channels;
-    int64_t first = part.from * each, end = part.to * each;
+    int64_t each = s->last ? segments(s) : channels, first = part.from * each, end = part.to * each;
+    int64_t step = s->last ? 1 : task_rows(end - first, length, threads);
     int64_t count = (end - first + step - 1) / step;
     int backwards = end == s->batch * each && first == 0, far = is_far(s, sizeof(T));
     #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -507,14 +509,8 @@ static void NAME(apply)(const Layer *s, const T *x, const T *residual, T *y,
         }
         for (int64_t i = task; i < smaller(end, task + step); i++) {
             int64_t at = i * length;
-            int64_t most = far && !backwards ? AHEAD_WRITTEN / (int64_t)sizeof(T) : length;
-            for (int64_t l = 0; l < length; l += most) {
-                int64_t here = at + l, count = smaller(most, length - l);
-                if (most < length)
-                    fetch(y + here, AHEAD_WRITTEN, (count + LINE - 1) / LINE, 64, 1);
-                NAME(row_apply)(x + here, residual == NULL ? NULL : residual + here, y + here,
-                                count, work->a[i], work->k[i], work->b[i], relu);
-            }
+            NAME(row_apply)(x + at, residual == NULL ? NULL : residual + at, y + at, length,
+                            work->a[i], work->k[i], work->b[i], relu);
         }
     }
 }
@@ -667,13 +663,15 @@ int NAME(sn_backward)(const Backward *call) {
     }
     NAME(about_k)(size, work.k, mix.mean, grads.p, grads.q, work.p, work.q);
     if (dx != NULL && !s->last) {
+        int64_t step = task_rows(size, length, threads), tasks = (size + step - 1) / step;
         #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (int64_t j = 0; j < size; j++) {
-            int64_t i = size - 1 - j, at = i * length;
-            NAME(row_apply2)(dy + at, x + at, y == NULL ? x : y + at, dx + at,
-                             d_residual == NULL ? NULL : d_residual + at, length, work.a[i],
-                             work.k[i], work.b[i], work.p[i], work.q[i], act);
-        }
+        for (int64_t j = 0; j < tasks; j++)
+            for (int64_t i = larger(0, size - (j + 1) * step); i < size - j * step; i++) {
+                int64_t at = i * length;
+                NAME(row_apply2)(dy + at, x + at, y == NULL ? x : y + at, dx + at,
+                                 d_residual == NULL ? NULL : d_residual + at, length, work.a[i],
+                                 work.k[i], work.b[i], work.p[i], work.q[i], act);
+            }
     } else if (dx != NULL) {
         int64_t tasks = s->batch * segments(s);
         #pragma omp parallel for num_threads(threads) if (threads > 1)
