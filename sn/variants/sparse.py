@@ -119,11 +119,13 @@ def _logs_of_numbers(
     radius: float,
     dtype: torch.dtype,
     derivatives: bool,
-) -> tuple[tuple[float, ...] | None, list[float], Matrix]:
+) -> tuple[tuple[float, ...] | None, Tensor, Matrix]:
     """What is settled, if anything, logarithms of the importance weights, their derivatives.
 
-    Kept: in evaluation the numbers are those of the call before.
+    Kept, the tensor too: in evaluation the numbers are those of the call before. `dtype` is that of
+    the control parameters; half precision is computed in float32.
     """
+    dtype = torch.promote_types(dtype, torch.float32)
     settled, slopes, top = None, [], max(choice)
     if top > 0.5:
         weights, top = [0.0] * len(choice), 1.0
@@ -141,7 +143,8 @@ def _logs_of_numbers(
         [slope / weight for slope in row] if weight > 0 else zero
         for row, weight in zip(slopes or [zero] * len(weights), weights)
     ]
-    return settled, logs, slopes
+    with torch.inference_mode(False):  # it may be saved for a backward pass
+        return settled, torch.tensor(logs, dtype=dtype, device="cpu"), slopes
 
 
 class _Logits(torch.autograd.Function):
@@ -225,13 +228,15 @@ class SparseSwitchNormBase(SwitchNormBase):
 
     def _logits(self) -> tuple[Tensor, Tensor]:
         """Logarithms of the importance weights: their softmax, which the layer takes."""
-        tensors = (self.mean_weight, self.var_weight, self.radius, self.mean_choice)
+        control = (self.mean_weight, self.var_weight)
+        choices = (self.mean_choice, self.var_choice)
+        tensors = (*control, self.radius, choices[0])
         if not seen_through() and all(type(t) in PLAIN and t.is_cpu for t in tensors):
-            return self._logits_by_numbers()
+            return self._logits_by_numbers(control, choices, tensors[2].item())
         pair = self.importance()
         if self.training:
             with torch.no_grad():
-                for choice, weights in zip((self.mean_choice, self.var_choice), pair):
+                for choice, weights in zip(choices, pair):
                     one_hot = weights.max() >= ONE_HOT
                     choice.copy_(torch.where(one_hot, (weights >= ONE_HOT).to(choice), choice))
         return self._logits_of(pair)
@@ -240,25 +245,25 @@ class SparseSwitchNormBase(SwitchNormBase):
     def _logits_of(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return tuple(torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), -torch.inf) for w in pair)
 
-    def _logits_by_numbers(self) -> tuple[Tensor, Tensor]:
-        control = (self.mean_weight, self.var_weight)
+    def _logits_by_numbers(
+        self, control: tuple[Tensor, Tensor], choices: tuple[Tensor, Tensor], radius: float
+    ) -> tuple[Tensor, Tensor]:
         needed = torch.is_grad_enabled() and any(t.requires_grad for t in control)
-        radius = self.radius.item()
         logits, derivatives = [], []
-        for own, choice in zip(control, (self.mean_choice, self.var_choice)):
+        for own, choice in zip(control, choices):
             before = tuple(choice.tolist())
-            dtype = torch.promote_types(own.dtype, torch.float32)
             settled, logs, slopes = _logs_of_numbers(
-                tuple(own.tolist()), before, radius, dtype, needed
+                tuple(own.tolist()), before, radius, own.dtype, needed
             )
             if self.training and settled is not None and settled != before:
                 with torch.no_grad():
                     choice.copy_(torch.tensor(settled, device=choice.device))
-            logits.append(torch.tensor(logs, dtype=dtype, device=own.device))
+            logits.append(logs)
             derivatives.append(slopes)
         if not needed:
             return tuple(logits)
-        return _Logits.apply(self, tuple(derivatives), tuple(logits), *control)
+        own = tuple(logs.clone() for logs in logits)
+        return _Logits.apply(self, tuple(derivatives), own, *control)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ", gates=sparsestmax"

@@ -244,6 +244,38 @@ def test_frozen_gates_stay_until_unfrozen():
         sn.set_radius(model, 1.5)
 
 
+def test_what_inference_kept_can_be_trained_with():
+    """Importance weights met first in inference mode serve a backward pass after it."""
+    layer = sn.SparseSwitchNorm2d(4).eval()
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([0.731, 0.112, 0.254]))  # met nowhere else
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with torch.inference_mode():
+        first = layer(x)
+    for needed in (True, False):
+        layer.mean_weight.requires_grad_(needed)
+        layer.var_weight.requires_grad_(needed)
+        y = layer(x)
+        y.square().sum().backward()
+        torch.testing.assert_close(y, first)
+        plain, *_ = torch.autograd.grad(
+            sn.switch_norm(
+                x,
+                *[w.detach().log() for w in layer.importance()],
+                layer.weight,
+                layer.bias,
+                running_mean=layer.running_mean,
+                running_var=layer.running_var,
+                training=False,
+            )
+            .square()
+            .sum(),
+            x,
+        )
+        torch.testing.assert_close(x.grad, plain)
+        x.grad = None
+
+
 def test_training_ends_sparse():
     """Gates that learn under a growing radius settle, the batch's own scale being the target."""
     torch.manual_seed(0)
