@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common.claims import (
     HELD,
+    MOST_LOOKS,
     NOT_HELD,
     UNDECIDED,
     Design,
@@ -211,7 +212,8 @@ class Report:
             f"<header><h1>{escape(TITLE)}</h1>"
             '<p class="soft">Luo, Ren, Peng, Zhang, Li, arXiv 1806.10779. Our runs are proxies: '
             "small data and small networks that can show a trend, not an accuracy. "
-            f"{len(self.verdicts)} claims, judged by a rule that was written before the runs."
+            f"{len(self.verdicts)} claims, by a rule that was written before the runs; changes are "
+            "dated."
             f'{until} <a href="#rules">How a claim is judged</a>, and what has changed since.</p>'
             "</header>"
             f'<div class="cards"><div>{held}{not_held}</div>{"".join(others)}</div>'
@@ -799,10 +801,10 @@ class Report:
         parts = [
             MARKDOWN_NOTE,
             "# The paper's claims, and what our runs say",
-            f"{self.counts()}. The rule was written before the runs: `claims.yaml`, which explains "
-            "the effects too and dates its changes. With every seed, the commands, Tables 4.2 to "
-            "4.4 and Figs 2 to 6: `report.html`. Our runs are proxies, which can show a trend, not "
-            "an accuracy.",
+            f"{self.counts()}. The rule was written before the runs, but for changes that it "
+            "dates: `claims.yaml`, which explains the effects too. With every seed, the commands, "
+            "Tables 4.2 to 4.4 and Figs 2 to 6: `report.html`. Our runs are proxies, which can "
+            "show a trend, not an accuracy.",
             md_table(short),
             "## Every effect",
             md_table(long),
@@ -831,6 +833,8 @@ def explain(verdict: Verdict) -> str:
     if verdict.verdict == UNDECIDED and verdict.reason.startswith("the interval"):
         more = f"{verdict.needed} seeds would decide" if verdict.needed else "no number of seeds "
         more += "" if verdict.needed else "up to 1,000 would decide"
+        if verdict.claim.factor == MOST_LOOKS:
+            return f"Undecided: {verdict.reason}.{judged}"
         return f"Undecided: {verdict.reason}; at the spread seen {more}.{judged}"
     if verdict.reason:
         return f"Undecided: {verdict.reason}."
@@ -856,6 +860,8 @@ def standing(verdict: Verdict) -> str:
 def lacks(verdict: Verdict) -> str:
     """What an undecided claim lacks, in brackets."""
     name = standing(verdict)
+    if name == MORE_SEEDS and verdict.claim.factor == MOST_LOOKS:
+        return f" (judged {MOST_LOOKS} times, the most)"
     if name == MORE_SEEDS:
         enough = f"{verdict.needed} seeds" if verdict.needed else "1,000 seeds would not decide"
         return f" ({enough})"

@@ -27,6 +27,7 @@ from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
 LEDGER = ROOT / "results" / "claims.yaml"
 RULES = ("difference", "difference of differences", "ordering", "not worse", "equivalence")
 HELD, NOT_HELD, UNDECIDED = "held", "not held", "undecided"
+MOST_LOOKS = 6  # of one claim: see `more_seeds` in the ledger
 MOST_SEEDS = 1000  # beyond which "how many seeds would decide" is not computed
 UNRECORDED = {"gates": "joint", "optimizer.gate_lr_factor": 1}  # left out of a config at this value
 
@@ -85,7 +86,11 @@ class Claim:
     design: str
     marks: tuple[str, ...]
     tests: tuple[Test, ...]
-    looks: tuple[int, ...] = ()  # with how many seeds it was judged, where more were made after one
+    looks: tuple[int, ...] = ()  # up to which seed it was judged, where more were made after one
+
+    def counts(self, seed: int, first: Sequence[int]) -> bool:
+        """Whether a seed counts: those of the last look do, without looks the design's `first`."""
+        return seed <= self.looks[-1] if self.looks else seed in first
 
     @property
     def factor(self) -> int:
@@ -347,8 +352,13 @@ def _claim(entry: Any, number: int, top: dict, designs: dict[str, Design]) -> Cl
     for mark in marks:
         _need(mark in top["marks"], f"{where}: unknown mark {mark!r}; there are those of `marks`")
     looks = entry.get("looks", [])
-    rising = all(isinstance(n, int) for n in looks) and looks == sorted({1, *looks})[1:]
-    _need(rising, f"{where}: looks {looks} are not rising numbers of seeds, 2 or more")
+    rising = all(isinstance(n, int) and n >= 2 for n in looks) and looks == sorted(looks)
+    _need(
+        rising, f"{where}: looks {looks} are not numbers of seeds, 2 or more, none below the last"
+    )
+    _need(
+        len(looks) <= MOST_LOOKS, f"{where}: judged {len(looks)} times; {MOST_LOOKS} are the most"
+    )
     _need(entry["tests"], f"{where}: no tests")
     tests = []
     for index, test in enumerate(entry["tests"], 1):
@@ -732,7 +742,7 @@ def figure(run: Run, name: str) -> float | None:
             return 100 / classes if classes else None
         return run.metric(name)
     if run.diverged:
-        return None
+        return 0.0 if name in ("box_ap", "mask_ap") else None
     if name in ("in_weight", "ln_weight", "bn_weight"):
         if not run.importance:
             return None
@@ -938,13 +948,16 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
         if passed:
             verdict.verdict = HELD if toward else NOT_HELD
             continue
+        verdict.reason = "the interval holds a border of the rule"
+        if verdict.claim.factor == MOST_LOOKS:
+            verdict.reason += f", and it was judged {MOST_LOOKS} times, the most"
+            continue
         open_ones = [o.needed for o in verdict.outcomes if o.decided == UNDECIDED]
         if not toward:  # one test that is decided decides
             against = [o.needed for o in verdict.outcomes if not o.inside]
             verdict.needed = min((n for n in against if n), default=None)
         elif None not in open_ones:
             verdict.needed = max((n for n in open_ones if n), default=None)
-        verdict.reason = "the interval holds a border of the rule"
     return verdicts
 
 
@@ -954,7 +967,14 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     if not design.made:
         outcomes = [Outcome(test, {}) for test in claim.tests]
         return Verdict(claim, UNDECIDED, "no design yet", outcomes, [], [])
-    cells = {cell: evidence.cell(design, *cell) for cell in claim.cells}
+    cells = {
+        cell: {
+            seed: found
+            for seed, found in evidence.cell(design, *cell).items()
+            if claim.counts(seed, design.seeds)
+        }
+        for cell in claim.cells
+    }
     runs = [run for seeds in cells.values() for found in seeds.values() for run in found]
     missing = evidence.wanted(claim)
     outcomes = [_outcome(test, cells) for test in claim.tests]

@@ -169,9 +169,13 @@ def test_terms_of_an_effect():
             "design cifar10_16px, arm bilevel: 'gates' is not among the design's facts",
         ),
         (lambda d: d["judging"].update(level=5), "judging: level 5 is not 0 to 1"),
-        (lambda d: d["claims"][0].update(looks=[7, 5]), "claim C1: looks [7, 5] are not rising"),
-        (lambda d: d["claims"][0].update(looks=[1, 5]), "claim C1: looks [1, 5] are not rising"),
-        (lambda d: d["claims"][0].update(looks=["5"]), "claim C1: looks ['5'] are not rising"),
+        (lambda d: d["claims"][0].update(looks=[7, 5]), "claim C1: looks [7, 5] are not numbers"),
+        (lambda d: d["claims"][0].update(looks=[1, 5]), "claim C1: looks [1, 5] are not numbers"),
+        (lambda d: d["claims"][0].update(looks=["5"]), "claim C1: looks ['5'] are not numbers"),
+        (
+            lambda d: d["claims"][0].update(looks=[5] * 7),
+            "claim C1: judged 7 times; 6 are the most",
+        ),
         (lambda d: d.pop("figures"), "the file: `figures` is missing"),
     ],
 )
@@ -313,6 +317,30 @@ def test_every_look_counts(tmp_path):
     assert found.needed == claims.seeds_needed(differences, (0, math.inf), 0.05 / 4) > 5
 
 
+def test_seeds_count_from_the_next_look_on(tmp_path):
+    """Seeds 6 to 8, made for another claim, count when the ledger says that it is judged again."""
+    differences = [0.4, 1.6, 0.3, 1.0, 1.2, 5.0, 6.0, 7.0]
+    write_pairs(tmp_path, differences)
+    ledger, runs = small(the_test()), load_runs(tmp_path)
+    for looks, count in (((), 5), ((5, 7), 7), ((5, 7, 7), 7), ((5, 9), 8)):
+        claim = dataclasses.replace(ledger.claims[0], looks=looks)
+        [found] = claims.judge(dataclasses.replace(ledger, claims=(claim,)), runs)
+        values = list(found.outcomes[0].values.values())
+        assert values == pytest.approx(differences[:count]) and len(found.runs) == 2 * count
+        p = stats.ttest_1samp(differences[:count], 0).pvalue
+        assert found.p == pytest.approx(min(1, max(1, len(looks)) * p))
+
+
+def test_the_sixth_look_is_the_last(tmp_path):
+    write_pairs(tmp_path, [0.4, 1.6, 0.3, 1.0, -1.2])
+    ledger, runs = small(the_test()), load_runs(tmp_path)
+    for looks in ((3, 4, 5, 5, 5), (2, 3, 4, 5, 5, 5)):
+        claim = dataclasses.replace(ledger.claims[0], looks=looks)
+        [found] = claims.judge(dataclasses.replace(ledger, claims=(claim,)), runs)
+        assert found.verdict == "undecided" and (found.needed is None) == (len(looks) == 6)
+    assert found.reason.endswith("it was judged 6 times, the most")
+
+
 def test_the_number_of_claims_corrects(tmp_path):
     """p is about 0.02: enough for one claim, too much for the first of ten."""
     write_pairs(tmp_path, [0.4, 1.6, 0.3, 1.0, 1.2])
@@ -360,6 +388,9 @@ def test_a_diverged_run_is_as_good_as_a_guess(tmp_path):
     gap = the_test(of="gap")
     [found] = claims.judge(small(gap), load_runs(tmp_path))
     assert found.outcomes[0].left_out[2] == "a run diverged"
+    diverged = next(run for run in load_runs(tmp_path) if run.diverged)
+    found = [claims.figure(diverged, name) for name in ("box_ap", "mask_ap", "bn_weight")]
+    assert found == [0.0, 0.0, None]
 
 
 def test_two_records_of_one_run_are_refused(tmp_path):
