@@ -43,7 +43,7 @@ from torch import Tensor
 from .. import functional
 from ..functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from . import native
-from .common import PLAIN, Options, Reduce, is_transformed
+from .common import MOST_SPLITS, PLAIN, Options, Reduce, is_transformed
 from .native import native_switch_norm, quick_switch_norm, takes
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -280,9 +280,21 @@ def choose_backend(
             return "reference"
     if on_cpu and _backend in ("auto", "native") and takes(x, running_mean, running_var):
         return "native"
-    if x.dtype is torch.float64 or x.shape[1] > 16384:
+    parameters = (mean_weight, var_weight, weight, bias, running_mean, running_var)
+    if x.dtype is torch.float64 or not _triton_takes(x, parameters):
         return "reference"
     return "triton" if _takes_triton(x.device) else "reference"
+
+
+def _triton_takes(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
+    """Whether the Triton kernels can index the tensors: within a sample by 32 bits.
+
+    One program holds all channels of a sample in registers, up to 4,096.
+    """
+    batch, channels = x.shape[:2]
+    short = x.numel() // batch < 2**31 and batch * channels * 3 * MOST_SPLITS < 2**31
+    dense = all(t is None or t.is_contiguous() for t in parameters)
+    return channels <= 4096 and short and dense
 
 
 def seen_through() -> bool:

@@ -44,6 +44,7 @@ NAMES = (
     "running mean", "running variance",
 )  # fmt: skip
 _verdicts: dict[torch.device, bool] = {}
+_refusals: dict[torch.device, str] = {}  # what is to be said of them
 _one_at_a_time = threading.Lock()
 
 
@@ -75,14 +76,21 @@ def _judge(device: torch.device) -> bool:
         verdict = _no(f"Triton cannot be imported ({_one_line(error)})", undecided=True)
     else:
         verdict = _kept(facts) or _examined(device, facts)
-    if not verdict["works"] and os.environ.get("LOCAL_RANK", "0") == "0":
+    if not verdict["works"]:
         again = "" if verdict["undecided"] else "; `python -m sn.kernels.check` checks again"
-        warnings.warn(
+        _refusals[device] = (
             f"sn: the Triton kernels are not used on {_name(device)}: {verdict['why']}. The layer "
-            f"takes the plain formula, which is slower{again}",
-            stacklevel=2,
+            f"takes the plain formula, which is slower{again}"
         )
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say_why(device)
     return verdict["works"]
+
+
+def say_why(device: torch.device) -> None:
+    """Warn, once, of what was found against the kernels on `device`."""
+    if device in _refusals:
+        warnings.warn(_refusals.pop(device), stacklevel=3)
 
 
 def _examined(device: torch.device, facts: dict) -> dict:
@@ -330,8 +338,7 @@ def examine(device: torch.device, cases: list[Case], timed: list[tuple]) -> dict
         try:
             name, error, allowed = compare(case, device)
         except Exception as failure:
-            memory = isinstance(failure, torch.OutOfMemoryError)
-            return _no(f"{_one_line(failure)} at {case}", undecided=memory)
+            return _no(f"{_one_line(failure)} at {case}", undecided=_of_memory(failure))
         if not error <= allowed:  # NaN is none
             return _no(f"{name} is wrong by {error:.2g}, allowed {allowed:.2g}, at {case}")
         worst[str(case)] = f"{name}: {error:.2g} of {allowed:.2g} allowed"
@@ -342,12 +349,17 @@ def examine(device: torch.device, cases: list[Case], timed: list[tuple]) -> dict
             ours, plain = (sum(t) for t in zip(*(time_both(s, dtype, last, device)
                                                  for s in TIMED_SHAPES)))  # fmt: skip
         except Exception as failure:
-            memory = isinstance(failure, torch.OutOfMemoryError)
-            return _no(f"{_one_line(failure)} when timed, {place}", undecided=memory)
+            why = f"{_one_line(failure)} when timed, {place}"
+            return _no(why, undecided=_of_memory(failure))
         times[place] = f"{1e3 * ours:.3f} ms, the formula {1e3 * plain:.3f} ms"
         if not ours < plain:
             return _no(f"{ours / plain:.2f} of the formula's time, {place}: {times[place]}")
     return {"works": True, "why": None, "undecided": False, "errors": worst, "times": times}
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether the device had no memory left: Triton and CUDA say so in errors of other types."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def _one_line(error: Exception) -> str:
@@ -470,7 +482,8 @@ def time_both(
 def _child(name: str, uuid: str) -> None:
     """Print the verdict on the device of that `uuid`, or of that name if none was given."""
     if hasattr(signal, "alarm"):
-        signal.alarm(LIMIT + 30)  # should the parent be gone
+        signal.alarm(LIMIT + 30)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     device = torch.device(name)
     if device.type == "cpu":  # under the interpreter
         small = [case for case in CASES if math.prod(case.shape) < 2000]
@@ -484,6 +497,13 @@ def _child(name: str, uuid: str) -> None:
             torch.cuda.set_device(device)
             verdict = examine(device, CASES, TIMED)
     print(json.dumps(verdict), flush=True)
+
+
+def _end_with(parent: int) -> None:
+    """End when the process that started this one is gone: a GPU is not held for nobody."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..functional import switch_norm
 
+MOST_SPLITS = 64  # most pieces that the Triton programs cut an instance into
 PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)  # no subclass that does otherwise
 
 

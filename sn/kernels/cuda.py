@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import triton_kernels as kernels
 from .common import (
+    MOST_SPLITS,
     Options,
     Reduce,
     dense_in_layout,
@@ -101,7 +102,7 @@ class _Plan:
         if x.is_cuda:
             processors = torch.cuda.get_device_properties(x.device).multi_processor_count
         tiles = triton.cdiv(self.length, block_l)
-        splits = min(tiles, max(1, triton.cdiv(RESIDENT * processors, self.columns)), 64)
+        splits = min(tiles, max(1, triton.cdiv(RESIDENT * processors, self.columns)), MOST_SPLITS)
         self.chunk = triton.cdiv(tiles, splits) * block_l
         self.splits = triton.cdiv(self.length, self.chunk)
 
@@ -431,6 +432,11 @@ def triton_switch_norm(
         return _SwitchNorm.apply(*inputs, options, relu)
 
 
+def _dense(*parameters: Tensor | None) -> list[Tensor | None]:
+    """What the kernels index from its first value on: under compilation nothing has looked."""
+    return [None if t is None else t.contiguous() for t in parameters]
+
+
 # The custom operators: functional, with the options spelled out, as the schema language wants it.
 
 
@@ -454,8 +460,9 @@ def _operator(
     options = Options(tuple(statistics.split()), num_groups, training, 0.0, eps, virtual_gpus)
     dense, last = dense_in_layout(x)
     residual = None if residual is None else like_layout(residual, last)
-    parameters = (mean_weight, var_weight, weight, bias, running_mean, running_var)
-    y, moments = forward(dense, last, *parameters, residual, options, relu, False)
+    parameters = _dense(mean_weight, var_weight, weight, bias, running_mean, running_var)
+    with torch.cuda.device_of(x):
+        y, moments = forward(dense, last, *parameters, residual, options, relu, False)
     return y, *moments
 
 
@@ -494,22 +501,11 @@ def _operator_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = Options(tuple(statistics.split()), num_groups, training, 0.0, eps, virtual_gpus)
     dense, last = dense_in_layout(x)
-    return backward(
-        like_layout(dy, last),
-        dense,
-        last,
-        y,
-        mean_weight,
-        var_weight,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        Moments(own, layer, group, batch),
-        options,
-        relu,
-        residual,
-    )
+    parameters = _dense(mean_weight, var_weight, weight, bias, running_mean, running_var)
+    moments = Moments(own, layer, group, batch)
+    with torch.cuda.device_of(x):
+        dy = like_layout(dy, last)
+        return backward(dy, dense, last, y, *parameters, moments, options, relu, residual)
 
 
 @_operator_backward.register_fake

@@ -31,7 +31,7 @@ def _ratio(logits, K: tl.constexpr, k: tl.constexpr):
 
 
 @triton.jit
-def _join(partial, n, c, inside, N, C, L, CHUNK, SPLITS: tl.constexpr):
+def _join(partial, n, c, inside, N, C, L, CHUNK, SPLITS):
     """Mean, rest and variance of instances from those of their pieces of CHUNK positions."""
     plane = N * C
     at = n * C + c
@@ -116,7 +116,7 @@ def _mixture(
 @triton.jit
 def moments_kernel(
     x, partial, N, L, CHUNK,
-    C: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr, SPLITS,
     BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Mean, rest and sum of squared distances of a piece of BC instances. LAST: channels_last."""
@@ -160,7 +160,7 @@ def moments_kernel(
 @triton.jit
 def _pool_sample(
     partial, own, layer, group, n, N, L, CHUNK,
-    C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, SPLITS, LN: tl.constexpr, GN: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     size: tl.constexpr = C // Q
@@ -198,7 +198,7 @@ def _pool_sample(
 @triton.jit
 def _pool_batch(
     partial, batch, running_mean, running_var, block, N, L, CHUNK, G, momentum,
-    C: tl.constexpr, SPLITS: tl.constexpr, UPDATE: tl.constexpr,
+    C: tl.constexpr, SPLITS, UPDATE: tl.constexpr,
     BN_N: tl.constexpr, BN_C: tl.constexpr,
 ):  # fmt: skip
     c = block * BN_C + tl.arange(0, BN_C)
@@ -245,7 +245,7 @@ def _pool_batch(
 @triton.jit
 def pool_kernel(
     partial, own, layer, group, batch, running_mean, running_var, N, L, CHUNK, G, momentum,
-    C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, SPLITS,
     LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr, UPDATE: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr, BN_N: tl.constexpr, BN_C: tl.constexpr,
 ):  # fmt: skip
@@ -311,7 +311,7 @@ def sums_kernel(
     dy, x, y, partial, own, layer, group, batch, running_mean, running_var, mean_logits,
     var_logits, weight, bias, N, L, CHUNK, G, eps,
     C: tl.constexpr, Q: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr,
@@ -365,7 +365,7 @@ def sums_kernel(
 
 
 @triton.jit
-def _sums(partial, n, c, inside, N, C, SPLITS: tl.constexpr):
+def _sums(partial, n, c, inside, N, C, SPLITS):
     at = partial + n * C + c
     total = tl.load(at, mask=inside, other=0.0)
     product = tl.load(at + SPLITS * N * C, mask=inside, other=0.0)
@@ -386,7 +386,7 @@ def _pool_backward_sample(
     partial, sums, ratio_grads, ln_pool, gn_pool,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
     n, N, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, SPLITS,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr,
@@ -426,7 +426,7 @@ def _pool_backward_batch(
     partial, bn_pool, grad_weight, grad_bias,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
     block, N, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, SPLITS,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr,
     BN_N: tl.constexpr, BN_C: tl.constexpr,
@@ -469,7 +469,7 @@ def pool_backward_kernel(
     partial, sums, ratio_grads, ln_pool, gn_pool, bn_pool, grad_weight, grad_bias,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
     N, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, SPLITS,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr,
     BQ: tl.constexpr, BD: tl.constexpr, BN_N: tl.constexpr, BN_C: tl.constexpr,

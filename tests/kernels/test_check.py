@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -90,6 +91,19 @@ def test_results_that_change_between_runs_are_found(monkeypatch):
     assert "another in a second run" in verdict["why"]
 
 
+@runs
+@pytest.mark.parametrize("stage", ["compare", "time_both"])
+def test_memory_that_others_hold_is_no_verdict(stage, monkeypatch):
+    """Triton's and CUDA's own errors are no OutOfMemoryError."""
+
+    def full(*_):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    monkeypatch.setattr(check, stage, full)
+    verdict = check.examine(CPU, [TINY], [(torch.float32, True)])
+    assert not verdict["works"] and verdict["undecided"], verdict
+
+
 @outside
 def test_a_crash_in_a_kernel_ends_the_child_alone(tmp_path, monkeypatch):
     """The whole way from the command to the verdict, in a copy of the package."""
@@ -141,6 +155,29 @@ def test_a_child_that_hangs_is_ended_with_its_own_children():
     verdict = child(code + "sys.stdout.flush(); time.sleep(600)", limit=1.0)
     assert time.monotonic() - start < 60  # the grandchild holds the pipe, too
     assert verdict == {**BAD, "why": "their check had not ended after 1 s at here"}
+
+
+@outside
+def test_a_child_ends_with_who_started_it(tmp_path):
+    """A run that is killed leaves no process behind that holds its GPU."""
+    code = (
+        "import os, threading, time; from sn.kernels.check import _end_with; "
+        "threading.Thread(target=_end_with, args=(os.getppid(),)).start(); "
+        "print(os.getpid(), flush=True); time.sleep(600)"
+    )
+    start = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {code!r}]); input()"
+    parent = subprocess.Popen(
+        [sys.executable, "-S", "-c", start],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    own = int(parent.stdout.readline())
+    os.kill(own, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    assert parent.stdout.read() == ""  # comes to an end when nobody writes there any more
 
 
 @outside
@@ -271,8 +308,13 @@ def test_processes_that_start_at_once_wait_for_one_check(tmp_path):
 
 def disagree(rank: int) -> None:
     check.proven = lambda device: rank == 0
+    check._refusals.update({CPU: "no memory"} if rank else {})
     distributed.start("cpu")
-    distributed.agree_on_kernels(CPU)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        distributed.agree_on_kernels(CPU)
+    words = "not in every process" if rank == 0 else "no memory"
+    assert len(said) == 1 and words in str(said[0].message)
     assert check._verdicts == {CPU: False}
     check.proven = lambda device: True
     check._verdicts.clear()

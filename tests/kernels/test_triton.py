@@ -275,13 +275,15 @@ def test_in_a_cuda_graph():
         layer(x, residual).backward(dy)
 
     side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+    side.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    with sn.backend("triton"):
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            step()
     wanted = layer.weight.grad.clone()
     layer.weight.grad.zero_()
     graph.replay()
@@ -292,7 +294,7 @@ def constants(last, relu, residual, running, statistics):
     place = {s: statistics.index(s) if s in statistics else -1 for s in ALL}
     return {
         "C": 64, "Q": 4 if "gn" in statistics else 1, "FIXED_L": 0 if last else 196, "LAST": last,
-        "SPLITS": 2, "K": len(statistics), "IN": place["in"], "LN": place["ln"],
+        "K": len(statistics), "IN": place["in"], "LN": place["ln"],
         "GN": place["gn"], "BN": place["bn"], "RUNNING": running, "AFFINE": True, "RELU": relu,
         "RESIDUAL": residual, "BC": 64 if last else 8, "BL": 32 if last else 256,
         "BQ": 4 if "gn" in statistics else 1, "BD": 64, "BN_N": 16, "BN_C": 16,
@@ -325,7 +327,7 @@ def test_compiles_for_sm_90(kernel, variant):
         name = parameter.name
         if parameter.is_constexpr:
             signature[name], values[(i,)] = "constexpr", variants[variant][name]
-        elif name in ("N", "L", "CHUNK", "G"):
+        elif name in ("N", "L", "CHUNK", "G", "SPLITS"):
             signature[name] = "i32"
         elif name in ("eps", "momentum"):
             signature[name] = "fp32"
@@ -340,6 +342,64 @@ def test_compiles_for_sm_90(kernel, variant):
     assert ".local" not in ptx  # nothing spilled from the registers
     if variants[variant]["LAST"] and kernel not in ("pool", "pool_backward"):
         assert "ld.global.v4.b32" in ptx  # 128-bit accesses
+
+
+@runs
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strided", range(1, 7))
+def test_parameters_that_are_not_dense(strided, training):
+    """A column of a matrix, one value for all channels: read as they are, their neighbours kept."""
+    tensors = [t.to(DEVICE) for t in values((3, 6, 4, 5), ("in", "ln", "bn"))[:7]]
+    options = {"training": training, "momentum": 0.5}
+    wanted = [t.clone() for t in tensors]
+    with sn.backend("reference"):
+        y = kernels.switch_norm(*wanted, **options)
+    for columns in (torch.full((len(tensors[strided]), 3), 7.0), None):
+        own = [t.clone() for t in tensors]
+        if columns is not None:
+            columns = columns.to(DEVICE)
+            columns[:, 1] = own[strided]
+            own[strided] = columns[:, 1]
+        elif strided < 5:
+            own[strided] = tensors[strided][:1].expand(len(tensors[strided]))
+            with sn.backend("reference"):
+                y = kernels.switch_norm(*(t.clone() for t in own), **options)
+        with sn.backend("triton"):
+            torch.testing.assert_close(kernels.switch_norm(*own, **options), y)
+        if columns is not None:
+            assert (columns[:, [0, 2]] == 7).all()
+            torch.testing.assert_close(own[strided], wanted[strided])
+
+
+@runs
+def test_operator_with_parameters_that_are_not_dense():
+    """What compiled code calls, where nothing has looked at the strides."""
+    x, *dense, mean, var = (t.to(DEVICE) for t in values((3, 6, 4, 5), ("in", "ln", "bn"))[:7])
+    results = []
+    for strided in (False, True):
+        own = [t.clone().requires_grad_() for t in (x, *dense)]
+        given = [torch.stack((t, t + 1), 1)[:, 0] for t in own[1:]] if strided else own[1:]
+        options = ("in ln bn", 1, False, 1e-5, 1, False)
+        y, *_ = torch.ops.sn.switch_norm(own[0], *given, mean, var, None, *options)
+        results.append([y, *torch.autograd.grad(y.pow(3).sum(), own)])
+    for plain, strided in zip(*results):
+        torch.testing.assert_close(strided, plain)
+
+
+def test_what_32_bits_cannot_index(monkeypatch):
+    """One sample of 2^31 values, too many instances, too many channels: by the formula."""
+    monkeypatch.setattr(kernels, "_triton_works", lambda device: True)
+    for shape, wanted in (
+        ((2, 64, 2**10, 2**14), "triton"),
+        ((1, 64, 2**10, 2**15), "reference"),
+        ((2**13, 2**10), "triton"),
+        ((2**14, 2**10), "reference"),
+        ((2, 4096, 3), "triton"),
+        ((2, 4097, 3), "reference"),
+    ):
+        x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        with sn.backend("triton"):
+            assert kernels.choose_backend(x) == wanted, shape
 
 
 @runs

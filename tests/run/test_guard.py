@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 import sn
-from sn.training.run.guard import FiniteGuard, check_finite, first_bad_layer, gradient_norm
+from sn.training.run.guard import (
+    FiniteGuard,
+    can_decide,
+    check_finite,
+    first_bad_layer,
+    gradient_norm,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -84,6 +90,20 @@ def test_skips_up_to_the_limit_and_restores_the_statistics():
             assert torch.equal(buffer, before[name]), name
     with pytest.raises(FloatingPointError, match="2 steps were skipped before"):
         guard.allows(torch.tensor(NAN), model, "here")
+
+
+def test_the_first_step_of_a_parameter_is_not_left_to_the_device():
+    """The control parameters' first step, before the weights', is none of theirs."""
+    weight, control, frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    groups = [{"params": [weight, frozen]}, {"params": [control]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
+    control.grad = torch.ones(2)
+    optimizer.step()
+    control.grad, weight.grad = None, torch.ones(2)
+    assert not can_decide(optimizer)
+    optimizer.step()
+    assert can_decide(optimizer)
+    assert not can_decide(torch.optim.SGD([weight], lr=0.1, momentum=0.9, fused=True))
 
 
 def test_what_counts_as_waiting(synchronisations):

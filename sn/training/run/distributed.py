@@ -4,6 +4,7 @@ import datetime
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -109,8 +110,20 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def agree_on_kernels(device: torch.device) -> None:
     """Let all processes use the Triton kernels or none: at the first use on a machine a check."""
-    if kernels.chosen_by_check() and any_process(not check.proven(device), device):
-        check.refuse(device)
+    if not kernels.chosen_by_check():
+        return
+    own = check.proven(device)
+    if not any_process(not own, device):
+        return
+    check.refuse(device)
+    if any_process(own, device):  # else local rank 0 has said why
+        check.say_why(device)
+        if own and dist.get_rank() == 0:
+            warnings.warn(
+                "sn: the Triton kernels can be used here, but not in every process, as those say: "
+                "all take the plain formula, which is slower",
+                stacklevel=2,
+            )
 
 
 def in_main(write: Callable[[], None], processes: Processes) -> None:

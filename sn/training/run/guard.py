@@ -88,9 +88,13 @@ class FiniteGuard:
 def can_decide(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `FiniteGuard.update` can leave the decision to the device: fused, not the first step.
 
-    A first step that is not made would leave SGD's momentum uninitialised.
+    A first step that is not made would leave SGD's momentum uninitialised. The control parameters
+    may have made theirs before the weights.
     """
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and len(optimizer.state) > 0
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return all(p in optimizer.state for p in parameters if p.grad is not None)
 
 
 class ToHost:
