@@ -831,10 +831,10 @@ def explain(verdict: Verdict) -> str:
     if looks := verdict.claim.looks:
         judged = f" Judged with {', '.join(map(str, looks))} seeds: p counts {len(looks)} times."
     if verdict.verdict == UNDECIDED and verdict.reason.startswith("the interval"):
+        if verdict.claim.is_spent:
+            return f"Undecided: {verdict.reason}.{judged}"
         more = f"{verdict.needed} seeds would decide" if verdict.needed else "no number of seeds "
         more += "" if verdict.needed else "up to 1,000 would decide"
-        if verdict.claim.factor == MOST_LOOKS:
-            return f"Undecided: {verdict.reason}.{judged}"
         return f"Undecided: {verdict.reason}; at the spread seen {more}.{judged}"
     if verdict.reason:
         return f"Undecided: {verdict.reason}."
@@ -860,7 +860,7 @@ def standing(verdict: Verdict) -> str:
 def lacks(verdict: Verdict) -> str:
     """What an undecided claim lacks, in brackets."""
     name = standing(verdict)
-    if name == MORE_SEEDS and verdict.claim.factor == MOST_LOOKS:
+    if name == MORE_SEEDS and verdict.claim.is_spent:
         return f" (judged {MOST_LOOKS} times, the most)"
     if name == MORE_SEEDS:
         enough = f"{verdict.needed} seeds" if verdict.needed else "1,000 seeds would not decide"

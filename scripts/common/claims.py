@@ -98,6 +98,11 @@ class Claim:
         return max(1, len(self.looks))
 
     @property
+    def is_spent(self) -> bool:
+        """Whether it was judged as often as it may be."""
+        return self.factor == MOST_LOOKS
+
+    @property
     def cells(self) -> list[tuple[str, str | None]]:
         """The (arm, setting) pairs whose runs the claim needs, each once, in order."""
         return list(dict.fromkeys((t.arm, t.setting) for test in self.tests for t in test.terms))
@@ -949,7 +954,7 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
             verdict.verdict = HELD if toward else NOT_HELD
             continue
         verdict.reason = "the interval holds a border of the rule"
-        if verdict.claim.factor == MOST_LOOKS:
+        if verdict.claim.is_spent:
             verdict.reason += f", and it was judged {MOST_LOOKS} times, the most"
             continue
         open_ones = [o.needed for o in verdict.outcomes if o.decided == UNDECIDED]

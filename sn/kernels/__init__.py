@@ -266,7 +266,8 @@ def choose_backend(
         return "reference"
     accepted = _FLOATS if x.dtype is torch.float64 else _FLOATS[1:]
     on_cpu = x.is_cpu
-    for tensor in (x, mean_weight, var_weight, weight, bias, running_mean, running_var):
+    parameters = (mean_weight, var_weight, weight, bias, running_mean, running_var)
+    for tensor in (x, *parameters):
         if tensor is not None and not (
             type(tensor) in PLAIN
             and tensor.dtype in accepted
@@ -280,7 +281,6 @@ def choose_backend(
             return "reference"
     if on_cpu and _backend in ("auto", "native") and takes(x, running_mean, running_var):
         return "native"
-    parameters = (mean_weight, var_weight, weight, bias, running_mean, running_var)
     if x.dtype is torch.float64 or not _triton_takes(x, parameters):
         return "reference"
     return "triton" if _takes_triton(x.device) else "reference"

@@ -482,7 +482,7 @@ def time_both(
 def _child(name: str, uuid: str) -> None:
     """Print the verdict on the device of that `uuid`, or of that name if none was given."""
     if hasattr(signal, "alarm"):
-        signal.alarm(LIMIT + 30)
+        signal.alarm(LIMIT + 30)  # should the parent be gone before it is known
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     device = torch.device(name)
     if device.type == "cpu":  # under the interpreter
