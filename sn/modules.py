@@ -121,6 +121,25 @@ class SwitchNormBase(Traceable, CountsBatches):
     def eps(self, value: float) -> None:
         self._eps = value
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # beside the version that nn.Module keeps there
+            destination._metadata[prefix[:-1]]["statistics"] = self.statistics
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        saved = tuple(local_metadata.get("statistics", self.statistics))
+        if saved != self.statistics:
+            errors.append(
+                f"the control parameters {prefix}mean_weight and var_weight are of the statistics "
+                f"{saved}, those of this layer are of {self.statistics}; build it with "
+                f"statistics={saved}"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         return self.as_node(x) if isinstance(x, Proxy) else self._normalize(x)
 

@@ -503,6 +503,22 @@ def test_a_state_dict_of_another_set_of_statistics_is_refused():
         sn.SwitchNorm2d(4).load_state_dict(sn.SwitchNorm2d(4, statistics=("in", "ln")).state_dict())
 
 
+@pytest.mark.parametrize("make", [sn.SwitchNorm2d, sn.SparseSwitchNorm2d, sn.SyncSwitchNorm2d])
+def test_a_state_dict_of_as_many_other_statistics_is_refused(make):
+    """("gn", "bn") and ("in", "bn") have tensors of the same names and shapes."""
+    saved = nn.Sequential(make(4, statistics=("gn", "bn"), num_groups=2)).state_dict()
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    for state in (saved, torch.load(file, weights_only=True)):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=r"0\.mean_weight.*'gn', 'bn'.*'in', 'bn'"):
+                nn.Sequential(make(4, statistics=("in", "bn"))).load_state_dict(state, strict)
+    nn.Sequential(make(4, statistics=("bn", "gn"), num_groups=2)).load_state_dict(saved)
+    told_nothing = dict(saved)  # such as a safetensors file
+    nn.Sequential(make(4, statistics=("in", "bn"))).load_state_dict(told_nothing)
+
+
 def test_to_moves_parameters_and_buffers():
     layer = sn.SwitchNorm2d(4).double()
     assert layer.running_mean.dtype == layer.mean_weight.dtype == torch.float64
