@@ -103,7 +103,7 @@ def compose_config(table: str, dataset: str, overrides: list[str]) -> CellSearch
                 compose("nasbench201", [f"table='{table}'", f"dataset={dataset}", *overrides])
             )
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(entry.explain(error, CellSearchConfig)) from None
+        raise ValueError(entry.explain(error, "nasbench201")) from None
 
 
 def arm_config(config: CellSearchConfig) -> dict:

@@ -49,7 +49,7 @@ def explained(root: str, error: Exception) -> str:
     """What the user reads when Hydra or OmegaConf refuses something."""
     if isinstance(error, MissingMandatoryValue):
         return entry.message(error)
-    return entry.explain(error, schema(root))
+    return entry.explain(error, root)
 
 
 @functools.cache

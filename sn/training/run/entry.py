@@ -105,7 +105,7 @@ def start(main: Callable[[], None], root: str) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         if TRACEBACKS:
             raise
-        end(explain(error, schema_of(root)), 2)
+        end(explain(error, root), 2)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OSError) as error:
         if TRACEBACKS or _begun:
             raise
@@ -164,8 +164,8 @@ def options_of_others(root: str) -> None:
             end(f"{word} is not for {COMMANDS[root]}; choose one of {fitting}", 2)
 
 
-def explain(error: BaseException, schema: type) -> str:
-    """What Hydra refused, in one line: key, value, what is expected."""
+def explain(error: BaseException, root: str) -> str:
+    """What Hydra refused of a root config, in one line: key, value, what is expected."""
     if isinstance(error, OverrideParseException):
         reason = str(error.message).splitlines()[0]
         return (
@@ -173,7 +173,7 @@ def explain(error: BaseException, schema: type) -> str:
             "needs quotes inside quotes: 'note=\"a=b\"'"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
-        return no_such_option(str(error.missing_cfg_file))
+        return no_such_option(str(error.missing_cfg_file), root)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(cause)
     file = re.match(r"In '([^']+)'", str(error))
@@ -183,7 +183,7 @@ def explain(error: BaseException, schema: type) -> str:
         return " ".join(str(error).split())
     if isinstance(cause, InterpolationKeyError | InterpolationResolutionError):
         return f"{where}{key.group(1)}: {text.splitlines()[0]}"
-    hint, metadata, known = field_of(schema, key.group(1))
+    hint, metadata, known = field_of(schema_of(root), key.group(1))
     kinds = (ConfigKeyError, ConfigAttributeError)
     if isinstance(cause, kinds) or "ConfigKeyError" in text or "ConfigAttributeError" in text:
         if known:
@@ -198,16 +198,14 @@ def explain(error: BaseException, schema: type) -> str:
     return f"{where}{key.group(1)}={short(value)}; expected {expected}"
 
 
-def no_such_option(wanted: str) -> str:
-    """What to say of `group/choice` that has no file; a choice may stand in folders of its own."""
+def no_such_option(wanted: str, root: str) -> str:
+    """What to say of `group/choice` that has no file."""
     group, _, choice = wanted.partition("/")
-    folder = (CONFIGS / wanted).parent
-    names = [
-        f"{path.relative_to(CONFIGS / group).with_suffix('')}{'/...' if path.is_dir() else ''}"
-        for path in sorted(folder.glob("*"))
-        if path.is_dir() or path.suffix == ".yaml"
-    ]
-    return f"{group}={choice}: no such option; choose one of {', '.join(names)}"
+    fitting = (
+        ", ".join(sorted(groups(root).get(group, ())))
+        or f"none, {COMMANDS[root]} has no such group"
+    )
+    return f"{group}={choice}: no such option; choose one of {fitting}"
 
 
 def message(error: BaseException) -> str:
