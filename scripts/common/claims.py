@@ -6,7 +6,6 @@ A leaf like `records.py`: neither torch nor `sn`. How a claim is judged stands i
 import json
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -764,9 +763,6 @@ def figure(run: Run, name: str) -> float | None:
         return values[0] - values[1] if None not in values else None
     if name == "style_loss":
         return style_loss(run)
-    if name == "ms_per_image":
-        speeds = [line["images_per_s"] for line in run.metrics if line.get("images_per_s")]
-        return statistics.median(1000 / speed for speed in speeds) if speeds else None
     return run.metric(name)
 
 
