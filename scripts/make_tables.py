@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         runs = without_searches(load_runs(args.runs))
-        detectors = load_runs(args.runs, "detection")
+        detectors = without_searches(load_runs(args.runs, "detection"))
     except FileNotFoundError as error:
         fail(str(error))
     if args.print:

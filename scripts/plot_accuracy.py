@@ -26,6 +26,7 @@ from common.records import (
 
 METRICS = {"top1": "BN by moving average", "top1_batch_average": "BN by batch average"}
 LR = "schedule.lr_per_256"  # may be chosen for each norm
+NAMES = {"sn_with_bn": "SN with BN"}
 MARKERS = {"bn": "o", "gn": "s", "sn": "D", "in": "^", "ln": "v", "brn": "*", "bkn": "X"}
 
 
@@ -132,7 +133,7 @@ def draw_line(panel, settings: list[str], values: list, norm: str, shift: float)
 
 
 def label_of(norm: str) -> str:
-    return norm.upper() if norm in MARKERS else norm
+    return NAMES.get(norm) or (norm.upper() if norm in MARKERS else norm)
 
 
 def captions(runs: list[Run]) -> list[str]:
@@ -140,7 +141,7 @@ def captions(runs: list[Run]) -> list[str]:
     lines = []
     seeds = sorted({len({run.seed for run in found}) for found in by_cell(runs).values()})
     if seeds != [1]:
-        lines.append(f"Ours: line = mean over {'/'.join(map(str, seeds))} seeds, dots = runs, "
+        lines.append(f"Ours: line = mean over {figures.from_to(seeds)} seeds, dots = runs, "
                      f"{figures.INTERVAL}.")  # fmt: skip
     lrs = {run.norm: run.config.get("schedule", {}).get("lr_per_256") for run in runs}
     if len(set(lrs.values())) > 1:

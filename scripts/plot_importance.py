@@ -80,17 +80,18 @@ def main(argv: list[str] | None = None) -> None:
         for run in runs:
             cells[run.setting].append(run)
         cells = {setting: cells[setting] for setting in sort_settings(cells, FIGURE_SETTINGS)}
-        lines = captions(runs) + lines
         settings = chosen_settings(args.settings, cells)
+        shown = captions([run for setting in settings for run in cells[setting]]) + lines
         default = (args.weights, args.average) == ("both", "layers")
         choice = "" if default else f"_{args.weights}_{args.average}"
         end = f"{name}{'' if args.norm == 'sn' else f'_{args.norm}'}"
         path = out / f"importance_by_setting_{end}{choice}.{args.format}"
-        draw_by_setting(cells, args.weights, args.average, paper["fig_2"], path, lines)
+        said = captions(runs) + lines
+        draw_by_setting(cells, args.weights, args.average, paper["fig_2"], path, said)
         path = out / f"importance_by_block_{end}.{args.format}"
-        draw_by_block(cells, settings, paper["fig_3"], path, lines)
+        draw_by_block(cells, settings, paper["fig_3"], path, shown)
         path = out / f"importance_over_epochs_{end}.{args.format}"
-        draw_over_epochs(cells, settings, path, lines)
+        draw_over_epochs(cells, settings, path, shown)
 
 
 def with_weights(runs: list[Run], data: str | None) -> dict[str, list[Run]]:
@@ -475,7 +476,7 @@ def captions(runs: list[Run]) -> list[str]:
         seeds[Path(run.name).parent].add(run.seed)
     counts = sorted({len(found) for found in seeds.values()})
     if counts != [1]:
-        seen = f"the mean over {'/'.join(map(str, counts))} seeds"
+        seen = f"the mean over {figures.from_to(counts)} seeds"
         lines.append(f"Ours: {seen}; dots, thin lines: runs; {figures.INTERVAL}.")
     return lines
 

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -74,6 +74,11 @@ def read(root: Path, task: str = "imagenet") -> list[Run]:
         fail(str(error))
 
 
+def from_to(counts: Sequence[int]) -> str:
+    """Rising numbers in words: `5`, or `5 to 26`."""
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+
+
 def warn(line: str) -> str:
     """Print a warning, and return it for the caption."""
     print(f"warning: {line}", file=sys.stderr)
@@ -103,7 +108,9 @@ def by_recipe(
         for own, alike in apart.items():
             lines = []
             if alike is first:
-                lines += [f"{o} differs in {w}; drawn apart." for o, w in differing.items()]
+                if differing:
+                    names = ", ".join(differing)
+                    lines.append(f"Other recipes have figures of their own: {names}.")
             else:
                 lines.append(f"Drawn apart from {name}, which differs in {differing[own]}.")
                 warn(f"{own}: {plural(len(alike), 'run')}, first {alike[0].path}, drawn apart from "
