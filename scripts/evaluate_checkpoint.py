@@ -55,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--batches", type=int, default=200, help="of the batch average")
     parser.add_argument("--seed", type=int, default=0, help="of the batch average's images")
+    parser.add_argument(
+        "--augment", action="store_true", help="them with the training's random crops and flips"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 
@@ -115,13 +118,9 @@ def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[st
     """Top-1, top-5 and loss with the running statistics, and with the batch average."""
     where = (processes.rank, processes.world_size)
 
-    def images(split, batches):
-        return make_loader(
-            TransformedImages(split, data.evaluation, epochs=1),
-            batches,
-            args.workers,
-            processes.device,
-        )
+    def images(split, batches, augmentation=data.evaluation):
+        transformed = TransformedImages(split, augmentation, 1, args.seed)
+        return make_loader(transformed, batches, args.workers, processes.device)
 
     def to_device(tensor):
         return tensor.to(processes.device, non_blocking=True)
@@ -136,7 +135,8 @@ def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[st
         batches = batch_average_batches(
             len(data.train), args.batch_size, args.batches, args.seed, *where
         )
-        loader = (to_device(x) for x, _ in images(data.train, batches))
+        augmentation = data.augmentation if args.augment else data.evaluation
+        loader = (to_device(x) for x, _ in images(data.train, batches, augmentation))
         results["batches"] = sn.batch_average(model, loader, len(batches))
         results |= figures("_batch_average")
     return results

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import oracle
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import sn
+from sn.training.classification.data import build_data
 from sn.training.classification.models import build_model
 from sn.training.classification.official import convert_official, unfilled_statistics
 from sn.training.run.checkpoint import load_network
@@ -292,6 +294,25 @@ def a_checkpoint(prefix="", **changed):
     model = build_model(**build, norm=sn.make_norm("sn"))
     state = {prefix + key: value for key, value in model.state_dict().items()}
     return {"build": build | changed, "norm": {"name": "sn"}, "model": state}, model
+
+
+def test_the_batch_average_may_be_of_augmented_images(load_script):
+    """The running statistics then come from shifted images, those of the moving average stay."""
+    script = load_script("evaluate_checkpoint")
+    data = build_data("digits", train_images=64)
+    processes = argparse.Namespace(rank=0, world_size=1, device=torch.device("cpu"))
+    made = {}
+    for name in ("own", "none"):
+        images = data if name == "own" else replace(data, augmentation=data.evaluation)
+        for augment in (False, True):
+            layer = sn.SwitchNorm2d(3)
+            model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(10)).eval()
+            args = argparse.Namespace(workers=0, batch_size=32, batches=2, seed=0, augment=augment)
+            found = script.evaluate_both(model, images, args, processes)
+            assert found["batches"] == 2 and "top1_moving_average" in found
+            made[name, augment] = layer.running_var
+    assert torch.equal(made["own", False], made["none", True])
+    assert not torch.allclose(made["own", False], made["own", True], rtol=1e-3)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])
