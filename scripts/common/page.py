@@ -64,7 +64,7 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; }
 .paper { border-left: 3px double var(--line); padding-left: .75rem; align-self: stretch; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr));
   gap: 1rem; margin: .75rem 0; }
-.panels.wide { grid-template-columns: minmax(0, 10fr) minmax(0, 9fr); }
+.panels.wide { grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; background: var(--panel); border-radius: 3px; padding: .5rem; min-width: 0; }
 figure.published { background: none; border: 3px double var(--line); }
 svg { display: block; width: 100%; height: auto; max-width: 520px;
@@ -77,7 +77,6 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { text-align: left; padding: .15rem .6rem .15rem 0; border-bottom: 1px solid var(--line);
   font-weight: 400; white-space: nowrap; }
 summary { cursor: pointer; padding: .15rem 0; }
-@media (max-width: 1200px) { .panels.wide { grid-template-columns: minmax(0, 1fr); } }
 @media (max-width: 760px) {
   body { padding: .75rem .75rem 2rem; }
   .test, .test.titles { grid-template-columns: 1fr; } .test.titles { display: none; }
