@@ -55,9 +55,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--batches", type=int, default=200, help="of the batch average")
     parser.add_argument("--seed", type=int, default=0, help="of the batch average's images")
-    parser.add_argument(
-        "--augment", action="store_true", help="them with the training's random crops and flips"
-    )
+    crops = "take the batch average's images with the training's random crops and flips"
+    parser.add_argument("--augment", action="store_true", help=crops)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 

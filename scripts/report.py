@@ -278,8 +278,8 @@ class Report:
         if design.record:
             return self.record_of(verdict, design)
         needs = [f"{key}=..." for key in design.takes]
-        every = " ".join([f"python scripts/run_claims.py {verdict.claim.id}", "--", *needs])
-        lines = [f"<p>All: <code>{every if needs else every.removesuffix(' --')}</code></p>"]
+        words = [verdict.claim.id, *(["--", *needs] if needs else [])]
+        lines = [f"<p>All: <code>python scripts/run_claims.py {' '.join(words)}</code></p>"]
         name, setting = verdict.claim.cells[0]
         arm = design.arms[name]
         choice = self.evidence.choice(design, arm)
@@ -551,8 +551,8 @@ class Report:
         runs = [runs[0] for runs in found.values() if len(runs) == 1]
         row = [title]
         for name in metrics:
-            values = [figure(run, name) for run in runs if not run.diverged]
-            values = [value for value in values if value is not None]
+            finished = (run for run in runs if not run.diverged)
+            values = [value for run in finished if (value := figure(run, name)) is not None]
             text = f"{mean_and_sd(values)[0]:.1f}" if values else ""
             if len(values) > 1:
                 low, high = t_interval(values)
@@ -891,8 +891,7 @@ def would_decide(verdict: Verdict) -> str:
     """How many seeds an undecided claim needs, and which way its means lie."""
     if verdict.needed is None:
         return f"not even {MOST_SEEDS:,} seeds would decide"
-    toward = all(outcome.inside for outcome in verdict.outcomes)
-    return f"{verdict.needed} seeds would decide, {'for' if toward else 'against'} it"
+    return f"{verdict.needed} seeds would decide, {'for' if verdict.toward else 'against'} it"
 
 
 def criteria(test: Test) -> tuple[str, ...]:

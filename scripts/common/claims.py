@@ -926,6 +926,11 @@ class Verdict:
     diverged: int = 0
 
     @property
+    def toward(self) -> bool:
+        """Whether every mean lies where the rule wants it."""
+        return all(outcome.inside for outcome in self.outcomes)
+
+    @property
     def minutes(self) -> float:
         walls = (run.summary.get("wall_s") for run in self.runs)
         return math.fsum(wall for wall in walls if isinstance(wall, int | float)) / 60
@@ -938,8 +943,7 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
     corrected = holm({v.claim.id: v.p for v in verdicts}, ledger.level)
     for verdict in verdicts:
         level, passed, verdict.adjusted_p = corrected[verdict.claim.id]
-        toward = all(outcome.inside for outcome in verdict.outcomes)
-        verdict.level = level if toward else level / len(verdict.outcomes)
+        verdict.level = level if verdict.toward else level / len(verdict.outcomes)
         one_more = verdict.level / (verdict.claim.factor + 1)
         verdict.level /= verdict.claim.factor
         for outcome in verdict.outcomes:
@@ -947,14 +951,14 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
         if verdict.reason:
             continue
         if passed:
-            verdict.verdict = HELD if toward else NOT_HELD
+            verdict.verdict = HELD if verdict.toward else NOT_HELD
             continue
         verdict.reason = "the interval holds a border of the rule"
         if verdict.claim.is_spent:
             verdict.reason += f", and it was judged {MOST_LOOKS} times, the most"
             continue
         open_ones = [o.needed for o in verdict.outcomes if o.decided == UNDECIDED]
-        if not toward:  # one test that is decided decides
+        if not verdict.toward:  # one test that is decided decides
             against = [o.needed for o in verdict.outcomes if not o.inside]
             verdict.needed = min((n for n in against if n), default=None)
         elif None not in open_ones:
@@ -1009,7 +1013,7 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
         verdict.reason = f"{short[0].test.effect}: fewer than two seeds ({_names(reasons)})"
     if verdict.reason:
         return verdict
-    if all(outcome.inside for outcome in outcomes):
+    if verdict.toward:
         verdict.p = max(outcome.p for outcome in outcomes)
     else:
         verdict.p = len(outcomes) * min(o.p for o in outcomes if not o.inside)
