@@ -116,9 +116,11 @@ def build(config: ImagenetConfig, run: Session) -> Task:
 
     lr, sgd = setting.lr(config.schedule.lr_per_256, 256), config.optimizer
     rules = (sgd.weight_decay, sgd.gate_lr_factor, sgd.gate_weight_decay)
-    optimizer = torch.optim.SGD(  # fused: one call for all parameters, which can skip itself
-        sn.parameter_groups(model, lr, *rules), lr, sgd.momentum, fused=True
-    )
+    # Fused: one call for all parameters, which can skip itself. Its first step must not be skipped,
+    # which leaves the momentum uninitialised, as the scaled gradients of fp16 often ask for.
+    fused = config.precision != "fp16"
+    groups = sn.parameter_groups(model, lr, *rules)
+    optimizer = torch.optim.SGD(groups, lr, sgd.momentum, fused=fused)
 
     def training_loader(images, seed: int) -> tuple[DataLoader, SettingSampler]:
         where = (processes.rank, processes.world_size)

@@ -739,6 +739,21 @@ def test_switches_run(options, tmp_path, few):
         assert summary["statistics"] == ["gn", "bn"]
 
 
+def test_fp16_survives_that_its_first_steps_overflow(tmp_path, tiny, monkeypatch):
+    """As ResNet-50's do at the usual scale. Memory that nothing has written is NaN here."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**30, enabled=enabled)
+    )
+    train(tmp_path, "schedule.epochs=8", "precision=fp16", "deterministic=true")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    steps, scale = lines(tmp_path / "metrics.jsonl")[-1]["step"], state["scaler"]["scale"]
+    overflows = round(math.log2(2.0**30 / scale))
+    assert 0 < overflows < steps
+    momenta = [one["momentum_buffer"] for one in state["optimizer"]["state"].values()]
+    assert momenta and all(torch.isfinite(momentum).all() for momentum in momenta)
+
+
 def test_channels_last_is_the_same_run(tmp_path, tiny):
     a, b = (
         train(tmp_path / str(flag), "precision=fp64", f"channels_last={flag}")
