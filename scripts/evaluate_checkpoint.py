@@ -154,6 +154,8 @@ def main() -> None:
             options["root"] = args.root
         data = build_data(**{key: value for key, value in options.items() if key != "workers"})
         model.to(processes.device)
+        if processes.device.type == "cuda":
+            distributed.agree_on_kernels(model, processes.device)
         results = evaluate_both(model, data, args, processes)
     except Exception as error:
         if not entry.is_known(error):

@@ -14,16 +14,17 @@
 #   kernels.json layers.json networks.json networks_compiled.json
 #   rest.tar.gz                            all of it, with the experiments' runs: what a resumption needs
 #
-# Needs torch with CUDA (and Triton), torchvision, numpy and pytest; more than one process for the
-# tests with pytest-xdist. gpu_files/ brings Hydra and CIFAR-10 at 16 px: without them the steps that
-# need them fail by name. A line of scripts/gpu_pending.txt is one more step (its head says what
-# GPU_DATA must hold).
+# Needs torch with CUDA (and Triton), torchvision, numpy, pytest, scipy, tqdm, tensorboard and
+# scikit-learn; more than one process for the tests with pytest-xdist. gpu_files/ brings Hydra,
+# pycocotools and CIFAR-10 at 16 px, and is to be copied along, for git ignores it: without them the
+# steps that need them fail by name. A line of scripts/gpu_pending.txt is one more step (its head
+# says what GPU_DATA must hold).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results/gpu}
 WORK=${WORK:-$OUT.work}
 BUDGET=${BUDGET:-540}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 DRY=${DRY:-}
 START=$SECONDS
 mkdir -p "$OUT" "$WORK"
@@ -44,7 +45,11 @@ collect() { # what is there so far, into OUT
         echo "=== $(basename "$name" .log)"
         tail -c 60000 "$name"
     done >"$OUT/log.txt" 2>/dev/null
-    tar -czf "$OUT/.rest" -C "$WORK" --exclude=./data --exclude=./cache --exclude=./site . &&
+    local finished # their records are all that a resumption needs
+    finished=$(cd "$WORK" && find . -name summary.json -printf '--exclude=%h/*.pt\n')
+    # shellcheck disable=SC2086  # one option a word
+    tar -czf "$OUT/.rest" -C "$WORK" --exclude=./data --exclude=./cache --exclude=./site \
+        $finished . &&
         mv "$OUT/.rest" "$OUT/rest.tar.gz"
 }
 
@@ -110,12 +115,13 @@ import sys, torch, triton
 print(torch.__version__, triton.__version__)
 if sys.argv[1] == "cuda":
     print(torch.cuda.get_device_properties(0))
-    x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    least = min(2**30, torch.cuda.get_device_properties(0).total_memory // 16)
+    x = torch.randn(least, device="cuda", dtype=torch.bfloat16)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
     for event in (start, start, end):  # the first round warms up
         event.record()
-        y = [x.clone() for _ in range(8)]
-        del y
+        for _ in range(8):
+            y = x.clone()
     end.record()
     torch.cuda.synchronize()
     print(f"copy: {16 * 2 * x.nbytes / start.elapsed_time(end) / 1e9:.2f} TB/s, read and written")
@@ -139,7 +145,7 @@ if [[ -z $DRY ]]; then
         --output "$WORK/style"
 fi
 left=$((BUDGET - SECONDS + START))
-claims=("$PYTHON" scripts/run_claims.py C1 --jobs "$jobs" --runs "$WORK/runs")
+claims=("$PYTHON" scripts/run_claims.py C15 --seeds 1-40 --jobs "$jobs" --runs "$WORK/runs")
 if [[ -n $DRY ]]; then
     claims+=(--list)
 elif ((left > 60)); then # runs that are left save when the time is over

@@ -4,7 +4,8 @@
     python scripts/gpu_pack.py --unpack DATA        # there: DATA/cifar-10-batches-py
 
 gpu_files/wheels holds hydra-core, omegaconf and antlr4's runtime at the versions of constraints.txt
-(the last one is built: there is no wheel of it). gpu_files/cifar10_16px.npz holds the 15,000 images
+(the last one is built: there is no wheel of it), and pycocotools for x86-64 Linux and the machine's
+Python (--python, 3.12 by default). gpu_files/cifar10_16px.npz holds the 15,000 images
 of experiment=imagenet/cifar10_16px averaged down to 16 px: runs on them have the records' data
 fingerprint. --root - leaves the images out.
 """
@@ -21,20 +22,27 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT / "gpu_files"
 WHEELS = ("hydra-core", "omegaconf", "antlr4-python3-runtime")
+COMPILED = ("pycocotools",)
 TRAIN = 10_000  # data.train_images of the experiment; 5,000 more are held out
 
 
-def collect_wheels(folder: Path) -> list[Path]:
-    """Build or fetch one wheel of each of `WHEELS`; none of them depends on the platform."""
+def collect_wheels(folder: Path, python: str) -> list[Path]:
+    """Build or fetch a wheel of each of `WHEELS`, for any machine, and of `COMPILED`, for that."""
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
-    wanted = [re.search(rf"^{name}==\S+", pins, re.MULTILINE)[0] for name in WHEELS]
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder)]
-    subprocess.run([*command, *wanted], check=True)
-    found = sorted(folder.glob("*.whl"))
-    foreign = [wheel.name for wheel in found if not wheel.name.endswith("-none-any.whl")]
-    if len(found) != len(WHEELS) or foreign:
+
+    def pip(command: str, names: tuple[str, ...], *options: str) -> None:
+        wanted = [re.search(rf"^{name}==\S+", pins, re.MULTILINE)[0] for name in names]
+        call = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *options, *wanted]
+        subprocess.run(call, check=True)
+
+    pip("wheel", WHEELS, "-w", str(folder))
+    found = sorted(folder.glob("*-none-any.whl"))
+    if len(found) != len(WHEELS):
         raise SystemExit(f"expected one wheel of each of {WHEELS} in {folder}, found {found}")
-    return found
+    there = ["--only-binary", ":all:", "--python-version", python, "-d", str(folder)]
+    platforms = [f"manylinux{tag}_x86_64" for tag in ("2014", "_2_17", "_2_28")]
+    pip("download", COMPILED, *there, *(f"--platform={platform}" for platform in platforms))
+    return sorted(folder.glob("*.whl"))
 
 
 def pack_images(root: str, path: Path) -> None:
@@ -65,6 +73,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", default="data", help="data.root of CIFAR-10; - for none")
+    parser.add_argument("--python", default="3.12", help="version there (default: 3.12)")
     parser.add_argument("--unpack", type=Path, metavar="DATA", help="write the images there")
     parser.add_argument("--folder", type=Path, default=PACK, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -73,7 +82,7 @@ def main() -> None:
         unpack_images(images, args.unpack)
         return
     args.folder.mkdir(exist_ok=True)
-    collect_wheels(args.folder / "wheels")
+    collect_wheels(args.folder / "wheels", args.python)
     if args.root != "-":
         pack_images(args.root, images)
     size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())

@@ -289,10 +289,13 @@ def choose_backend(
 def _triton_takes(x: Tensor, parameters: tuple[Tensor | None, ...]) -> bool:
     """Whether the Triton kernels can index the tensors: within a sample by 32 bits.
 
-    One program holds all channels of a sample in registers, up to 4,096.
+    Up to the end of its last piece, which is less than 2^20 beyond it. One program holds all
+    channels of a sample in registers, up to 4,096.
     """
     batch, channels = x.shape[:2]
-    short = x.numel() // batch < 2**31 and batch * channels * 3 * MOST_SPLITS < 2**31
+    length = x.numel() // (batch * channels)
+    short = channels * length < 2**31 - 2**20
+    short = short and batch * channels * 3 * min(length, MOST_SPLITS) < 2**31
     dense = all(t is None or t.is_contiguous() for t in parameters)
     return channels <= 4096 and short and dense
 

@@ -11,6 +11,7 @@ the first one's. What speaks of the circumstances (no memory left, no compiler) 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -148,8 +149,20 @@ def _facts(device: torch.device) -> dict:
         properties = torch.cuda.get_device_properties(device)
         facts["capability"] = f"{properties.major}.{properties.minor}"
         facts["multiprocessors"] = properties.multi_processor_count
-        facts["driver"] = getattr(torch._C, "_cuda_getDriverVersion", int)()
+        facts["driver"] = _driver()
     return facts
+
+
+def _driver() -> str:
+    """The kernel module's version as Linux tells it, else that of CUDA that the driver knows."""
+    with contextlib.suppress(OSError):
+        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        return told.partition("\n")[0]
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+        ctypes.CDLL(name).cuDriverGetVersion(ctypes.byref(version))
+    return str(version.value)
 
 
 def _file(facts: dict) -> Path:
@@ -261,7 +274,8 @@ def _understood(output: str, errors: str, code: int, limit: float | None) -> dic
             place = told["at"]
     at = f" at {place}" if place else ""
     if limit is not None:
-        return _no(f"their check had not ended after {limit:g} s{at}")
+        # one that hangs before the first case has not tried the kernels
+        return _no(f"their check had not ended after {limit:g} s{at}", undecided=place is None)
     last = errors.strip().splitlines()[-1:]
     said = f": {last[0][:200]}" if last else ""
     how = f"exit code {code}"

@@ -5,7 +5,9 @@ operators `sn::switch_norm` and `sn::switch_norm_backward` are the same without 
 `torch.compile` when the backend is forced; by default compilation takes the plain formula.
 """
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ from .common import (
 TILE = 2048  # numbers that a program loads at a time: 16 a thread, two 128-bit accesses in bf16
 RESIDENT = 8  # programs per multiprocessor that a launch should have
 SAMPLES = 64  # that a program of the pool kernels gathers at a time; 183 registers, none spilled
+LAUNCH = {"enable_fp_fusion": True}  # a product and a sum in one rounding; Triton's default changes
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 
 
@@ -41,7 +44,7 @@ def probe(device: torch.device) -> None:
     x = torch.ones(1, 1, 16, device=device)
     with torch.cuda.device(device):
         kernels.moments_kernel[(1, 1)](
-            x, torch.empty_like(x), 1, 16, 16, C=1, FIXED_L=16, LAST=False, SPLITS=1, BC=1, BL=16
+            x, torch.empty_like(x), 1, 16, 16, C=1, FOUR=False, LAST=False, SPLITS=1, BC=1, BL=16, **LAUNCH
         )
 
 
@@ -69,11 +72,19 @@ def _moment_shapes(x: Tensor, options: Options, running: bool) -> list[tuple[int
 
 
 class _Plan:
-    """Sizes, blocks and constants of the launches for one input."""
+    """Sizes, blocks and constants of the launches for inputs of one shape."""
 
-    def __init__(self, x: Tensor, last: bool, weight: Tensor | None, options: Options, running):
-        self.batch, self.channels = x.shape[:2]
-        self.length = x.numel() // (self.batch * self.channels)
+    def __init__(
+        self,
+        shape: torch.Size,
+        last: bool,
+        affine: bool,
+        options: Options,
+        has_running: bool,
+        device: torch.device,
+    ):
+        self.batch, self.channels = shape[:2]
+        self.length = length = math.prod(shape[2:])
         has_gn = "gn" in options.statistics
         self.num_groups = options.num_groups if has_gn else 1
         self.groups = options.virtual_gpus if options.training else 1
@@ -85,33 +96,47 @@ class _Plan:
             "GN": place.get("gn", -1),
             "BN": place.get("bn", -1),
         }
-        self.running = not options.training and running is not None and "bn" in place
-        self.mixture = self.places | {"RUNNING": self.running, "AFFINE": weight is not None}
+        self.running = not options.training and has_running and "bn" in place
+        self.mixture = self.places | {"RUNNING": self.running, "AFFINE": affine}
         self.shape = {"C": self.channels, "Q": self.num_groups}
-        # short maps are rarely multiples of 16 long: as a constant their accesses stay wide
-        fixed = self.length if self.length <= 256 else 0
+        # Triton sees by itself that a number is a multiple of 16. As a constant, L would be known
+        # to be one of 4 too, but maps of many sizes would compile as many kernels.
+        four = not last and length % 4 == 0 and length % 16 != 0
+        self.given_length = length // 4 if four else length
         block_c, block_l = self._tile(last)
-        self.tile = {"FIXED_L": fixed, "LAST": last, "BC": block_c, "BL": block_l}
-        size = triton.next_power_of_2(self.channels // self.num_groups)
-        self.pool = {"BQ": triton.next_power_of_2(self.num_groups), "BD": size}
-        samples = triton.next_power_of_2(self.batch // self.groups)
+        self.tile = {"FOUR": four, "LAST": last, "BC": block_c, "BL": block_l} | LAUNCH
+        size = _power_of_2(self.channels // self.num_groups)
+        samples = _power_of_2(self.batch // self.groups)
+        self.pool = {"BQ": _power_of_2(self.num_groups), "BD": size} | LAUNCH
         self.pool |= {"BN_N": max(16, min(samples, SAMPLES)), "BN_C": 16}
-        self.columns = self.batch * triton.cdiv(self.channels, block_c)
-        self.rows = self.batch + triton.cdiv(self.channels, 16)
+        self.columns = self.batch * _cdiv(self.channels, block_c)
+        self.rows = self.batch + _cdiv(self.channels, 16)
         processors = 2
-        if x.is_cuda:
-            processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-        tiles = triton.cdiv(self.length, block_l)
-        splits = min(tiles, max(1, triton.cdiv(RESIDENT * processors, self.columns)), MOST_SPLITS)
-        self.chunk = triton.cdiv(tiles, splits) * block_l
-        self.splits = triton.cdiv(self.length, self.chunk)
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        tiles = _cdiv(length, block_l)
+        splits = min(tiles, max(1, _cdiv(RESIDENT * processors, self.columns)), MOST_SPLITS)
+        self.chunk = _cdiv(tiles, splits) * block_l
+        self.splits = _cdiv(length, self.chunk)
 
     def _tile(self, last: bool) -> tuple[int, int]:
-        along = triton.next_power_of_2(self.channels if last else self.length)
+        along = _power_of_2(self.channels if last else self.length)
         along = min(along, 64 if last else 1024)
-        other = triton.next_power_of_2(self.length if last else self.channels)
+        other = _power_of_2(self.length if last else self.channels)
         other = min(other, TILE // along)
         return (along, other) if last else (other, along)
+
+
+_plan = lru_cache(maxsize=4096)(_Plan)  # a plan costs as much host time as two launches
+
+
+def _cdiv(a: int, b: int) -> int:  # Triton's own are slow to call from Python
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def forward(
@@ -133,8 +158,9 @@ def forward(
 
     `between`, if any, is called with `Moments.batch` before the last one, to change it.
     """
-    plan = _Plan(x, last, weight, options, running_mean)
-    n, c, length, chunk = plan.batch, plan.channels, plan.length, plan.chunk
+    affine = weight is not None
+    plan = _plan(x.shape, last, affine, options, running_mean is not None, x.device)
+    n, c, length, chunk = plan.batch, plan.channels, plan.given_length, plan.chunk
 
     def new(*shape):
         return torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -154,7 +180,7 @@ def forward(
         running_mean if update else partial,
         running_var if update else partial,
         n,
-        length,
+        plan.length,
         chunk,
         plan.groups,
         options.momentum,
@@ -217,8 +243,9 @@ def backward(
     Returns the gradients of x, mean_logits, var_logits, weight, bias and the residual, those of
     parameters in float32, empty tensors where the input is None.
     """
-    plan = _Plan(x, last, weight, options, running_mean)
-    n, c, length, chunk = plan.batch, plan.channels, plan.length, plan.chunk
+    affine = weight is not None
+    plan = _plan(x.shape, last, affine, options, running_mean is not None, x.device)
+    n, c, length, chunk = plan.batch, plan.channels, plan.given_length, plan.chunk
     k = plan.places["K"]
 
     def new(*shape):

@@ -14,7 +14,8 @@ is all that is ever used, are then exact however far from zero the data is.
 
 In the arguments x is (N, C, L) with strides (sn, sc, sl), `partial` (3, SPLITS, N, C), `own` the
 instances' moments (3, N, C) as mean, rest and variance, `layer` (3, N), `group` (3, N, Q) and
-`batch` (3, G, C) those of ln, gn and bn.
+`batch` (3, G, C) those of ln, gn and bn. With FOUR the given L is a quarter of it, by which the
+compiler knows that rows begin at multiples of four.
 """
 
 import triton
@@ -116,11 +117,11 @@ def _mixture(
 @triton.jit
 def moments_kernel(
     x, partial, N, L, CHUNK,
-    C: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr, SPLITS,
+    C: tl.constexpr, FOUR: tl.constexpr, LAST: tl.constexpr, SPLITS,
     BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """Mean, rest and sum of squared distances of a piece of BC instances. LAST: channels_last."""
-    length = FIXED_L if FIXED_L > 0 else L
+    length = 4 * L if FOUR else L
     blocks: tl.constexpr = (C + BC - 1) // BC
     n = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -266,7 +267,7 @@ def pool_kernel(
 def apply_kernel(
     x, y, residual, own, layer, group, batch, running_mean, running_var, mean_logits, var_logits,
     weight, bias, N, L, CHUNK, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, FOUR: tl.constexpr, LAST: tl.constexpr,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr,
@@ -275,7 +276,7 @@ def apply_kernel(
 
     From the end to the beginning: what the moments read last is still in the cache.
     """
-    length = FIXED_L if FIXED_L > 0 else L
+    length = 4 * L if FOUR else L
     blocks: tl.constexpr = (C + BC - 1) // BC
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     n = pid // blocks
@@ -310,7 +311,7 @@ def apply_kernel(
 def sums_kernel(
     dy, x, y, partial, own, layer, group, batch, running_mean, running_var, mean_logits,
     var_logits, weight, bias, N, L, CHUNK, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, FOUR: tl.constexpr, LAST: tl.constexpr,
     SPLITS,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -321,7 +322,7 @@ def sums_kernel(
     With ReLU dy counts where the output was positive: recomputed from x, or with a residual read
     from y, which the next layer keeps anyway.
     """
-    length = FIXED_L if FIXED_L > 0 else L
+    length = 4 * L if FOUR else L
     blocks: tl.constexpr = (C + BC - 1) // BC
     n = tl.program_id(0) // blocks
     c = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
@@ -512,13 +513,13 @@ def _apply_backward(
     dy, x, y, dx, d_residual, sums, ln_pool, gn_pool, bn_pool,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight, bias,
     pid, N, L, CHUNK, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, FOUR: tl.constexpr, LAST: tl.constexpr,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (C + BC - 1) // BC
-    length = FIXED_L if FIXED_L > 0 else L
+    length = 4 * L if FOUR else L
     n = pid // blocks
     c = (pid % blocks) * BC + tl.arange(0, BC)
     inside = c < C
@@ -581,7 +582,7 @@ def apply_backward_kernel(
     dy, x, y, dx, d_residual, sums, ratio_grads, ln_pool, gn_pool, bn_pool, grad_mean, grad_var,
     own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight, bias,
     N, L, CHUNK, G, eps,
-    C: tl.constexpr, Q: tl.constexpr, FIXED_L: tl.constexpr, LAST: tl.constexpr,
+    C: tl.constexpr, Q: tl.constexpr, FOUR: tl.constexpr, LAST: tl.constexpr,
     K: tl.constexpr, IN: tl.constexpr, LN: tl.constexpr, GN: tl.constexpr, BN: tl.constexpr,
     RUNNING: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, RESIDUAL: tl.constexpr,
     BC: tl.constexpr, BL: tl.constexpr,
@@ -598,6 +599,6 @@ def apply_backward_kernel(
         _apply_backward(
             dy, x, y, dx, d_residual, sums, ln_pool, gn_pool, bn_pool,
             own, layer, group, batch, running_mean, running_var, mean_logits, var_logits, weight,
-            bias, pid, N, L, CHUNK, G, eps, C, Q, FIXED_L, LAST, K, IN, LN, GN, BN, RUNNING, AFFINE,
+            bias, pid, N, L, CHUNK, G, eps, C, Q, FOUR, LAST, K, IN, LN, GN, BN, RUNNING, AFFINE,
             RELU, RESIDUAL, BC, BL,
         )  # fmt: skip

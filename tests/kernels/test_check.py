@@ -155,6 +155,17 @@ def test_a_child_that_hangs_is_ended_with_its_own_children():
     verdict = child(code + "sys.stdout.flush(); time.sleep(600)", limit=1.0)
     assert time.monotonic() - start < 60  # the grandchild holds the pipe, too
     assert verdict == {**BAD, "why": "their check had not ended after 1 s at here"}
+    verdict = child("import time; time.sleep(600)", limit=1.0)  # before it has tried a kernel
+    assert verdict == {**BAD, "why": "their check had not ended after 1 s", "undecided": True}
+
+
+@outside
+def test_a_driver_is_told_from_another(monkeypatch):
+    versions = iter(["NVRM version: 570.86\nGCC", "NVRM version: 580.95\nGCC"])
+    monkeypatch.setattr(check.Path, "read_text", lambda path, **_: next(versions))
+    assert [check._driver() for _ in "ab"] == ["NVRM version: 570.86", "NVRM version: 580.95"]
+    monkeypatch.undo()
+    assert torch.cuda.is_available() or re.fullmatch("[0-9]+|NVRM.*", check._driver())
 
 
 @outside
@@ -310,15 +321,18 @@ def disagree(rank: int) -> None:
     check.proven = lambda device: rank == 0
     check._refusals.update({CPU: "no memory"} if rank else {})
     distributed.start("cpu")
+    model = torch.nn.Sequential(sn.SwitchNorm2d(3))
+    distributed.agree_on_kernels(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), CPU)
+    assert not check._verdicts  # nobody was asked
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        distributed.agree_on_kernels(CPU)
+        distributed.agree_on_kernels(model, CPU)
     words = "not in every process" if rank == 0 else "no memory"
     assert len(said) == 1 and words in str(said[0].message)
     assert check._verdicts == {CPU: False}
     check.proven = lambda device: True
     check._verdicts.clear()
-    distributed.agree_on_kernels(CPU)
+    distributed.agree_on_kernels(model, CPU)
     assert not check._verdicts  # nobody refused
     distributed.stop()
 

@@ -105,7 +105,8 @@ def compare(tensors, dtype, layout="contiguous", *, backend, device="cpu", **opt
         fused = run(kernels.switch_norm, tensors, dtype, layout, **options)
     plain = run(functional.switch_norm, tensors, dtype, layout, **options)
     fused, plain = ([t if t is None else t.cpu() for t in got] for got in (fused, plain))
-    eps = torch.finfo(dtype).eps
+    # a GPU divides, and takes roots and powers, to two units in the last place
+    eps = torch.finfo(dtype).eps * (4 if device == "cuda" and dtype == torch.float32 else 1)
     terms = tensors[0].numel()
     for name, true, reference, ours in zip(NAMES, exact, plain, fused):
         if true is None:

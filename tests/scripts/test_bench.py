@@ -1,8 +1,10 @@
 """scripts/common/bench.py: who is timed when, how ratios are taken, what is said of the machine."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from common import bench
 
 
@@ -103,3 +105,26 @@ def test_table_of_plans(load_script):
     assert text[-1] == "| (8,32) | bn | 5000 | " + " | ".join(["does not fit"] * 4) + " |"
     assert rows[0]["epoch_s"] == pytest.approx(2 * rows[0]["step_ms"] / 1000)  # 16 images by 8
     assert 100 < rows[0]["peak_mb"] < 10_000
+
+
+def test_a_layer_that_cannot_run_does_not_keep_the_others_from_it(load_script, monkeypatch, capsys):
+    """On CUDA group norm takes parameters of the input's dtype alone."""
+    bench_norm = load_script("bench_norm")
+
+    class SameDtype(torch.nn.GroupNorm):
+        def forward(self, x):
+            if self.weight.dtype != x.dtype:
+                raise RuntimeError("expected scalar type BFloat16 but found Float")
+            return super().forward(x)
+
+    layers = bench_norm.contestants("cpu", torch.bfloat16, ["gn", "sn"])
+    assert layers["gn"](8).weight.dtype == torch.bfloat16
+    assert layers["sn"](8).weight.dtype == layers["bn"](8).weight.dtype == torch.float32
+    layers["other"] = lambda channels: SameDtype(4, channels)
+    layers["same"] = bench_norm.of_dtype(layers["other"], torch.bfloat16)
+    monkeypatch.setattr(bench_norm, "contestants", lambda *_: layers)
+    args = SimpleNamespace(device="cpu", dtype="bfloat16", rounds=1, clock="cpu", quick=True)
+    args.only, args.layouts = None, ["contiguous_format"]
+    (row,) = bench_norm.bench_layers(args, {"one": (2, {(8, 4, 4): 1})}, lambda rows: None)
+    assert set(row["forward+backward"]) == {"bn", "gn", "sn", "same"}
+    assert "other: expected scalar type BFloat16 but found Float, not timed" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import os
 import pickle
 import subprocess
+import tarfile
 from pathlib import Path
 
 import gpu_pack
@@ -70,6 +71,24 @@ def test_another_machine_goes_on_from_what_came_back(tmp_path):
     other.mkdir()
     (tmp_path / "out" / "rest.tar.gz").rename(other / "rest.tar.gz")
     assert "layers: done before" in run(other, python, 100).stdout
+
+
+def test_what_comes_back_has_every_record_and_no_weights_of_finished_runs(tmp_path):
+    runs = tmp_path / "out.work" / "runs"
+    for name, files in (("done", ("summary.json", "checkpoint.pt")), ("half", ("checkpoint.pt",))):
+        (runs / name).mkdir(parents=True)
+        for file in files:
+            (runs / name / file).write_text("{}")
+    run(tmp_path / "out", interpreter(tmp_path / "python"), 100)
+    with tarfile.open(tmp_path / "out" / "rest.tar.gz") as packed:
+        names = {name for name in packed.getnames() if name.startswith("./runs/") and "." in name[2:]}
+    assert names == {"./runs/done/summary.json", "./runs/half/checkpoint.pt"}
+
+
+def test_what_pending_experiments_write_comes_back():
+    lines = (ROOT / "scripts" / "gpu_pending.txt").read_text().splitlines()
+    for line in lines:
+        assert line.startswith("#") or "$WORK/" in line, line
 
 
 def test_nothing_begins_without_time_for_it(tmp_path):

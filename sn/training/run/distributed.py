@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ... import kernels
 from ...batch_average import batch_statistics_layers, sum_over_processes
 from ...kernels import check
-from ...modules import set_virtual_gpus
+from ...modules import SwitchNormBase, set_virtual_gpus
 from .lock import Busy
 
 TORCHRUN = "start it with torchrun (scripts/launch.sh), or unset that"
@@ -67,8 +67,6 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).splitlines()[0]
             raise OSError(f"the {world_size} processes cannot meet at {place}: {reason}") from None
-    if use_cuda:
-        agree_on_kernels(chosen)
     return Processes(rank, world_size, chosen)
 
 
@@ -108,9 +106,13 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
 
 
-def agree_on_kernels(device: torch.device) -> None:
-    """Let all processes use the Triton kernels or none: at the first use on a machine a check."""
-    if not kernels.chosen_by_check():
+def agree_on_kernels(model: nn.Module, device: torch.device) -> None:
+    """Let all processes use the Triton kernels or none: at the first use on a machine a check.
+
+    Where the model has a layer that would.
+    """
+    has_layers = any(isinstance(layer, SwitchNormBase) for layer in model.modules())
+    if not has_layers or not kernels.chosen_by_check():
         return
     own = check.proven(device)
     if not any_process(not own, device):
@@ -152,6 +154,8 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
 
     Running statistics stay each rank's own until `average_running_statistics`.
     """
+    if processes.device.type == "cuda":
+        agree_on_kernels(model, processes.device)
     if processes.world_size == 1:
         return model
     parameters = inspect.signature(DistributedDataParallel).parameters
