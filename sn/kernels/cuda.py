@@ -43,8 +43,9 @@ def probe(device: torch.device) -> None:
     """Raise an error unless a kernel compiles and runs on `device`."""
     x = torch.ones(1, 1, 16, device=device)
     with torch.cuda.device(device):
+        tile = {"FOUR": False, "LAST": False, "BC": 1, "BL": 16}
         kernels.moments_kernel[(1, 1)](
-            x, torch.empty_like(x), 1, 16, 16, C=1, FOUR=False, LAST=False, SPLITS=1, BC=1, BL=16, **LAUNCH
+            x, torch.empty_like(x), 1, 16, 16, C=1, SPLITS=1, **tile, **LAUNCH
         )
 
 

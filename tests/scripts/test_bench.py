@@ -127,4 +127,4 @@ def test_a_layer_that_cannot_run_does_not_keep_the_others_from_it(load_script, m
     args.only, args.layouts = None, ["contiguous_format"]
     (row,) = bench_norm.bench_layers(args, {"one": (2, {(8, 4, 4): 1})}, lambda rows: None)
     assert set(row["forward+backward"]) == {"bn", "gn", "sn", "same"}
-    assert "other: expected scalar type BFloat16 but found Float, not timed" in capsys.readouterr().out
+    assert "other: expected scalar type BFloat16 but found" in capsys.readouterr().out
