@@ -27,6 +27,7 @@ from sn.training.run import budget, entry
 from sn.training.run.guard import check_finite
 from sn.training.run.images import BadImages
 from sn.training.run.session import Session
+from sn.training.run.stopping import spare_worker
 from sn.training.style import photos as style_data
 from sn.training.style.config import StyleConfig
 from sn.training.style.networks import (
@@ -92,6 +93,11 @@ def build(config: StyleConfig, run: Session) -> Task:
     style, style_sha256 = style_data.load_style(config.style.image, config.style.size)
     vgg = load_loss_network(config.vgg.weights, config.vgg.input)
     run.precision.model(vgg.features)
+    if config.deterministic and run.device.type == "cuda":
+        raise ValueError(
+            "deterministic=true: on a GPU PyTorch has no deterministic backward pass of reflection "
+            "padding; leave it out, or use device=cpu"
+        )
     torch.manual_seed(config.seed)
     model = build_style_net(sn.make_norm(**config.norm), **vars(config.model))
     run.precision.model(model)
@@ -145,6 +151,7 @@ def photo_loader(task: Task, run: Session, first_step: int) -> DataLoader:
         task.crops,
         batch_sampler=style_data.batches(schedule.batch_size, first_step, schedule.steps),
         num_workers=task.config.photos.workers,
+        worker_init_fn=spare_worker,
         pin_memory=run.device.type == "cuda",
     )
 

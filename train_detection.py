@@ -213,8 +213,7 @@ def train_step(
     if config.optimizer.clip is not None:
         run.scaler.unscale_(task.optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-    run.scaler.step(task.optimizer)
-    run.scaler.update()
+    run.scaled_step(task.optimizer)
     return dict(zip(["loss", *losses], totals.tolist()))
 
 

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     gc.disable()  # imports leave no garbage; entry.start collects again
 
 import contextlib
+from functools import partial
 
 import hydra
 import torch
@@ -110,8 +111,15 @@ def build(config: ImagenetConfig, run: Session) -> Task:
         processes.world_size,
     )
     run.precision.model(model)
+    if config.compile and micro_batches > 1:
+        raise ValueError(
+            "compile=true would compile anew for every micro-batch of emulation accumulated; use "
+            "setting.emulation=grouped (which this norm may not know), or leave compile out"
+        )
     if config.compile:
         model.compile()
+    # every batch has one size; what is tried may be chosen differently by another run
+    torch.backends.cudnn.benchmark = not config.deterministic
     parallel = distributed.parallelise(model, processes)
 
     lr, sgd = setting.lr(config.schedule.lr_per_256, 256), config.optimizer
@@ -239,8 +247,11 @@ def control_step(task: Task, run: Session, batch: tuple, held_out: tuple) -> Non
         with run.autocast():
             return F.cross_entropy(task.model(images), labels)
 
-    order, clip = bilevel.ORDERS[task.config.gates], task.config.optimizer.gate_clip
-    bilevel.control_step(task.model, task.optimizer, loss, batch, held_out, order, clip)
+    model, clip = task.model, task.config.optimizer.gate_clip
+    order = bilevel.ORDERS[task.config.gates]
+    run.guard.begin(model)
+    allows = partial(run.allows, torch.zeros(1), model)
+    bilevel.control_step(model, task.optimizer, loss, batch, held_out, order, clip, allows)
 
 
 def validate(task: Task, run: Session) -> dict[str, float]:

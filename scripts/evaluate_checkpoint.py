@@ -136,7 +136,7 @@ def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[st
         )
         augmentation = data.augmentation if args.augment else data.evaluation
         loader = (to_device(x) for x, _ in images(data.train, batches, augmentation))
-        results["batches"] = sn.batch_average(model, loader, len(batches))
+        results["batches"] = sn.batch_average(model, loader, max(len(batches), 1))
         results |= figures("_batch_average")
     return results
 

@@ -10,7 +10,7 @@
 #   --seeds K                                                   (default: 0)
 #   --output DIR   output_root of the runs; logs in DIR/logs    (default: outputs)
 #   --processes P  processes per run, for P GPUs; a setting with fewer GPUs takes its own number
-#   --jobs J       runs at a time                               (default: 1)
+#   --jobs J       runs at a time, each on P GPUs of its own if there are as many   (default: 1)
 #   --dry-run      print the commands
 #   -- ...         Hydra overrides for every run
 #
@@ -67,6 +67,23 @@ done
 # several runs at a time on a CPU must not fight for the cores
 [ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > jobs ? $(nproc) / jobs : 1))}
 
+gpus_there=() # what CUDA_VISIBLE_DEVICES may name
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    IFS=, read -ra gpus_there <<<"$CUDA_VISIBLE_DEVICES"
+elif count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU '); then
+    for ((i = 0; i < count; i++)); do gpus_there+=("$i"); done
+fi
+declare -A place_of # of a job by its process: the first that is free is the next one's
+free_place() { # sets place
+    local pid taken running
+    running=$(jobs -rp)
+    for ((place = 0; ; place++)); do
+        taken=""
+        for pid in $running; do [ "${place_of[$pid]:-}" != "$place" ] || taken=yes; done
+        [ -n "$taken" ] || break
+    done
+}
+
 logs=$output/logs
 [ -n "$dry_run" ] || mkdir -p "$logs"
 failed=$(mktemp) skipped=$(mktemp)
@@ -86,7 +103,7 @@ run_one() { # name, command...
     if [ "$code" -eq 1 ]; then # torchrun makes every exit code a 1
         said=$(tail -c "+$((before + 1))" "$log" | grep 'train_imagenet.py' || true)
         case $said in
-        *'loss is not finite'* | *'it diverged'*) code=3 ;;
+        *'loss is not finite'* | *'gradient is not finite'* | *'it diverged'*) code=3 ;;
         *' is in use by '* | *' has ended meanwhile'*) code=73 ;;
         esac
     fi
@@ -130,7 +147,16 @@ for seed in $seeds; do
             if [ "$jobs" -eq 1 ]; then
                 run_one "${actual}_${setting}_seed$seed" "${command[@]}"
             else
+                free_place
+                own=""
+                if [ "${#gpus_there[@]}" -gt 1 ]; then
+                    for ((i = place * processes; i < place * processes + count; i++)); do
+                        own+="${own:+,}${gpus_there[i % ${#gpus_there[@]}]}"
+                    done
+                    command=(env "CUDA_VISIBLE_DEVICES=$own" "${command[@]}")
+                fi
                 run_one "${actual}_${setting}_seed$seed" "${command[@]}" &
+                place_of[$!]=$place
             fi
         done
     done

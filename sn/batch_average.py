@@ -4,6 +4,7 @@ Source: section 3.1 of the paper names the method; the estimator is the populati
 batch norm (Wu and Johnson, 2021): counts weight the batches, the variance is that of all values.
 """
 
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import islice
@@ -119,6 +120,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             if virtual_gpus is not None:
                 layer.virtual_gpus = 1
         with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # whose import takes seconds
+                # compiled, the network would be compiled anew for every batch: the hooks count
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             for layer in settings:
                 if hasattr(layer, "batch_alone"):
                     stack.enter_context(layer.batch_alone())

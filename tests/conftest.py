@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from workers import PRELOAD, processes
@@ -71,8 +72,10 @@ class Synchronisations(TorchFunctionMode):
     WAITING = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "nonzero")
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "") in self.WAITING:
-            self.found.append(function.__name__)
+        name = getattr(function, "__name__", "")
+        made = name in ("new_tensor", "tensor", "as_tensor") and not isinstance(args[-1], Tensor)
+        if name in self.WAITING or made:  # from the host's memory, as it lies there
+            self.found.append(name)
         return function(*args, **(kwargs or {}))
 
     def __enter__(self):

@@ -1,6 +1,7 @@
 """Bilevel gates: DARTS' gradients on problems whose answer is known, and a run that trains so."""
 
 import json
+import math
 
 import numpy as np
 import oracle
@@ -10,6 +11,7 @@ from torch import nn
 from workers import config, train_in_group
 
 import sn
+from sn.training.classification import bilevel
 from sn.training.classification.bilevel import gate_gradients, split_images
 from sn.training.classification.data import ArrayImages
 from sn.training.run.config import recorded
@@ -171,6 +173,25 @@ def test_a_run(gates, tmp_path):
                 f"gates={gates} setting.emulation=accumulated"):  # fmt: skip
         with pytest.raises(ValueError, match="gates="):
             train_imagenet.train(config(*options, f"output_dir={tmp_path}/bad", *bad.split()))
+
+
+def test_control_parameters_are_not_updated_by_what_is_not_finite(tmp_path, monkeypatch):
+    """They would be lost: no later step that is skipped brings them back."""
+    import train_imagenet
+
+    def poisoned(train_loss, val_loss, gates, *rest):
+        return [torch.full_like(gate, math.nan) for gate in gates]
+
+    options = ["device=cpu", "setting=8x2", "data.train_images=32", "gates=bilevel"]
+    options += ["model.name=resnet8", "schedule.epochs=1", "evaluation.batch_average.batches=1"]
+    monkeypatch.setattr(bilevel, "gate_gradients", poisoned)
+    with pytest.raises(FloatingPointError, match="gradient is not finite at epoch 1, step 1"):
+        train_imagenet.train(config(*options, f"output_dir={tmp_path}/stops"))
+    more = ["max_skipped_steps=9", f"output_dir={tmp_path}/goes on"]
+    summary = train_imagenet.train(config(*options, *more))
+    assert summary["status"] == "finished" and summary["skipped_steps"] == 1
+    state = torch.load(tmp_path / "goes on" / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in state.values())
 
 
 @pytest.mark.slow

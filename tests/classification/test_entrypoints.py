@@ -634,6 +634,8 @@ def test_foreign_batch_norm_is_accumulated(tmp_path, monkeypatch, few):
         torch.testing.assert_close(ours["checkpoint"]["model"][key], value, rtol=0, atol=1e-10)
     for key in ("train/loss", "val/loss"):
         assert ours["metrics"][1][key] == pytest.approx(theirs["metrics"][1][key], abs=1e-10)
+    with pytest.raises(ValueError, match="compile=true would compile anew for every micro-batch"):
+        train(tmp_path / "compiled", "compile=true", "setting.emulation=accumulated")
     with pytest.raises(ValueError, match="setting.emulation=accumulated"):
         monkeypatch.setattr(
             task_module,

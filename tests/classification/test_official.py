@@ -1,6 +1,7 @@
 """The authors' checkpoints: a network of their layer, written from its description, and ours."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from workers import run_in_group
 
 import sn
 from sn.training.classification.data import build_data
@@ -252,6 +254,28 @@ def test_evaluating_checkpoints(norm, tmp_path):
     assert json.loads(bare.stdout)["top1_moving_average"] == found["top1_moving_average"]
     lost = run_script("evaluate_checkpoint.py", run / "checkpoint.pt", "--model", "resnet18")
     assert lost.returncode == 2 and "--data" in lost.stderr
+
+
+def evaluated_share(rank, checkpoint):
+    """scripts/evaluate_checkpoint.py as one process of several, with one batch for all of them."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import evaluate_checkpoint
+
+    sys.argv = ["evaluate_checkpoint.py", checkpoint, "--device", "cpu", "--batches", "1"]
+    sys.argv += ["--model", "resnet8", "--source", "cifar", "--norm", "sn", "--data", "digits"]
+    with open(f"{checkpoint}.{rank}", "w") as file, contextlib.redirect_stdout(file):
+        evaluate_checkpoint.main()
+
+
+def test_evaluating_with_more_processes_than_batches(tmp_path):
+    torch.manual_seed(0)
+    model = build_model(num_classes=10, norm=sn.make_norm("sn"), name="resnet8", source="cifar")
+    torch.save({"model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    results = []
+    for processes in (2, 1):
+        run_in_group(processes, evaluated_share, str(tmp_path / "checkpoint.pt"))
+        results.append(json.loads((tmp_path / "checkpoint.pt.0").read_text()))
+    assert results[0] == results[1] and results[0]["batches"] == 1
 
 
 @pytest.mark.parametrize("name", ["convert_checkpoint", "evaluate_checkpoint"])

@@ -285,3 +285,17 @@ def _average_share(rank, port, norm, share, folder):
     used = batch_average(model, batches()[first : first + len(sizes)])
     torch.save((used, dict(model.named_buffers())), folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_not_compiled_again_for_every_batch():
+    model, plain = network("sn", torch.float32), network("sn", torch.float32)
+    plain.load_state_dict(model.state_dict())
+    parts = batches(dtype=torch.float32, sizes=[4] * 6)
+    model.compile(backend="eager")
+    model(parts[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert batch_average(model, parts) == batch_average(plain, parts) == 6
+    for name, value in plain.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(model.state_dict()[name], value)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import zipfile
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from sn.training.run.checkpoint import (
     restore,
     save_checkpoint,
 )
+from sn.training.run.guard import FiniteGuard, can_decide
 from sn.training.run.session import Progress
 
 
@@ -573,3 +575,34 @@ def test_progress_comes_back_as_it_was():
     values = {"epoch": 2, "step": 5, "sums": {"loss": 0.1}, "best": 1 / 3, "wall_s": 0.7}
     found = restore("c.pt", {"progress": values}, {}, Progress, epochs=3, steps=5)
     assert vars(found) == vars(Progress(**values)) and type(found) is Progress
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("before, after", [(None, True), (True, None)])
+def test_an_optimizer_keeps_its_own_kind_of_step(kind, before, after, tmp_path):
+    """A run goes on where its device is another: fused there, not fused here. The same numbers."""
+
+    def made(fused):
+        weight = torch.nn.Parameter(torch.ones(3))
+        more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return weight, kind([weight], lr=0.1, fused=fused, **more)
+
+    results = []
+    for kinds in ((before, after), (before, before)):
+        weight, optimizer = made(kinds[0])
+        weight.grad = torch.tensor([1.0, 2.0, 3.0])
+        optimizer.step()
+        saved = {"optimizer": optimizer.state_dict(), "progress": asdict(Progress())}
+        value = weight.detach().clone()
+        weight, optimizer = made(kinds[1])
+        weight.data.copy_(value)
+        restore(tmp_path, saved, {"optimizer": optimizer}, Progress, 1, 1)
+        assert optimizer.param_groups[0]["fused"] is kinds[1]
+        weight.grad = torch.tensor([1.0, 2.0, 3.0])
+        if kinds[1]:
+            assert can_decide(optimizer)
+            FiniteGuard(0).update(optimizer, torch.ones(2))
+        else:
+            optimizer.step()
+        results.append(weight.detach().clone())
+    torch.testing.assert_close(*results)

@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,13 +23,17 @@ from faults import assert_same, outcome, readable, wait_for
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.data import DataLoader
 from workers import processes, run_in_group
 
 import sn
+import style_transfer
+from sn.training.classification.data import make_loader
+from sn.training.detection.data import training_loader
 from sn.training.run import checkpoint, entry, lock, record, session
 from sn.training.run.config import RunConfig
 from sn.training.run.session import Session
-from sn.training.run.stopping import HANG_EXIT_CODE, Preempted
+from sn.training.run.stopping import HANG_EXIT_CODE, Preempted, spare_worker
 
 EPOCHS, STEPS, IMAGES = 3, 2, 6
 SCORES = {2: 1.0, 4: 3.0, 6: 2.0}  # after so many steps: the best is neither first nor last
@@ -587,6 +592,21 @@ def test_divergence_is_a_result(train, what, tmp_path, quick, monkeypatch, capsy
         assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
+def test_fp16_that_makes_no_step_any_more_has_diverged(tmp_path, quick, monkeypatch):
+    """GradScaler itself would go on for ever, at a scale of 0."""
+    with Session(config(tmp_path, precision="fp16")) as run:
+        model, optimizer = begin(run, epochs=1, steps=1000)
+        run.where = "step 7"
+        with pytest.raises(FloatingPointError, match="gradient is not finite at step 7, however"):
+            for _ in range(100):
+                optimizer.zero_grad()
+                loss = run.scaler.scale(loss_of(model, images(0)))
+                loss.register_hook(lambda grad: grad * math.inf)
+                loss.backward()
+                run.update(optimizer, loss.detach(), model)
+        assert not optimizer.state and 0 < run.scaler.get_scale() < 2.0**-19
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @kinds
 def test_skipped_steps(train, what, tmp_path, quick, monkeypatch, capsys):
@@ -787,6 +807,64 @@ def test_the_main_rank_says_for_all_whether_a_run_has_ended(tmp_path, quick):
     by_epochs(config(tmp_path))
     for sees_it in range(2):  # else one would end, the other wait for it
         run_in_group(2, one_of_a_group, tmp_path, sees_it)
+
+
+def apart(rank, folder, what):
+    """Start the run as a rank of a group whose second machine sees other files."""
+    if rank == 1 and what != "other data":
+        found = session.newest_checkpoint
+        number = 1 if what == "an older checkpoint" else None
+
+        def seen(path, needed):
+            older = checkpoint._previous(Path(path), number) if number else None
+            return (older, found(older, needed)[1]) if older else None
+
+        session.newest_checkpoint = seen
+    identity = f"images of {rank}" if what == "other data" else "these images"
+    with open(f"{folder}{rank}", "w") as said, contextlib.redirect_stderr(said):
+        task = functools.partial(by_epochs, identity=identity)
+        entry.run(task, OmegaConf.structured(config(folder)))
+
+
+@pytest.mark.parametrize("what", ["no checkpoint", "an older checkpoint", "other data"])
+def test_processes_that_would_begin_apart_all_say_so(what, tmp_path, quick, monkeypatch):
+    """A folder on each machine instead of a shared one, a file that is seen late, other images."""
+    if what != "other data":
+        with monkeypatch.context() as patch, pytest.raises(Preempted):
+            send_at(patch, HERE, "train_step", 4, signal.SIGTERM)
+            by_epochs(config(tmp_path, checkpoint_steps=1))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    with pytest.raises(RuntimeError, match=r"exit codes \[2, 2\]"):
+        run_in_group(2, apart, tmp_path, what)
+    said = [Path(f"{tmp_path}{rank}").read_text() for rank in range(2)]
+    assert all("the processes do not begin alike" in line for line in said), said
+    if what == "no checkpoint":
+        assert "process 0 finds checkpoint.pt after epoch 1 and step 2" in said[0]
+        assert "process 1 finds no checkpoint" in said[1]
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_data_worker_outlives_a_signal_to_its_group(number):
+    """As torchrun and Slurm send it: the run has to save, for which its workers must not end."""
+    loader = DataLoader(range(40), num_workers=1, worker_init_fn=spare_worker)
+    batches = iter(loader)
+    next(batches)
+    os.kill(batches._workers[0].pid, number)
+    assert len(list(batches)) == 39
+
+
+def test_every_training_loader_spares_its_workers(tmp_path):
+    cpu = torch.device("cpu")
+    task = SimpleNamespace(crops=[], config=SimpleNamespace())
+    task.config.schedule = SimpleNamespace(batch_size=1, steps=1)
+    task.config.photos = SimpleNamespace(workers=1)
+    for loader in (
+        make_loader([], [], 1, cpu),
+        training_loader([], [], 1, cpu),
+        style_transfer.photo_loader(task, SimpleNamespace(device=cpu), 0),
+    ):
+        assert loader.worker_init_fn is spare_worker
 
 
 def test_a_data_worker_does_not_keep_the_folder(tmp_path, quick):

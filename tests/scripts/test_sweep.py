@@ -200,6 +200,28 @@ def test_a_run_in_other_hands_is_skipped(processes, code, tmp_path):
     assert log.read_text().startswith("of the sweep that has it")
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_at_a_time_have_gpus_of_their_own(processes, tmp_path):
+    """Six runs, three at a time on as many GPUs as they need, in jobs that meet one another."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        f'#!/bin/sh\ngpus=$(echo "$CUDA_VISIBLE_DEVICES" | tr , " ")\nfor gpu in $gpus; do mkdir '
+        f"{tmp_path}/$gpu || exit 9; done\nsleep 0.3\nfor gpu in $gpus; do rmdir {tmp_path}/$gpu;"
+        f' echo "$gpu" >> {tmp_path}/used; done\n'
+    )
+    fake.chmod(0o755)
+    gpus = [f"g{number}" for number in range(3 * processes)]
+    result = call(
+        SWEEP,
+        *("--norms", "bn gn sn", "--settings", "2x8", "--seeds", "0 1", "--jobs", 3),
+        *("--processes", processes, "--output", tmp_path / "out"),
+        env={"PYTHON": str(fake), "CUDA_VISIBLE_DEVICES": ",".join(gpus)},
+    )
+    assert result.returncode == 0, result.stderr
+    used = (tmp_path / "used").read_text().split()
+    assert set(used) == set(gpus) and len(used) == 6 * processes
+
+
 @pytest.mark.parametrize("tries, code", [(3, 0), (2, 73)])
 def test_slurm_waits_for_the_job_before(tries, code, tmp_path):
     """srun finds the folder in use twice: no requeue, another try; then the end, or code 73."""

@@ -47,6 +47,7 @@ def control_step(
     held_out: tuple[Tensor, ...],
     order: int,
     clip: float | None = None,
+    allows: Callable[[], bool] = lambda: True,
 ) -> None:
     """Update the model's control parameters alone, by the loss on held-out images.
 
@@ -55,6 +56,7 @@ def control_step(
         loss: called with the tensors of `batch`, by which weights learn, or of `held_out`.
         order: as for `gate_gradients`.
         clip: largest norm of all their gradients together.
+        allows: asked before the update, when the control parameters alone have gradients.
     """
     gates = model_gates(model)
     known = {id(gate) for gate in gates}
@@ -64,6 +66,8 @@ def control_step(
     optimizer.zero_grad(set_to_none=True)  # SGD leaves parameters without gradient alone
     for gate, grad in zip(gates, grads):
         gate.grad = grad
+    if not allows():
+        return
     if clip is not None:
         nn.utils.clip_grad_norm_(gates, clip)
     optimizer.step()

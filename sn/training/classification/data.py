@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -24,6 +25,7 @@ from torchvision.transforms import v2
 from ..run.display import say
 from ..run.images import BadImages, files_below, is_hidden, listed, read_image, sklearn_digits
 from ..run.schedule import mix_seed, steps_per_epoch
+from ..run.stopping import spare_worker
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_STD = {  # image size -> of the 50,000 training images averaged down to it
@@ -326,6 +328,7 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        worker_init_fn=spare_worker,
         collate_fn=_as_it_is,  # TransformedImages gives whole batches
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0 and epochs > 1,
@@ -387,8 +390,11 @@ def load_cifar10(
     FileNotFoundError if the five training batches are not there, ValueError for any other size.
     """
     _check_cifar_size(image_size)
-    if download:
+    group = dist.is_available() and dist.is_initialized()
+    if download and not (group and int(os.environ.get("LOCAL_RANK", 0))):
         datasets.CIFAR10(root, train=True, download=True)
+    if download and group:
+        dist.barrier()  # one process of a machine writes, the others wait
     folder = Path(root) / "cifar-10-batches-py"
     files = [folder / f"data_batch_{i}" for i in range(1, 6)]
     missing = [file for file in files if not file.is_file()]

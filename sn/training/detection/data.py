@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import functional as F
 from ..run.config import SIZE, short
 from ..run.images import BadImages, read_image
 from ..run.schedule import mix_seed
+from ..run.stopping import spare_worker
 
 LAYOUT = (
     "expected <root>/annotations/instances_{train,val}2017.json and <root>/{train,val}2017/, or "
@@ -594,6 +595,7 @@ def training_loader(
         images,
         batch_sampler=sampler,
         num_workers=workers,
+        worker_init_fn=spare_worker,
         collate_fn=lists,
         pin_memory=device.type == "cuda",
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .config import checked, short
 
@@ -160,8 +161,17 @@ def restore(
                 f"epoch {found.epoch}, step {found.done} are beyond the run's {epochs} x {steps}"
             )
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            own = _as_built(part, state[name]) if isinstance(part, Optimizer) else state[name]
+            part.load_state_dict(own)
         return found
+
+
+def _as_built(optimizer: Optimizer, state: dict) -> dict:
+    """The state with the optimizer's own kind of step, not that of the device it was saved on."""
+    groups = [dict(group) for group in state["param_groups"]]
+    for group, own in zip(groups, optimizer.param_groups):
+        group |= {key: own[key] for key in ("fused", "foreach", "capturable") if key in own}
+    return {**state, "param_groups": groups}
 
 
 def load_weights(path: str | Path) -> dict[str, Any]:

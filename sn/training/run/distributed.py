@@ -1,6 +1,7 @@
 """Processes, and the (GPUs, images per GPU) setting on whatever devices there are."""
 
 import datetime
+import hashlib
 import inspect
 import os
 import re
@@ -53,7 +54,8 @@ def start(device: str = "auto", timeout_minutes: float = 30) -> Processes:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"LOCAL_RANK={local_rank} has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}; start fewer processes or use device=cpu"
+                f"{torch.cuda.device_count()}; start fewer processes, let each see all GPUs "
+                "of its machine (Slurm: no --gpus-per-task), or use device=cpu"
             )
         torch.cuda.set_device(local_rank)
         chosen = torch.device("cuda", local_rank)
@@ -104,6 +106,14 @@ def stop() -> None:
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process; all of them must come here."""
     return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
+
+
+def same_everywhere(value: object, processes: Processes) -> bool:
+    """Whether `value`, by its representation, is the same in all processes."""
+    digest = hashlib.sha256(repr(value).encode("utf-8", "surrogateescape")).digest()
+    numbers = torch.zeros(processes.world_size, dtype=torch.float64, device=processes.device)
+    numbers[processes.rank] = float(int.from_bytes(digest[:6]))  # exact below 2^53
+    return len(set(sum_over_processes(numbers).tolist())) == 1
 
 
 def agree_on_kernels(model: nn.Module, device: torch.device) -> None:

@@ -43,6 +43,7 @@ TOO_LARGE = (
     *("integer multiplication overflow", "Overflow when unpacking long"),
 )
 CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInterrupt: 130}
+SHARED = tuple(CODES)  # ends that all processes come to together
 WORD, LINE = 300, 2000  # characters of a message that are shown: a path may be long
 NO_OPTION = r"[+-]?[\d._]+(e[+-]?\d+)?|true|false|null|~"  # what YAML does not read as a text
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -59,16 +60,19 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
     """
     global _begun
     _begun = True
+    alone = False
     try:
         config = typed(cfg)
         prepare(config.deterministic)
         function(config)
     except (Exception, KeyboardInterrupt) as error:
+        alone = not isinstance(error, SHARED)
         if TRACEBACKS or not is_known(error):
             raise
         end(message(error), CODES.get(type(error), 2))
     finally:
-        distributed.stop()
+        if not alone:  # NCCL would wait for the others, and these for this process
+            distributed.stop()
 
 
 def is_known(error: BaseException) -> bool:

@@ -91,9 +91,10 @@ def can_decide(optimizer: torch.optim.Optimizer) -> bool:
     A first step that is not made would leave SGD's momentum uninitialised. The control parameters
     may have made theirs before the weights.
     """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+    groups = optimizer.param_groups
+    if not all(group.get("fused") for group in groups):  # a state that was loaded may say otherwise
         return False
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    parameters = (p for group in groups for p in group["params"])
     return all(p in optimizer.state for p in parameters if p.grad is not None)
 
 

@@ -31,6 +31,8 @@ from .record import Recorder, differences, environment
 from .schedule import mix_seed
 from .stopping import Preempted, StopSignal, Watchdog
 
+SMALLEST_SCALE = 2.0**-20  # of fp16's loss, begun with 2^16 and halved by every skipped step
+
 
 @dataclass
 class Progress:
@@ -239,6 +241,7 @@ class Session:
     def _resume(self, progress: type[Progress]) -> bool:
         found = newest_checkpoint(self.path, [*self._parts, *self._identity, "progress"])
         self._lines: dict[str, int] = {}
+        self._begin_alike(found)
         if found is None:
             return False
         file, state = found
@@ -260,6 +263,20 @@ class Session:
 
         distributed.in_main(mend, self.processes)
         return True
+
+    def _begin_alike(self, found: tuple[Path, dict[str, Any]] | None) -> None:
+        """ValueError in all processes unless they have the same checkpoint, or none, and data."""
+        name, progress = (None, None) if found is None else (found[0].name, found[1]["progress"])
+        if distributed.same_everywhere((name, progress, self._identity), self.processes):
+            return
+        what = "no checkpoint"
+        if isinstance(progress, dict):
+            what = f"{name} after epoch {progress.get('epoch')} and step {progress.get('step')}"
+        raise ValueError(
+            f"the processes do not begin alike: process {self.processes.rank} finds {what} in "
+            f"{self.config.output_dir}, others another one or other data; output_dir and the data "
+            "must be the same on all machines, such as by a shared file system"
+        )
 
     def _recorded(self, records_after_saving: bool) -> int:
         """Epochs or steps whose lines are kept at a resumption; -1: not even those of the start.
@@ -519,8 +536,7 @@ class Session:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(*clip)
         if not late:
-            self.scaler.step(optimizer)
-            self.scaler.update()
+            self.scaled_step(optimizer)
             self._note(to_host(losses), record)
             return made
         assert norms is not None
@@ -530,6 +546,19 @@ class Session:
         self._late.append(LateStep(figures, losses, norms, model, self.where, again, record))
         self.settle(keep=1)
         return made
+
+    def scaled_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step; in fp16 the scaler skips it where gradients are not finite.
+
+        Raises FloatingPointError once they are not at any scale of the loss: all would be skipped.
+        """
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"gradient is not finite at {self.where}, however little fp16's loss is scaled "
+                f"({self.scaler.get_scale():g}): no step is made any more"
+            )
 
     def settle(self, keep: int = 0) -> None:
         """Take note of the steps that the device decided on, of all but the last `keep`."""

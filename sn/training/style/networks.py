@@ -173,7 +173,8 @@ class LossNetwork:
     def __call__(self, images: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
         """Activations at `layers` (relu1_2, ...) of RGB images in [0, 1], (N, 3, H, W)."""
         scale, mean, std = INPUTS[self.input]
-        mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
+        # filled there, not copied from the host, which would wait for the device
+        mean, std = (torch.cat([images.new_full((1, 1, 1), c) for c in v]) for v in (mean, std))
         x, found = (scale * images - mean) / std, {}
         wanted = {RELUS[layer]: layer for layer in layers}
         for place, module in enumerate(self.features[: max(wanted) + 1]):
