@@ -850,8 +850,19 @@ def test_a_data_worker_outlives_a_signal_to_its_group(number):
     loader = DataLoader(range(40), num_workers=1, worker_init_fn=spare_worker)
     batches = iter(loader)
     next(batches)
-    os.kill(batches._workers[0].pid, number)
+    (worker,) = batches._workers
+    subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
     assert len(list(batches)) == 39
+
+
+def test_a_data_worker_ends_when_the_main_process_says_so():
+    """With the run, too: else every run that fails would wait for its workers."""
+    batches = iter(DataLoader(range(40), num_workers=1, worker_init_fn=spare_worker))
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_every_training_loader_spares_its_workers(tmp_path):

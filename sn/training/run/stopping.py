@@ -1,6 +1,7 @@
 """Ending in time: preemption signals, and a watchdog for runs that hang."""
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import threading
@@ -49,13 +50,20 @@ def spare_worker(_: int) -> None:
     """For a DataLoader's `worker_init_fn`: a signal is for the main process to heed.
 
     Launchers and schedulers send it to all processes of a group; a worker that ended would take the
-    run with it before that can save. After SIGTERM, with which a hanging one is ended, too, a
-    worker has ten minutes left.
+    run with it before that can save. SIGTERM from the main process itself ends a worker.
     """
     for number in (signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(600))
+    owner = multiprocessing.parent_process()
+    assert owner is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # to be waited for
+    threading.Thread(target=_end_for, args=(owner.pid,), daemon=True).start()
+
+
+def _end_for(owner: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != owner:
+        pass
+    os._exit(0)
 
 
 class Watchdog:
