@@ -84,6 +84,11 @@ def train(config: StyleConfig) -> dict:
 
 def build(config: StyleConfig, run: Session) -> Task:
     """Photos, style, losses, network and optimizer of the config, on the device."""
+    if config.deterministic and run.device.type == "cuda":
+        raise ValueError(
+            "deterministic=true: on a GPU PyTorch has no deterministic backward pass of reflection "
+            "padding; leave it out, or use device=cpu"
+        )
     options = config.photos
     bad_images = BadImages(
         f"{config.output_dir}/bad_images.txt", options.max_bad_images, "photos.max_bad_images"
@@ -93,11 +98,6 @@ def build(config: StyleConfig, run: Session) -> Task:
     style, style_sha256 = style_data.load_style(config.style.image, config.style.size)
     vgg = load_loss_network(config.vgg.weights, config.vgg.input)
     run.precision.model(vgg.features)
-    if config.deterministic and run.device.type == "cuda":
-        raise ValueError(
-            "deterministic=true: on a GPU PyTorch has no deterministic backward pass of reflection "
-            "padding; leave it out, or use device=cpu"
-        )
     torch.manual_seed(config.seed)
     model = build_style_net(sn.make_norm(**config.norm), **vars(config.model))
     run.precision.model(model)

@@ -114,9 +114,10 @@ step environment 60 "$PYTHON" - "$device" <<'END'
 import sys, torch, triton
 print(torch.__version__, triton.__version__)
 if sys.argv[1] == "cuda":
-    print(torch.cuda.get_device_properties(0))
-    least = min(2**30, torch.cuda.get_device_properties(0).total_memory // 16)
-    x = torch.randn(least, device="cuda", dtype=torch.bfloat16)
+    properties = torch.cuda.get_device_properties(0)
+    print(properties)
+    most = properties.total_memory // 16  # three such tensors are there at a time
+    x = torch.randn(min(2**30, most), device="cuda", dtype=torch.bfloat16)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
     for event in (start, start, end):  # the first round warms up
         event.record()

@@ -128,7 +128,7 @@ class _Plan:
         return (along, other) if last else (other, along)
 
 
-_plan = lru_cache(maxsize=4096)(_Plan)  # a plan costs as much host time as two launches
+_plan = lru_cache(maxsize=4096)(_Plan)  # host time that every layer would take twice a step
 
 
 def _cdiv(a: int, b: int) -> int:  # Triton's own are slow to call from Python

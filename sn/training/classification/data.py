@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from ..run.display import say
+from ..run.distributed import in_group, launched
 from ..run.images import BadImages, files_below, is_hidden, listed, read_image, sklearn_digits
 from ..run.schedule import mix_seed, steps_per_epoch
 from ..run.stopping import spare_worker
@@ -390,11 +391,12 @@ def load_cifar10(
     FileNotFoundError if the five training batches are not there, ValueError for any other size.
     """
     _check_cifar_size(image_size)
-    group = dist.is_available() and dist.is_initialized()
-    if download and not (group and int(os.environ.get("LOCAL_RANK", 0))):
-        datasets.CIFAR10(root, train=True, download=True)
-    if download and group:
-        dist.barrier()  # one process of a machine writes, the others wait
+    if download:
+        *_, local_rank = launched()
+        if not (in_group() and local_rank):  # one process of a machine writes, the others wait
+            datasets.CIFAR10(root, train=True, download=True)
+        if in_group():
+            dist.barrier()
     folder = Path(root) / "cifar-10-batches-py"
     files = [folder / f"data_batch_{i}" for i in range(1, 6)]
     missing = [file for file in files if not file.is_file()]
