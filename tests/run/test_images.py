@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sn.training.run import images
 from sn.training.run.display import say
 from sn.training.run.images import (
     BadImages,
     is_hidden,
-    listed,
+    listing,
     read_image,
     sklearn_digits,
     sklearn_file,
@@ -172,13 +173,37 @@ def test_hidden_names(name):
     assert is_hidden(name) and not is_hidden(name.strip("._"))
 
 
+def test_listing_of_many_files(tmp_path, monkeypatch):
+    """Of more than SIZES files only some, at even distances, are looked at; no order is lost."""
+    files = [tmp_path / "a" / f"{number}.png" for number in range(7)]
+    (tmp_path / "a").mkdir()
+    for number, file in enumerate(files):
+        file.write_bytes(b"x" * number)
+    sizes = [line.decode().removeprefix("a/").strip() for line in listing(files, tmp_path)]
+    assert sizes == [f"{number}.png {number}" for number in range(7)]
+    looked_at, stat = [], os.stat
+    monkeypatch.setattr(images, "SIZES", 3)
+    monkeypatch.setattr(os, "stat", lambda path: looked_at.append(path) or stat(path))
+    found = b"".join(listing([str(file) for file in files], f"{tmp_path}/"))
+    monkeypatch.undo()
+    assert looked_at == [str(files[i]) for i in (0, 3, 6)]
+    assert found.decode().split("\n")[:4] == ["a/0.png 0", "a/1.png ?", "a/2.png ?", "a/3.png 3"]
+
+
+@pytest.mark.parametrize("name", ["nowhere", "folder", "to_itself"])
+def test_listing_of_what_is_no_file(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "to_itself").symlink_to("to_itself")
+    assert list(listing([tmp_path / name], tmp_path)) == [f"{name} 0\n".encode()]
+
+
 def test_names_that_are_not_utf8(tmp_path, capsys):
     """They are read, hashed as their bytes, noted and said in characters that there are."""
     gradient().save(tmp_path / ODD)
     assert read_image(tmp_path / ODD).size == (12, 8)
     size = (tmp_path / ODD).stat().st_size
-    assert listed(tmp_path / ODD, tmp_path) == b"caf\xe9 \xff.png %d\n" % size
-    assert listed(tmp_path / "é.png", tmp_path) == "é.png 0\n".encode()
+    lines = list(listing([tmp_path / ODD, tmp_path / "é.png"], tmp_path))
+    assert lines == [b"caf\xe9 \xff.png %d\n" % size, "é.png 0\n".encode()]
     (tmp_path / ODD).write_bytes(b"")
     bad = BadImages(tmp_path / "bad_images.txt", limit=1)
     for _ in range(2):  # noted once

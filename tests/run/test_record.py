@@ -268,6 +268,28 @@ def test_full_disk_names_the_file(tmp_path):
         recorder.metrics(1, {"loss": 1.0})
 
 
+def test_lines_are_on_disk_when_asked(tmp_path, monkeypatch):
+    """`sync` and `finish` alone wait for the disk: once for each file that has new lines."""
+    recorder, fsync, waited = write(tmp_path), os.fsync, []
+
+    def watched(descriptor):
+        waited.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    recorder.sync()
+    monkeypatch.setattr(os, "fsync", watched)
+    for epoch in (3, 4):
+        recorder.metrics(epoch, {"loss": 1.0})
+    recorder.step(9, {"loss": 1.0})
+    assert waited == []
+    recorder.sync()
+    assert sorted(waited) == ["metrics.jsonl", "steps.jsonl"]
+    recorder.sync()
+    recorder.metrics(5, {"loss": 1.0})
+    recorder.finish({"status": "finished"})
+    assert waited[2:] == ["metrics.jsonl", "summary.json.tmp"]
+
+
 def test_write_text_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_text(path, "old")

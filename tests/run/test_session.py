@@ -328,6 +328,25 @@ def test_best_checkpoint_is_that_of_the_highest_score(train, tmp_path, quick):
     assert (best["epoch"] * STEPS + best["step"], last["epoch"] * STEPS + last["step"]) == (4, 6)
 
 
+def test_lines_are_on_disk_before_the_checkpoint_that_counts_them(tmp_path, quick, monkeypatch):
+    order, sync, save = [], session.Recorder.sync, session.save_checkpoint
+
+    def synced(recorder):
+        sync(recorder)
+        order.append("sync")
+
+    def saved(path, state, *rest):
+        order.append(state["lines"]["metrics.jsonl"] if "metrics.jsonl" in state["lines"] else 0)
+        save(path, state, *rest)
+
+    monkeypatch.setattr(session.Recorder, "sync", synced)
+    monkeypatch.setattr(session, "save_checkpoint", saved)
+    by_epochs(config(tmp_path))
+    counts = [count for count in order if count != "sync"]
+    assert order[:-1] == [x for count in counts for x in ("sync", count)]
+    assert sorted(set(counts)) == list(range(EPOCHS + 1)) and order[-1] == "sync"
+
+
 # --- when a checkpoint is due
 
 

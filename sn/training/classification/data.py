@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from ..run.display import say
 from ..run.distributed import in_group, launched
-from ..run.images import BadImages, files_below, is_hidden, listed, read_image, sklearn_digits
+from ..run.images import BadImages, files_below, is_hidden, listing, read_image, sklearn_digits
 from ..run.schedule import mix_seed, steps_per_epoch
 from ..run.stopping import spare_worker
 
@@ -60,7 +60,7 @@ class Lighting(torch.nn.Module):
 class ImageData:
     """A classification task. `train` and `val` are sequences of (image, label).
 
-    `sha256` is of the images, or of an image folder's listing with file sizes.
+    `sha256` is of the images, or of an image folder's listing with sizes.
     """
 
     name: str
@@ -563,10 +563,10 @@ def load_image_folder(
             error=True,
         )
     train_samples = _spread(train.samples, train_images)
-    listing = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for part, samples in (("train", train_samples), ("val", val.samples)):
-        for path, _ in samples:
-            listing.update(f"{part} ".encode() + listed(path, root))
+        for line in listing([file for file, _ in samples], root):
+            sha256.update(f"{part} ".encode() + line)
 
     noise = [v2.RandomHorizontalFlip()]
     if color_jitter:
@@ -587,7 +587,7 @@ def load_image_folder(
         len(train.classes),
         Augmentation(usual, last, last_fraction, normalise),
         Augmentation(plain, normalise=normalise),
-        listing.hexdigest(),
+        sha256.hexdigest(),
     )
 
 

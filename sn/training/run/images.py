@@ -3,8 +3,9 @@
 import contextlib
 import importlib.util
 import os
+import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -17,6 +18,7 @@ from .files import read_text
 # of Pillow's formats those of photographs and drawings; an EPS would be run by Ghostscript
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 OTHERS = ("__MACOSX", "@eaDir")  # what systems put into folders for themselves, beside .names
+SIZES = 20_000  # of a listing, at most
 _warned_of: set[Path] = set()  # folders
 
 
@@ -46,12 +48,26 @@ def files_below(root: str | Path) -> list[str]:
     return files
 
 
-def listed(path: str | Path, root: str | Path) -> bytes:
-    """A file in a listing that is hashed: its path below `root`, its size (0: it is not there)."""
-    path = Path(path)
-    size = path.stat().st_size if path.is_file() else 0
-    line = f"{path.relative_to(root).as_posix()} {size}\n"
-    return line.encode("utf-8", "surrogateescape")  # names are bytes, not always UTF-8
+def listing(files: Sequence[str | Path], root: str | Path) -> Iterator[bytes]:
+    """A line per file for a hash: its path below `root`, its size (0: it is not there).
+
+    Of more than `SIZES` files those at even distances tell their size: on a network disk each costs
+    a fraction of a millisecond, ImageNet's 1.28 million minutes.
+    """
+    start = os.path.join(Path(root), "")
+    every = max(1, -(-len(files) // SIZES))
+    for index, file in enumerate(files):
+        size = _size(file) if index % every == 0 else "?"
+        line = f"{os.fspath(file).removeprefix(start)} {size}\n"
+        yield line.encode("utf-8", "surrogateescape")  # names are bytes, not always UTF-8
+
+
+def _size(file: str | Path) -> int:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def sklearn_file(name: str) -> Path:

@@ -27,6 +27,7 @@ TAGS = ("train", "val", "steps", "run", "controller", "importance", "importance_
 # the figures' colours of the statistics (as in scripts/common/figures.py)
 COLORS = {"in": "#009E73", "ln": "#D55E00", "gn": "#E69F00", "bn": "#0072B2"}
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy")
+CANNOT_WRITE = "cannot write {}: {}; the last checkpoint is whole"
 
 
 class Recorder:
@@ -58,6 +59,7 @@ class Recorder:
         self.scale = 1000 if unit == "epoch" else 1
         self.config = config
         self.lines: dict[str, int] = {}  # of each file of lines, how many it has
+        self._unsynced: set[str] = set()  # files with lines since `sync`
         self.writer: Any = None  # a SummaryWriter after `open`, in the main process
         self.has_layout = False  # TensorBoard knows its page of importance weights
         self.check_config()
@@ -228,9 +230,20 @@ class Recorder:
         if figure:
             self.writer.add_figure("importance", importance_figure(averages), count * self.scale)
 
+    def sync(self) -> None:
+        """Have the disk keep all lines: a checkpoint that counts them must not be there first."""
+        while self._unsynced:
+            path = self.folder / self._unsynced.pop()
+            try:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(CANNOT_WRITE.format(path, error)) from None
+
     def finish(self, summary: dict) -> None:
         """Write summary.json: the run has ended."""
         if self.is_main:
+            self.sync()
             write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             self.close()
 
@@ -239,11 +252,10 @@ class Recorder:
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint written later must not be older on disk
             self.lines[name] = self.lines.get(name, 0) + 1
+            self._unsynced.add(name)
         except OSError as error:  # of a full disk, which does not name the file
-            raise OSError(f"cannot write {path}: {error}; the last checkpoint is whole") from None
+            raise OSError(CANNOT_WRITE.format(path, error)) from None
 
 
 def tag(key: str) -> str:

@@ -428,6 +428,7 @@ class Session:
         state |= {**self._identity, **self._saved, **contents}
 
         def write() -> None:
+            self.recorder.sync()
             save_checkpoint(self.path, state, self.config.keep_checkpoints, best)
 
         distributed.in_main(write, self.processes)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..run.images import BadImages, files_below, listed, read_image, sklearn_file
+from ..run.images import BadImages, files_below, listing, read_image, sklearn_file
 from ..run.schedule import mix_seed
 
 LEAST = 16  # pixels of a style image, each way
@@ -82,21 +82,21 @@ def load_photos(name: str, root: str | None = None) -> Photos:
 
     Raises FileNotFoundError if there are none.
     """
-    listing = hashlib.sha256()
+    sha256 = hashlib.sha256()
     if root is None:
         paths = [sklearn_file(f"images/{name}.jpg") for name in ("china", "flower")]
         images = [read_image(path, "picture") for path in paths]
         for image in images:
-            listing.update(image.tobytes())
-        return Photos(name, images, listing.hexdigest())
+            sha256.update(image.tobytes())
+        return Photos(name, images, sha256.hexdigest())
     try:
         paths = find_images(root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"photos.root={root}: {error}") from None
     base = Path(root) if Path(root).is_dir() else Path(root).parent
-    for path in paths:
-        listing.update(listed(path, base))
-    return Photos(name, PhotoFiles(paths), listing.hexdigest())
+    for line in listing(paths, base):
+        sha256.update(line)
+    return Photos(name, PhotoFiles(paths), sha256.hexdigest())
 
 
 class Crops(Dataset):
