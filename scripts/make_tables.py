@@ -44,6 +44,11 @@ AP_NAMES = ("ap", "ap50", "ap75", "ap_l", "ap_m", "ap_s")
 METRICS_OF = dict.fromkeys(("table_4_2", "table_4_3"), [f"box_{name}" for name in AP_NAMES])
 METRICS_OF["table_4_4"] = [f"{kind}_{name}" for kind in ("box", "mask") for name in AP_NAMES[:3]]
 PAPER_NORMS = {"frozen_bn": "frozenBN", "bn": "BN", "gn": "GN", "sn": "SN", "sn_in_ln": "SN"}
+DROPOUT = (
+    "§ With dropout before the classifier, as in SN's code; the paper's BN and GN have none "
+    "where they are the Group Normalization paper's."
+)
+OTHER = "Not the paper's network or not its recipe: no published figure stands beside these."
 PROXY = (
     "A proxy run trains a small data set, a small network or few epochs. It can show whether a "
     "trend of the paper appears, not whether its accuracy is reached; no published figure stands "
@@ -99,17 +104,14 @@ def markdown(
 ) -> list[str]:
     """The parts of the results page; `folder` is where it will lie, for its links."""
     parts = pages.begin(SCRIPT, "# Results", notes)
-    groups = by_group(runs)
-    published = next((found for group, found in groups.items() if is_published(group, paper)), [])
+    published = [run for run in runs if is_published(run, paper)]
     table_4_1 = ["## " + paper["table_4_1"]["caption"], OURS]
     table_4_1 += full_tables(published, paper, folder)
     parts += table_4_1 if published else []
-    for group, found in groups.items():
-        if is_published(group, paper):
-            continue
+    for group, found in by_group(run for run in runs if not is_published(run, paper)).items():
         data, model, scale = group
         parts += [f"## {data}, {model} ({'proxy runs' if scale == 'proxy' else scale})"]
-        parts += [PROXY] if scale == "proxy" else ["Not an experiment of the paper."]
+        parts += [PROXY] if scale == "proxy" else [OTHER]
         for metric, label in METRICS.items():
             table, marks = accuracy_table(found, metric, paper)
             parts += [f"### Top-1 (%), {label}", pages.md_table(table), *marks]
@@ -133,16 +135,17 @@ def console(runs: list[Run], paper: dict) -> str:
             table[0][0] = f"top-1 (%), {label}"
             parts += ["\n".join([plain_table(table), *marks])]
         parts += compared(found)
-        if is_published(group, paper):
+        if any(is_published(run, paper) for run in found):
             parts += ["The paper's figures stand beside these in the Markdown form (--out -)."]
         elif scale == "proxy":
             parts += [PROXY]
     return "\n\n".join(parts)
 
 
-def is_published(group: tuple[str, str, str], paper: dict) -> bool:
-    """Whether runs of a group may stand beside Table 4.1's figures."""
-    return group == (paper["table_4_1"]["data"], paper["table_4_1"]["model"], "full")
+def is_published(run: Run, paper: dict) -> bool:
+    """Whether a run may stand beside Table 4.1's figures: its size and recipe are the table's."""
+    table = paper["table_4_1"]
+    return run.group == (table["data"], table["model"], "full") and run.follows(table["recipe"])
 
 
 def full_tables(runs: list[Run], paper: dict, folder: Path) -> list[str]:
@@ -212,6 +215,9 @@ def cell(runs: list[Run], metric: str) -> tuple[str, list[str]]:
     if runs[0].norm == "sn" and any(run.without_bn for run in runs):
         text += " †"
         marks.append(IN_LN)
+    if all((run.config.get("model") or {}).get("dropout") for run in runs):
+        text += " §"
+        marks.append(DROPOUT)
     return text, marks
 
 
@@ -338,7 +344,8 @@ def published_detection(name: str, runs: list[Run], paper: dict, folder: Path) -
     for start in ("finetune", "scratch", "rows"):
         for row in table.get(start, []):
             scratch = start == "scratch"
-            found = [run for run in full if is_row(run, row, scratch)]
+            recipe = table[f"recipe_{start}"] | row.get("recipe", {})
+            found = [run for run in full if is_row(run, row, scratch) and run.follows(recipe)]
             ours = " / ".join(ap_cell(found, metric) for metric in METRICS_OF[name])
             lines.append(
                 [

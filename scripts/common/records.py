@@ -152,6 +152,10 @@ class Run:
         """The norms of a detector's parts: `<backbone>-<fpn>-<box head>-<mask head>`."""
         return "-".join(self.summary["parts"].values())
 
+    def follows(self, recipe: dict[str, Any]) -> bool:
+        """Whether the config has these values, by keys with dots."""
+        return all(_at(self.config, key) == value for key, value in recipe.items())
+
     def metric(self, name: str) -> float | None:
         """A finite number of the summary, or None (diverged, missing)."""
         value = self.summary.get(name)
@@ -536,6 +540,12 @@ def recipes(
         else:
             lists.append([run])
     return sorted(lists, key=len, reverse=True)
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
 
 
 def variants(runs: Iterable[Run]) -> dict[str, list[Run]]:

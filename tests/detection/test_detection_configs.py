@@ -2,17 +2,21 @@
 
 import functools
 import itertools
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import make_tables
 import pytest
 import torch
 import yaml
-from common.records import load_paper
+from common.records import Run, load_paper
 from workers import CONFIGS, config
 
 import sn
 from sn.training.detection import detectors
+from sn.training.detection.task import COCO_IMAGES, Task
 from sn.training.run.config import recorded
 
 FOLDER = Path(CONFIGS) / "experiment" / "detection"
@@ -82,7 +86,7 @@ def test_every_option_composes_and_builds(option):
 
 
 def test_every_row_has_its_config():
-    others = {"c4_sn_official", "digits_proxy", "coco_mini", "smoke"}
+    others = {"c4_sn_official", "fpn_sn_official", "digits_proxy", "coco_mini", "smoke"}
     others |= {"digits_scratch", "digits_finetune"}
     assert set(EXPERIMENTS) == set(ROWS) | others
 
@@ -151,7 +155,9 @@ def test_recipes():
     for name in ROWS:
         cfg = complete(f"experiment=detection/{name}")
         assert (cfg.setting.gpus, cfg.setting.images_per_gpu) == (8, 2)
-        assert cfg.optimizer.weight_decay == 1e-4 and cfg.optimizer.norm_weight_decay == 0
+        assert cfg.optimizer.weight_decay == 1e-4
+        decayed = 1e-4 if names(cfg)["backbone"] == "bn" else 0  # spared: SN's and GN's gains
+        assert cfg.optimizer.norm_weight_decay == decayed
         assert cfg.optimizer.gate_weight_decay == cfg.optimizer.bias_weight_decay == 0
         for part in vars(cfg.parts).values():
             own = name.startswith(("c4", "fpn")) and part["name"] == "sn"
@@ -170,6 +176,38 @@ def test_recipes():
     assert complete("experiment=detection/fpn_frozen_bn_none").schedule.name == "detection_1x"
     official = complete("experiment=detection/c4_sn_official")
     assert official.schedule.name == "detection_2x" and official.data.test_size == 800
+    official = complete("experiment=detection/fpn_sn_official")
+    assert list(names(official).values())[:3] == ["sn", "sn", "none"]
+    assert official.model.box_head == "mlp" and official.schedule.name == "detection_2x"
+    assert not norm_names(meta_model(official).roi_heads.box_head)
+
+
+def facts(cfg, images=COCO_IMAGES):
+    """What a run of this config on so many images says of itself."""
+    task = Task.__new__(Task)
+    task.config, task.init, task.micro_batches = cfg, {"name": cfg.init.name, "sha256": None}, 1
+    described = {"name": cfg.data.name, "train_images": images[0], "val_images": images[1]}
+    task.data = SimpleNamespace(describe=lambda: described)
+    task.sampler = SimpleNamespace(steps=math.ceil(cfg.schedule.images / 16))
+    return task.facts(SimpleNamespace(processes=SimpleNamespace(world_size=8)))
+
+
+@pytest.mark.parametrize("name", sorted({*ROWS, "c4_sn_official", "fpn_sn_official"}))
+def test_rows_of_the_paper_are_its_runs(name):
+    """A whole run on COCO is full, and stands in its own row alone; the official ones in none."""
+    cfg = complete(f"experiment=detection/{name}")
+    assert facts(cfg)["scale"] == "full"
+    assert facts(cfg, (117_266, 4_999))["scale"] == "proxy"
+    run = Run(Path(name), facts(cfg), recorded(cfg))
+    found = []
+    for table in ("table_4_2", "table_4_3", "table_4_4"):
+        for start in ("finetune", "scratch", "rows"):
+            for row in PAPER[table].get(start, []):
+                recipe = PAPER[table][f"recipe_{start}"] | row.get("recipe", {})
+                same = make_tables.is_row(run, row, start == "scratch") and run.follows(recipe)
+                if PAPER[table]["model"] == run.summary["model"] and same:
+                    found.append((table, row))
+    assert found == ([ROWS[name]] if name in ROWS else [])
 
 
 def test_rows_do_not_share_a_folder():

@@ -13,12 +13,20 @@ from common import records as results
 ROOT = Path(__file__).resolve().parents[2]
 AP = {"box_ap": 12.0, "box_ap50": 30.0, "box_ap75": 5.0, "box_ap_l": 20.0, "box_ap_m": 10.0}
 AP |= {"box_ap_s": None, "mask_ap": None}
+RECIPES = {  # images of training, short side of the image
+    "c4": (703_596, 600),
+    "c4_3x": (4_320_000, 800),
+    "fpn": (2_880_000, 800),
+    "fpn_1x": (1_440_000, 800),
+    "mask": (2_880_000, 800),
+}
 MODELS = {"c4": "faster_rcnn_r50_c4", "fpn": "faster_rcnn_r50_fpn", "mask": "mask_rcnn_r50_fpn"}
 
 
 def write_run(root, parts, init="scratch", seed=0, /, **changes):
     """A small record as train_detection.py writes it; returns its folder."""
     names = ("backbone", "fpn", "box_head", "mask_head")
+    config = changes.pop("config", {})
     parts = dict(zip(names if len(parts) > 2 else ("backbone", "box_head"), parts))
     data, model = changes.pop("data", "digits_coco"), changes.pop("model", "faster_rcnn_r18_fpn")
     run = f"detection/{data}_{model}/{'-'.join(parts.values())}_8x2_{init}/seed{seed}"
@@ -47,7 +55,8 @@ def write_run(root, parts, init="scratch", seed=0, /, **changes):
         "date": "2025-01-01T00:00:00",
     } | changes
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": seed, "parts": parts}))
+    config = {"seed": seed, "parts": parts} | config
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
     if "sn" in parts.values():
         even = {s: 1 / 3 for s in ("in", "ln", "bn")}
@@ -118,16 +127,23 @@ def test_published_tables_without_runs(script, tmp_path):
 @pytest.mark.parametrize(
     "parts, init, kind, where",
     [
-        (("frozen_bn", "frozen_bn"), "torchvision", "c4", ("pretrained", "frozenBN", "frozenBN")),
+        (("frozen_bn",) * 2, "torchvision", "c4", ("pretrained", "frozenBN", "frozenBN")),
         (("sn", "sn"), "checkpoint", "c4", ("pretrained", "SN", "SN")),
-        (("sn", "sn"), "scratch", "c4", ("scratch", "SN", "SN")),
-        (("frozen_bn", "none", "none"), "checkpoint", "fpn", ("pretrained", "frozenBN", "none")),
+        (("sn", "sn"), "scratch", "c4_3x", ("scratch", "SN", "SN")),
+        (
+            ("frozen_bn",) + ("none",) * 2,
+            "checkpoint",
+            "fpn_1x",
+            ("pretrained", "frozenBN", "none"),
+        ),
         (("frozen_bn", "gn", "gn"), "checkpoint", "fpn", ("pretrained", "frozenBN", "GN")),
         (("gn",) + ("sn_in_ln",) * 3, "checkpoint", "mask", ("pretrained", "GN", "SN")),
     ],
 )
 def test_a_full_run_stands_beside_the_paper(parts, init, kind, where, script, tmp_path):
     """In its own row of its own table, and nowhere else."""
+    images, size = RECIPES[kind]
+    kind = kind.partition("_")[0]
     write_run(
         tmp_path,
         parts,
@@ -135,6 +151,7 @@ def test_a_full_run_stands_beside_the_paper(parts, init, kind, where, script, tm
         data="coco",
         model=MODELS[kind],
         scale="full",
+        config={"schedule": {"images": images}, "data": {"test_size": size}},
         box_ap=33.33,
         mask_ap=30.0 if kind == "mask" else None,
     )
@@ -147,8 +164,12 @@ def test_a_full_run_stands_beside_the_paper(parts, init, kind, where, script, tm
 
 
 def test_other_runs_do_not(script, tmp_path):
-    """A proxy, another setting, norms that the paper mixed otherwise."""
-    full = {"data": "coco", "model": MODELS["fpn"], "scale": "full"}
+    """A proxy, another setting or recipe, norms that the paper mixed otherwise."""
+    recipe = {"schedule": {"images": 2_880_000}, "data": {"test_size": 800}}
+    full = {"data": "coco", "model": MODELS["fpn"], "scale": "full", "config": recipe}
+    short = full | {"config": recipe | {"schedule": {"images": 1_440_000}}}
+    write_run(tmp_path, ("frozen_bn", "sn", "sn"), "checkpoint", **short)
+    write_run(tmp_path, ("frozen_bn", "none", "none"), "checkpoint", **full)
     write_run(tmp_path, ("sn", "sn", "sn"), "checkpoint", **full | {"scale": "proxy"})
     write_run(tmp_path, ("sn", "sn", "none"), "checkpoint", **full)
     one = {"gpus": 1, "images_per_gpu": 2, "name": "1x2"}

@@ -89,7 +89,8 @@ def gate_gradients(
     differences of 0.01 / |v|. The losses are called on `model` as it is; afterwards its weights and
     buffers are what they were and no `.grad` is touched. All processes of a group get their mean.
 
-    Differs: DARTS' code keeps the running statistics of the probing passes.
+    Differs: DARTS' code keeps the running statistics of the probing passes, and updates its own
+    parameters with Adam; in train_imagenet.py the gates have the SGD that the weights have.
     """
     with _kept(model):
         if order == 1:

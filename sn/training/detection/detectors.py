@@ -387,7 +387,8 @@ def optimizer_groups(
 ) -> list[dict]:
     """Optimizer groups of weights, gains of norms, biases (shifts included) and gates.
 
-    The defaults are the official detection code's: no decay but on weights, biases at twice the lr.
+    The defaults are the official detection code's for SN and GN: no decay but on weights, biases at
+    twice the lr. It decays BN's gains as it does weights.
     """
     gate_ids = {id(gate) for gate in gates(model)}
     members = {"weights": [], "norms": [], "biases": [], "gates": []}
