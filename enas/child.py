@@ -7,7 +7,8 @@ pass uses those that its architecture asks for. Source: official code, micro_chi
 Differs: dropout is off when an architecture is scored. Drop path acts on shared weights as well; in
 the official code it does so in the fixed network alone. That network's cells have a convolution of
 their own for the last input, strides in the reduction cells and no 1x1 convolution at the end; here
-a fixed architecture has the cells of the search.
+a fixed architecture has the cells of the search. The auxiliary head's last convolution covers the
+whole map once; there it is padded and averaged over places.
 """
 
 import math
@@ -224,7 +225,10 @@ class BatchNorm(nn.Module):
         weight, bias = self.weight, self.bias
         if entry is not None:
             weight, bias = weight[entry], bias[entry]
-        return F.batch_norm(x, None, None, weight, bias, training=True)
+        # F.batch_norm refuses one value a channel, which one image left for scoring has on 1x1 maps
+        return torch.batch_norm(
+            x, weight, bias, None, None, True, 0.1, 1e-5, torch.backends.cudnn.enabled
+        )
 
 
 class ConvNorm(nn.Module):

@@ -225,6 +225,12 @@ class DartsConfig(RunConfig):
     def check(self) -> None:
         check_norm(self.norm)
         _check_lrs(self.optimizer)
+        for key in ("operations", "gates"):
+            if getattr(self, key) == "bilevel" and self.precision == "bf16":
+                raise ValueError(
+                    f"{key}=bilevel takes differences of nearby losses, too small for "
+                    f"precision=bf16; use fp32, or {key}=bilevel_first"
+                )
 
 
 def _check_lrs(optimizer: ChildOptimizer | DartsOptimizer) -> None:

@@ -162,6 +162,8 @@ class _Walk:
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
         if self.given is None:
+            if not log_probs.isfinite().all():
+                raise FloatingPointError("the controller's probabilities are not finite")
             choice = torch.multinomial(probs.detach(), 1).squeeze(-1)
         else:
             choice = self.given[:, cell, node, place].to(logits.device)

@@ -1,6 +1,6 @@
 """Draw the two cells of an architecture.
 
-    python -m enas.draw outputs/enas/digits_2x8_3nodes/sn_ln_gn/seed0/summary.json --out cells.png
+    python -m enas.draw outputs/enas/digits_1x8_2nodes/sn_ln_gn/seed0/summary.json --out cells.png
 
 Entries run from left to right by how far they are from the inputs. An arrow is an operation; two
 arrows meet in a node, which names them with the entries they read, and are added. The entries that

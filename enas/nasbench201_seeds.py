@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
                 say(f"{arm}: recorded already")
                 continue
             line |= search_all(config, table, seeds)
+            drop_torn_line(args.out)
             with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, separators=(",", ":")) + "\n")
                 file.flush()
@@ -124,6 +125,13 @@ def is_recorded(path: Path, line: dict) -> bool:
                 )
             return True
     return False
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off what a kill has left of a last line: what is appended must begin one of its own."""
+    if path.exists():
+        whole = path.read_bytes()
+        os.truncate(path, whole.rfind(b"\n") + 1)
 
 
 def search_all(config: CellSearchConfig, table: Table, seeds: list[int]) -> dict:

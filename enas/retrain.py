@@ -1,6 +1,6 @@
 """Train one architecture from scratch and evaluate it: another figure than its shared accuracy.
 
-    python -m enas.retrain arch=outputs/enas/digits_2x8_3nodes/sn_ln_gn/seed0/summary.json
+    python -m enas.retrain arch=outputs/enas/digits_1x8_2nodes/sn_ln_gn/seed0/summary.json
     python -m enas.retrain arch=random arch_seed=1 run_name=random1
 
 `retrained_val_top1` is on the images that the search was rewarded on, `retrained_test_top1` on

@@ -171,6 +171,8 @@ def search_by_evolution(
     After `population` uniform cells each next one is the best of `sample` living ones, drawn with
     replacement, with the operation of one edge replaced by another; the oldest dies.
     """
+    if len(table.operations) < 2:
+        raise ValueError(f"the table has {table.operations} alone: nothing that evolution changes")
     return np.array([_evolve(table, seed, cells, population, sample) for seed in seeds])
 
 

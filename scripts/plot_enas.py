@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
         "Draw architecture searches (Fig 5(b)) and write their table.", "enas"
     )
     args = parser.parse_args(argv)
-    runs = [run for run in figures.read(args.runs, "enas") if run.summary["status"] == "finished"]
+    every = figures.read(args.runs, "enas")
+    runs = [run for run in every if run.summary["status"] == "finished"]
+    diverged = [run for run in every if run.diverged]
     if not runs:
         fail(f"no searches below {args.runs}")
     out = args.out or args.runs / "enas"
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
             draw_importance([run for run in found if run.importance], path, lines)
     retrained = figures.read(args.runs, "enas_retrain")
     pictures = {name: (folder / f"search_{name}.{args.format}").relative_to(out) for name in groups}
-    pages.write(out / "README.md", markdown(groups, retrained, notes, out, pictures))
+    pages.write(out / "README.md", markdown(groups, diverged, retrained, notes, out, pictures))
     print(out / "README.md")
 
 
@@ -241,9 +243,17 @@ def title(found: dict[str, list[Run]]) -> str:
 
 
 def markdown(
-    groups: dict, retrained: list[Run], notes: str, folder: Path, pictures: dict[str, Path]
+    groups: dict,
+    diverged: list[Run],
+    retrained: list[Run],
+    notes: str,
+    folder: Path,
+    pictures: dict[str, Path],
 ) -> list[str]:
-    """The parts of the page; `folder` is where it will lie, for its links."""
+    """The parts of the page; `folder` is where it will lie, for its links.
+
+    Searches that diverged are in no curve, mean or lead: each is named.
+    """
     parts = [*pages.begin(SCRIPT, "# Architecture search", notes), SHARED]
     for name, (runs, lines) in groups.items():
         data, model, scale = runs[0].group
@@ -254,6 +264,14 @@ def markdown(
         parts += [f"![search]({pictures[name].as_posix()})"]
         parts += [pages.md_table(spread_table(found)), *budget(found), *leads(found)]
         parts += ["### Every run", pages.md_table(run_table(found, folder))]
+    if diverged:
+        rows = [["run", "seed", "epochs done", *pages.ORIGIN]]
+        for run in sorted(diverged, key=lambda run: (run.name, run.seed)):
+            done = max((line["epoch"] for line in run.metrics), default=0)
+            link = pages.link(run, folder, f"{run.group[0]}, {run.group[1]}, {label(run)}")
+            rows.append([link, run.seed, done, *pages.origin(run)])
+        parts += ["## Diverged", "These searches are in no curve, mean or lead above."]
+        parts += [pages.md_table(rows)]
     if retrained:
         parts += ["## Retrained architectures", RETRAINED]
         parts += [pages.md_table(retrain_table(retrained, folder))]

@@ -92,7 +92,9 @@ class AutoGroupNorm(nn.GroupNorm):
     """nn.GroupNorm with the channel count first, like every other norm here.
 
     `num_groups` None is the largest divisor of `num_features` up to 32; an explicit count that
-    does not divide is a ValueError. 1 group is LN over (C, *spatial). Source: Wu and He, 2018.
+    does not divide is a ValueError. 1 group is LN over (C, *spatial). A group of one value is 0
+    before gain and shift, in a batch of one as well, which nn.GroupNorm refuses. Source: Wu and
+    He, 2018.
     """
 
     def __init__(
@@ -118,6 +120,9 @@ class AutoGroupNorm(nn.GroupNorm):
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class NoNorm(nn.Module):

@@ -169,6 +169,9 @@ def test_a_run(gates, tmp_path):
     assert json.loads(lines[0])["layers"] != json.loads(lines[-1])["layers"]
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     assert state["bn1.num_batches_tracked"] == 1  # probing passes do not count
+    if gates == "bilevel":
+        with pytest.raises(ValueError, match="gates=bilevel.*too small for precision=bf16"):
+            train_imagenet.train(config(*options, f"gates={gates}", "precision=bf16"))
     for bad in (f"gates={gates} norm=bn", f"gates={gates} precision=fp16", "gates=other",
                 f"gates={gates} setting.emulation=accumulated"):  # fmt: skip
         with pytest.raises(ValueError, match="gates="):

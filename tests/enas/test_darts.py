@@ -413,6 +413,11 @@ def test_resumed_run_equals_unbroken_one(name, call, operations, gates, tmp_path
         (["operations=both"], ["operations=both", "bilevel_first"]),
         (["gates=bilevel", "norm=bn"], ["gates=bilevel", "control parameters", "bn"]),
         (["norm=none"], ["none", "affine"]),
+        (["operations=bilevel", "precision=bf16"], ["operations=bilevel", "precision=bf16"]),
+        (
+            ["operations=joint", "gates=bilevel", "precision=bf16"],
+            ["gates=bilevel", "bf16", "fp32"],
+        ),
         (["optimizer.min_lr=0.5"], ["optimizer.min_lr=0.5", "optimizer.max_lr=0.025"]),
         (["data.train_images=1"], ["two halves", "there are 1"]),
         (["table=none.csv"], ["no table none.csv"]),

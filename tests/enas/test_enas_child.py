@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from enas.child import Child, drop_paths, reduction_layers
+from enas.child import BatchNorm, Child, drop_paths, reduction_layers
 from enas.data import DeviceImages
 from enas.space import Architecture, Node, random_decisions
 from sn.training.classification.data import build_data
@@ -171,6 +171,17 @@ def test_shared_batch_norm_takes_the_batch_always():
     assert (fixed.eval()(images()) - training).abs().max() > 0.1
     alone = fixed(images()[:1])
     torch.testing.assert_close(alone, fixed(images())[:1])
+
+
+def test_one_value_a_channel_is_the_shift():
+    """As one image left over has on 1x1 maps: torch's function refuses it."""
+    norm = BatchNorm(3, 2)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    x = torch.randn(1, 3, 1, 1)
+    assert norm(x, 1).flatten().tolist() == pytest.approx([4.0, 5.0, 6.0])
+    expected = F.batch_norm(x.expand(2, 3, 1, 1), None, None, training=True) + 4
+    assert torch.equal(norm(x.expand(2, 3, 1, 1), 1)[:, 0], expected[:, 0])
 
 
 def test_only_the_architecture_learns():

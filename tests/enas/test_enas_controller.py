@@ -147,6 +147,12 @@ def test_logits_are_squashed_as_the_recipe_says():
         torch.testing.assert_close(logits, sign)
 
 
+def test_probabilities_that_are_not_finite_end_the_search_in_words():
+    controller = Controller(2, hidden_size=8, operation_temperature=1e-300)
+    with pytest.raises(FloatingPointError, match="probabilities are not finite"):
+        controller(1)
+
+
 def test_weights_start_small_and_norms_as_norms():
     controller = Controller()
     assert controller.cell.weight_hh.abs().max() <= 0.1

@@ -65,6 +65,19 @@ def searches(tmp_path):
     return tmp_path
 
 
+def test_diverged_searches_are_named(searches, plot):
+    """They are in no mean and no lead, and the page says which."""
+    write_search(searches, "sn_ln_gn", 2, 90.0, status="diverged", shared_top1=None)
+    write_search(searches, "ln", 2, 40.0)
+    plot(["--runs", str(searches)])
+    text = (searches / "enas/README.md").read_text()
+    assert "- SN minus LN: +1.25 ± 2.47 points of shared_top1; ahead in 1 of 2 seeds" in text
+    means, diverged = text.split("## Diverged\n")
+    assert "in no curve, mean or lead" in diverged
+    link = "[cifar10, 2x8_3nodes, sn_ln_gn](cifar10_2x8_3nodes/sn_ln_gn/seed2)"
+    assert f"| {link} | 2 | 2 |" in diverged and "90.0" not in means
+
+
 def test_table_by_hand(searches, plot):
     plot(["--runs", str(searches)])
     text = (searches / "enas/README.md").read_text()

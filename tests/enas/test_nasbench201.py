@@ -367,6 +367,10 @@ def test_record_of_many_seeds(path, tmp_path, table, capsys):
     before = out.read_bytes()
     nasbench201_seeds.main([*arguments, *SHORT, "precision=fp64"])
     assert out.read_bytes() == before and "recorded already" in capsys.readouterr().out
+    out.write_bytes(before[:-300])  # a kill cuts a line short: it is made anew, the first is kept
+    nasbench201_seeds.main([*arguments, *SHORT, "precision=fp64"])
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert again[0] == sn and again[1]["best_test"] == evolution["best_test"] and len(again) == 2
     with pytest.raises(SystemExit) as error:
         nasbench201_seeds.main([*arguments, *SHORT, "precision=fp64", "controller.lr=1"])
     assert error.value.code == 2 and "sn with other config" in capsys.readouterr().err

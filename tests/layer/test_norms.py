@@ -117,6 +117,20 @@ def test_default_group_count_is_the_largest_divisor_up_to_32(channels, groups):
     assert sn.make_norm("ln")(channels).num_groups == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (1, 6, 1), (1, 6, 1, 1)])
+def test_a_group_of_one_value_is_the_shift(shape):
+    """In a batch of one too, which torch's layer refuses."""
+    layer = sn.AutoGroupNorm(6, 6)
+    torch.nn.init.constant_(layer.weight, 2.0)
+    torch.nn.init.constant_(layer.bias, 3.0)
+    torch.testing.assert_close(layer(torch.randn(shape)), torch.full(shape, 3.0))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        torch.nn.GroupNorm(6, 6)(torch.randn(shape))
+    cell = sn.SwitchNormLSTMCell(4, 4, norm="gn", num_groups=4)
+    h, c = cell(torch.randn(1, 4))
+    assert h.isfinite().all() and c.isfinite().all()
+
+
 def test_callables_build_on_a_device_and_in_a_dtype():
     for name in NAMES:  # timm passes both by keyword
         layer = sn.make_norm(name)(8, device="meta", dtype=torch.float64)

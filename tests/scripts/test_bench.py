@@ -107,6 +107,17 @@ def test_table_of_plans(load_script):
     assert 100 < rows[0]["peak_mb"] < 10_000
 
 
+def test_a_wrong_lstm_is_not_timed(load_script, monkeypatch, capsys):
+    bench_lstm = load_script("bench_lstm")
+    cells = bench_lstm.contestants("cell", 4) | {"nan": torch.nn.LSTMCell(4, 4)}
+    torch.nn.init.constant_(cells["nan"].weight_hh, float("nan"))
+    monkeypatch.setattr(bench_lstm, "contestants", lambda *_: cells)
+    args = SimpleNamespace(device="cpu", size=4, rounds=1, clock="cpu", repeats=1, compile=False)
+    rows = bench_lstm.time_all(args, "cell", 2)
+    assert {row["name"] for row in rows} == cells.keys() - {"nan"}
+    assert "nan is wrong by nan, not timed" in capsys.readouterr().out
+
+
 def test_a_layer_that_cannot_run_does_not_keep_the_others_from_it(load_script, monkeypatch, capsys):
     """On CUDA group norm takes parameters of the input's dtype alone."""
     bench_norm = load_script("bench_norm")

@@ -122,8 +122,11 @@ class ImagenetConfig(RunConfig):
                 "or init=checkpoint init.path=..."
             )
         if self.gates != "joint" and self.precision == "fp16":
+            raise ValueError(f"gates={self.gates} does not scale its losses; use precision=fp32")
+        if self.gates == "bilevel" and self.precision == "bf16":
             raise ValueError(
-                f"gates={self.gates} does not scale its losses; use precision=bf16 or fp32"
+                "gates=bilevel takes differences of nearby losses, too small for precision=bf16; "
+                "use fp32, or gates=bilevel_first"
             )
 
 
