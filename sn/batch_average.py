@@ -29,6 +29,9 @@ def batch_statistics_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
 class _Moments:
     """Count, mean and summed squared deviation per channel, merged batch by batch (Chan et al.)."""
 
@@ -38,11 +41,12 @@ class _Moments:
         self.mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
         self.deviation = torch.zeros_like(self.mean)
 
-    def add(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         """Forward hook: with momentum 1 the layer has just stored this batch's moments."""
         if not layer.training:  # a layer is tracing the network
             return
-        count = args[0].numel() // args[0].shape[1]
+        x = args[0] if args else kwargs["input"]
+        count = x.numel() // x.shape[1]
         freedom = count
         if isinstance(layer, nn.SyncBatchNorm):  # holds the moments of all processes' batches
             total = sum_over_processes(layer.running_mean.new_tensor(count, dtype=torch.float64))
@@ -90,9 +94,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     evaluation mode. An item of `loader` is a batch of inputs, or a tuple that starts with one. In a
     process group every rank brings batches of its own and all end with the statistics of all; with
     synchronised layers the ranks must bring equal numbers of batches.
-    Modes, momenta and groups of virtual GPUs are restored; layers that `sn.freeze` has frozen stay
-    as they are. Returns the number of batches used by all ranks; a model without batch statistics
-    is left alone (0).
+    Modes, momenta, groups of virtual GPUs and the choices of sparse layers are restored; layers
+    that `sn.freeze` has frozen stay as they are. Returns the number of batches used by all ranks; a
+    model without batch statistics is left alone (0).
 
     Raises ValueError if no batch came or `num_batches` is below 1, TypeError for other items. The
     model is unchanged after an error.
@@ -108,7 +112,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     }
     before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
     moments = {layer: _Moments(layer) for layer in settings}
-    hooks = [layer.register_forward_hook(moments[layer].add) for layer in settings]
+    hooks = [
+        layer.register_forward_hook(moments[layer].add, with_kwargs=True) for layer in settings
+    ]
     first = next(iter(layers.values()))  # of a model without parameters
     device = next(model.parameters(), first.running_mean).device
     batches = 0
@@ -117,6 +123,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
         for layer, (_, virtual_gpus) in settings.items():
             layer.train()
             layer.momentum = 1.0
+            for old, value in ((layer.running_mean, 0), (layer.running_var, 1)):
+                if not old.isfinite().all():  # momentum 1 would keep it
+                    old.fill_(value)
             if virtual_gpus is not None:
                 layer.virtual_gpus = 1
         with ExitStack() as stack:
@@ -156,6 +165,9 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             layer.momentum = momentum
             if virtual_gpus is not None:
                 layer.virtual_gpus = virtual_gpus
+            for (name, buffer), value in zip(layer.named_buffers(recurse=False), before[layer]):
+                if name not in _RUNNING:
+                    buffer.copy_(value)
         for module, mode in modes.items():
             module.training = mode
     return int(batches)

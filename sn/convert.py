@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .freezing import freeze, is_frozen
 from .hooks import connect
 from .modules import SwitchNormBase
-from .norms import FrozenBatchNorm, NoNorm, _options, make_norm
+from .norms import NORMS, FrozenBatchNorm, NoNorm, _options, make_norm
 from .running import RunningNorm
 
 _DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
@@ -31,6 +32,7 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _OWN = {"num_features", "eps", "momentum", "affine", "track_running_stats"}  # of batch norm
 _OWN |= {"num_batches_tracked", "process_group", "virtual_gpus", *_TENSORS}
 _KNOWN = ("torch.nn.", "torchvision.", "timm.layers.", "sn.")  # their forwards are batch norm's
+_NORMS = {kind for kinds, _ in NORMS.values() for kind in kinds.values()}
 _EXACT = (_BatchNorm, RunningNorm, FrozenBatchNorm)  # their evaluation is batch norm's
 
 
@@ -59,10 +61,12 @@ def convert(
     Batch norm is torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, our own, timm's fused
     BatchNormAct2d (dropout and activation stay) and its synchronised form, and FrozenBatchNorm2d,
     whose replacement learns. `norm` and `options` are those of `make_norm`, or a callable; eps,
-    momentum, process group and virtual GPUs are the replaced layer's unless given. Gain and shift
-    stay the same parameters, ties and an optimizer's reference included; a missing one, device,
-    dtype, mode, `freeze`, forward and backward hooks and what a user has set on the layer are kept
-    wherever the new norm has their like. Control parameters are new to an optimizer.
+    momentum, process group and virtual GPUs are the replaced layer's unless given (a callable that
+    is none of our classes and not from `make_norm` gets the number of channels alone). Gain and
+    shift stay the same parameters, ties and an optimizer's reference included; a missing one,
+    device, dtype, mode, `freeze`, forward and backward hooks and what a user has set on the layer
+    are kept wherever the new norm has their like. Control parameters are new to an optimizer; they
+    do not learn if the layer's gain does not.
 
     Args:
         keep_outputs: also keep the running statistics, and start switchable layers with bn's
@@ -164,9 +168,14 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
     _check_layer(where, layer)
     tensors = [t for t in (layer.running_mean, layer.weight) if t is not None]
     features = tensors[0].shape[0] if tensors else layer.num_features
-    if isinstance(norm, str):
-        dim = next((d for kind, d in _DIMS.items() if isinstance(layer, kind)), dim)
-        build = make_norm(norm, dim=dim, **options)
+    dim = next((d for kind, d in _DIMS.items() if isinstance(layer, kind)), dim)
+    build = make_norm(norm, dim=dim, **options) if isinstance(norm, str) else norm
+    if not isinstance(norm, str) and options:
+        raise TypeError(f"options {sorted(options)} are those of a norm given by its name")
+    if isinstance(build, type):
+        build = partial(build)
+    if isinstance(build, partial) and build.func in _NORMS:
+        given = options if isinstance(norm, str) else build.keywords
         inherited = {"affine": layer.weight is not None, "eps": layer.eps}
         inherited["bias"] = layer.bias is not None
         if not issubclass(build.func, nn.modules.instancenorm._InstanceNorm):
@@ -174,14 +183,12 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         for key in ("momentum", "process_group"):
             if hasattr(layer, key):
                 inherited[key] = getattr(layer, key)
-        known = set(_options(build.func)) - set(options)
+        known = set(_options(build.func)) - set(given)
         twin = build(features, **{k: v for k, v in inherited.items() if k in known})
-        if "virtual_gpus" not in options and hasattr(twin, "virtual_gpus"):
+        if "virtual_gpus" not in given and hasattr(twin, "virtual_gpus"):
             twin.virtual_gpus = getattr(layer, "virtual_gpus", twin.virtual_gpus)
     else:
-        if options:
-            raise TypeError(f"options {sorted(options)} are those of a norm given by its name")
-        twin = norm(features)
+        twin = build(features)
     without_bias = layer.weight is not None and layer.bias is None
     if without_bias and isinstance(getattr(twin, "bias", None), nn.Parameter):
         twin.bias = None  # torch's norms have the argument only since 2.12
@@ -189,6 +196,8 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         twin.to(tensors[0].device, tensors[0].dtype)
     if keep_outputs:
         _check_keeps(where, layer, twin)
+    if isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad:
+        twin.requires_grad_(False)
     with torch.no_grad():
         for key in ("weight", "bias"):
             old, value = getattr(layer, key), getattr(twin, key, None)

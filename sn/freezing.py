@@ -32,7 +32,7 @@ def unfreeze(model: nn.Module) -> nn.Module:
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether `freeze` has reached `layer`."""
-    return "train" in vars(layer)
+    return getattr(vars(layer).get("train"), "func", None) is _stay_in_evaluation
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ arXiv 1806.10779.
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def check_num_groups(num_groups: int | None, num_features: int) -> None:
     """Raise ValueError unless `num_groups` divides `num_features`."""
     if num_groups is None:
         raise ValueError("the statistic 'gn' needs num_groups, a divisor of the channel count")
-    whole = isinstance(num_groups, int) and not isinstance(num_groups, bool)
+    whole = isinstance(num_groups, Integral) and not isinstance(num_groups, bool)
     if not whole or num_groups < 1 or num_features % num_groups:
         divisors = [d for d in range(1, num_features + 1) if num_features % d == 0]
         raise ValueError(
@@ -48,7 +49,7 @@ def check_num_groups(num_groups: int | None, num_features: int) -> None:
 
 def check_virtual_gpus(virtual_gpus: int, batch: int = 0) -> None:
     """Raise ValueError unless a batch splits into `virtual_gpus` equal groups."""
-    if not isinstance(virtual_gpus, int) or virtual_gpus < 1:
+    if not isinstance(virtual_gpus, Integral) or virtual_gpus < 1:
         raise ValueError(f"virtual_gpus={virtual_gpus!r}; expected a whole number, 1 or more")
     if batch % virtual_gpus:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Switchable Normalization layers, in the convention of torch.nn.BatchNorm."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,6 +15,8 @@ from .functional import canonical_statistics, check_num_groups, check_virtual_gp
 from .kernels import Options, switch_norm_act
 from .running import CountsBatches, count_batch, warn_of_update_bn
 from .tracing import Proxy, Traceable
+
+_FUSES = re.compile(r"(^|_)fuse(_|$)|^reparam")  # functions' names
 
 
 class SwitchNormBase(Traceable, CountsBatches):
@@ -109,11 +112,16 @@ class SwitchNormBase(Traceable, CountsBatches):
 
     @property
     def eps(self) -> float:
-        """Raises ValueError in `torch.nn.utils.fuse_conv_bn_eval`, which takes any layer for bn."""
-        if sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.fusion":
+        """Raises ValueError in functions that fuse any layer into convolutions as if it were bn.
+
+        Such as torch's `fuse_conv_bn_eval` and the `fuse` of timm's networks: by their names.
+        """
+        caller = sys._getframe(1)
+        name, module = caller.f_code.co_name, caller.f_globals.get("__name__", "")
+        if _FUSES.search(name) and not module.startswith(__package__ + "."):
             raise ValueError(
-                f"{type(self).__name__} is not batch norm in evaluation and cannot be fused into a "
-                "convolution; sn.fold(model) fuses the layers that can"
+                f"{name} of {module} takes {type(self).__name__} for batch norm, "
+                "which it is not in evaluation; sn.fold(model) fuses the layers that can"
             )
         return self._eps
 
@@ -140,8 +148,8 @@ class SwitchNormBase(Traceable, CountsBatches):
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.as_node(x) if isinstance(x, Proxy) else self._normalize(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.as_node(input) if isinstance(input, Proxy) else self._normalize(input)
 
     def _normalize(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         self._check_input(x)
@@ -256,7 +264,7 @@ class SwitchNormAct2d(SwitchNorm2d):
         affine: bool = True,
         track_running_stats: bool = True,
         apply_act: bool = True,
-        act_layer: Callable[..., nn.Module] | None = nn.ReLU,
+        act_layer: str | Callable[..., nn.Module] | None = nn.ReLU,
         act_kwargs: dict | None = None,
         inplace: bool = True,
         drop_layer: Callable[[], nn.Module] | None = None,
@@ -286,6 +294,8 @@ class SwitchNormAct2d(SwitchNorm2d):
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
         self.act = nn.Identity()
         if apply_act and act_layer is not None:
+            if isinstance(act_layer, str):
+                act_layer = _activation(act_layer)
             options = dict(act_kwargs or {})
             if inplace and "inplace" in inspect.signature(act_layer).parameters:
                 options.setdefault("inplace", True)
@@ -294,12 +304,29 @@ class SwitchNormAct2d(SwitchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(x, Proxy) or isinstance(residual, Proxy):
             return self.as_node(x) if residual is None else self.as_node(x, residual)
-        if type(self.drop) is nn.Identity:
-            relu = type(self.act) is nn.ReLU
+        if type(self.drop) is nn.Identity and not _has_hooks(self.drop):
+            relu = type(self.act) is nn.ReLU and not _has_hooks(self.act)
             y = self._normalize(x, residual, relu)
             return y if relu else self.act(y)
         y = self.drop(self._normalize(x))
         return self.act(y if residual is None else y + residual)
+
+
+def _activation(name: str) -> type[nn.Module]:
+    """torch's activation by timm's name for it, such as relu, leaky_relu, swish."""
+    module = nn.modules.activation
+    known = {kind.lower(): getattr(module, kind) for kind in module.__all__}
+    known |= {"swish": nn.SiLU, "hardswish": nn.Hardswish}
+    plain = name.lower().replace("_", "")
+    if plain not in known:
+        raise ValueError(f"unknown act_layer={name!r}; give the class, or one of {sorted(known)}")
+    return known[plain]
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what passes through `layer`."""
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 class SwitchNorm3d(SwitchNormBase):
@@ -362,13 +389,13 @@ def importance_weights(model: nn.Module) -> dict[str, dict[str, dict[str, float]
     for name, layer in named_layers(model):
         if isinstance(layer, SwitchNormBase):
             weights[name] = {
-                key: dict(zip(layer.statistics, _whole(ratios).tolist()))
+                key: dict(zip(layer.statistics, whole(ratios).tolist()))
                 for key, ratios in zip(("mean", "var"), layer.importance())
             }
     return weights
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """All of a DTensor."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

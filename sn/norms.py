@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
 from .kernels import batch_norm
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from .running import count_batch
+from .running import count_batch, like_in_memory
 from .tracing import Proxy, Traceable
 from .variants.batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -27,12 +27,13 @@ class _VirtualGPUs(Traceable):
 
     virtual_gpus = 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise (N, C, *spatial); with virtual_gpus > 1 each group of N / G samples by itself.
 
         The running statistics get one update per call, with the mean of the groups' means and
         (unbiased, as torch stores them) variances.
         """
+        x = input
         if isinstance(x, Proxy):
             return self.as_node(x)
         groups = self.virtual_gpus
@@ -57,9 +58,7 @@ class _VirtualGPUs(Traceable):
         if self.track_running_stats:
             self._update_running_stats(mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0))
         y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous(memory_format=torch.channels_last)
-        return y
+        return like_in_memory(y, x)
 
     def _statistics_dtype(self, x: Tensor) -> torch.dtype:
         reference = self.weight if self.running_mean is None else self.running_mean

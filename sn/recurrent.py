@@ -151,7 +151,7 @@ class SwitchNormLSTM(Traceable, nn.LSTM):
         if isinstance(input, Proxy):
             return self.as_node(input) if hx is None else self.as_node(input, hx)
         if self.norm == "none":
-            return super().forward(input, hx)
+            return nn.LSTM.forward(self, input, hx)  # torch.compile does not follow super() here
         hx = None if hx is None else _pair(hx)
         if isinstance(input, PackedSequence):
             data, sizes, order, back = input
@@ -299,7 +299,7 @@ def _sequence(
     outputs = [None] * len(sizes)
     for t in reversed(steps) if reverse else steps:
         size = sizes[t]
-        if size == len(h):
+        if size == h.shape[0]:  # not len(h), which is a number in an export
             h, c = _step(driven[t], h, c, weight_hh, norms["hidden"], norms["cell"])
             outputs[t] = h
             continue

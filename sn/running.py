@@ -44,7 +44,9 @@ class CountsBatches(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         if (local_metadata.get("version") or 1) < 2 and self.num_batches_tracked is not None:
-            state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+            count = self.num_batches_tracked
+            count = torch.tensor(0) if count.is_meta else count  # there is none to keep
+            state_dict.setdefault(prefix + "num_batches_tracked", count)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
@@ -62,6 +64,14 @@ def count_batch(layer: nn.Module) -> float:
 def in_backward() -> bool:
     """Whether autograd is under way: a forward pass is then one that checkpointing repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def like_in_memory(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with channels last in memory where `x` has them so."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if layout is not None and x.is_contiguous(memory_format=layout):
+        return y.contiguous(memory_format=layout)
+    return y
 
 
 class RunningNorm(Traceable, CountsBatches):

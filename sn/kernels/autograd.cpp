@@ -242,7 +242,10 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
                             keeps_y ? y : Tensor(), saved});
     Head head = call.head;
     head.values = values;
-    ctx->saved_data["head"] = std::string(reinterpret_cast<const char*>(&head), sizeof(Head));
+    // Numbers, not a string: compiled autograd makes a Python object of it.
+    std::vector<int64_t> numbers((sizeof(Head) + 7) / 8);
+    std::memcpy(numbers.data(), &head, sizeof(Head));
+    ctx->saved_data["head"] = std::move(numbers);
     if (call.reduce) ctx->saved_data["reduce"] = c10::IValue::make_capsule(call.reduce);
     return y;
   }
@@ -251,7 +254,8 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
     variable_list inputs = ctx->get_saved_variables();
     Tensor x = inputs[0], y = inputs[7], saved = inputs[8], dy = grads[0];
     Head head;
-    std::memcpy(&head, ctx->saved_data["head"].toStringRef().data(), sizeof(Head));
+    std::vector<int64_t> numbers = ctx->saved_data["head"].toIntVector();
+    std::memcpy(&head, numbers.data(), sizeof(Head));
     if (head.values) return synchronised(ctx, head, dy, inputs);
     bool transformed = c10::impl::tls_is_dispatch_key_included(
         c10::DispatchKey::FuncTorchDynamicLayerFrontMode);

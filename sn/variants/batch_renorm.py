@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import batch_moments, batch_norm_by_group
-from ..running import RunningNorm, in_backward
+from ..running import RunningNorm, in_backward, like_in_memory
 from ..tracing import Proxy
 
 
@@ -115,9 +115,7 @@ class BatchRenormBase(RunningNorm):
             gain, shift = gain.flatten(), shift.flatten()
             y = F.batch_norm(merged, None, None, gain, shift, True, 0.0, self.eps)
             if groups > 1:
-                y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-                if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-                    y = y.contiguous(memory_format=torch.channels_last)
+                y = like_in_memory(y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1), x)
         if not again:
             self._count_images(x.shape[0])
             self._update(mean.mean(0), var.mean(0))

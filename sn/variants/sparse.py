@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ..freezing import is_frozen
 from ..kernels import seen_through
 from ..kernels.common import PLAIN, goes_by_formula
-from ..modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d, SwitchNormBase, named_layers
+from ..modules import (
+    SwitchNorm1d,
+    SwitchNorm2d,
+    SwitchNorm3d,
+    SwitchNormBase,
+    named_layers,
+    whole,
+)
 
 ONE_HOT = 1 - 1e-6  # an importance weight from here on is 1 but for rounding
 
@@ -23,7 +30,7 @@ def sparsemax(z: Tensor) -> Tensor:
     ordered = z.sort(descending=True).values
     sums = ordered.cumsum(0)
     counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype)
-    support = (1 + counts * ordered > sums).sum()
+    support = (1 + counts * ordered > sums).sum().clamp(min=1)  # none at NaN
     threshold = (sums.gather(0, (support - 1).view(1)) - 1) / support
     return (z - threshold).clamp(min=0)
 
@@ -130,6 +137,8 @@ def _logs_of_numbers(
     if top > 0.5:
         weights, top = [0.0] * len(choice), 1.0
         weights[choice.index(max(choice))] = 1.0
+    elif not all(value < math.inf for value in control):  # or NaN
+        weights = [math.nan] * len(control)
     else:
         tie = (16 * torch.finfo(dtype).eps) ** 2
         weights, slopes = sparsestmax_of_numbers(list(control), radius, tie, derivatives)
@@ -137,7 +146,7 @@ def _logs_of_numbers(
     if top >= ONE_HOT:
         settled, slopes = tuple(float(i == weights.index(top)) for i in range(len(weights))), []
         weights = settled
-    logs = [math.log(weight) if weight > 0 else -math.inf for weight in weights]
+    logs = [-math.inf if weight == 0 else math.log(weight) for weight in weights]
     zero = [0.0] * len(weights)
     slopes = [
         [slope / weight for slope in row] if weight > 0 else zero
@@ -211,7 +220,7 @@ class SparseSwitchNormBase(SwitchNormBase):
             self.radius.fill_(progress)
 
     def importance(self) -> tuple[Tensor, Tensor]:
-        return self._importance_of((self.mean_weight, self.var_weight))
+        return self._importance_of((whole(self.mean_weight), whole(self.var_weight)))
 
     def _importance_of(self, control: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         choices = (self.mean_choice, self.var_choice)

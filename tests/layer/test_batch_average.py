@@ -299,3 +299,22 @@ def test_a_compiled_network_is_not_compiled_again_for_every_batch():
     for name, value in plain.state_dict().items():
         if "running" in name:
             torch.testing.assert_close(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("norm", ["sn", "bn", "brn"])
+def test_statistics_that_are_not_finite_are_replaced(norm):
+    """As torch's update_bn replaces them."""
+    layer = sn.make_norm(norm)(3)
+    layer.running_mean[0], layer.running_var[1] = float("nan"), float("inf")
+    x = torch.randn(8, 3, 5, 5)
+    batch_average(nn.Sequential(layer), [x], 1)
+    torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(layer.running_var, x.var((0, 2, 3), correction=int(norm == "bn")))
+
+
+def test_sparse_layers_do_not_choose():
+    layer = sn.SparseSwitchNorm2d(3).eval()
+    with torch.no_grad():
+        layer.mean_weight.copy_(torch.tensor([3.0, 0.0, 0.0]))
+    batch_average(layer, [torch.randn(4, 3, 5, 5)], 1)
+    assert layer.mean_choice.sum() == 0 and layer.running_mean.abs().sum() > 0

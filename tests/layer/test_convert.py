@@ -296,3 +296,28 @@ def test_timm_fused_layers():
 def test_gate_start_without_outputs_to_keep():
     with pytest.raises(ValueError, match="gate_start=2 is for keep_outputs=True"):
         sn.convert(nn.BatchNorm2d(2), gate_start=2)
+
+
+@pytest.mark.parametrize("norm", [sn.make_norm("sn"), sn.SwitchNorm2d, "sn"])
+def test_callables_of_ours_take_the_old_layers_settings_too(norm):
+    old = nn.BatchNorm2d(4, eps=1e-3, momentum=0.01, affine=False)
+    layer = sn.convert(nn.Sequential(old), norm)[0]
+    assert (layer.eps, layer.momentum, layer.affine) == (1e-3, 0.01, False)
+    layer = sn.convert(nn.Sequential(nn.BatchNorm2d(4)), sn.make_norm("sn", eps=0.5))[0]
+    assert layer.eps == 0.5 and layer.affine
+
+
+def test_what_does_not_learn_gets_control_parameters_that_do_not():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[0].requires_grad_(False)
+    converted = sn.convert(model, "sn")
+    assert not any(p.requires_grad for p in converted[0].parameters())
+    assert all(p.requires_grad for p in converted[1].parameters())
+
+
+def test_another_train_method_is_no_freeze():
+    """Such as `disabled_train`, by which some keep batch norm in evaluation."""
+    layer = nn.BatchNorm2d(4)
+    layer.train = lambda mode=True: layer
+    converted = sn.convert(nn.Sequential(layer), "sn")[0]
+    assert all(p.requires_grad for p in converted.parameters())

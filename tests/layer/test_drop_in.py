@@ -5,6 +5,7 @@ import inspect
 import pickle
 import warnings
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -419,6 +420,88 @@ def test_fusion_of_torch_refuses_what_is_not_batch_norm():
     layer = sn.SwitchNorm2d(4)
     layer.eps = 0.5
     assert layer(torch.zeros(2, 4, 3, 3)).isfinite().all() and "eps=0.5" in repr(layer)
+
+    def refused(layer):  # no function that fuses
+        return layer.eps
+
+    assert refused(layer) == 0.5
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "levit_128s"])
+def test_networks_that_fuse_themselves_refuse_too(name):
+    """timm's would leave the layers out without a word."""
+    timm = pytest.importorskip("timm")
+    model = sn.convert(timm.create_model(name, num_classes=3), "sn").eval()
+    with pytest.raises(ValueError, match="fuse of timm.* takes SwitchNorm.* for batch norm"):
+        timm.utils.reparameterize_model(model)
+
+
+def test_calls_by_the_name_of_batch_norms_argument():
+    """`layer(input=x)`, as torch's; batch_average counts such batches too."""
+    x = torch.randn(4, 3, 5, 5)
+
+    class Named(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    for layer in (sn.SwitchNorm2d(3), sn.make_norm("bn")(3), nn.BatchNorm2d(3)):
+        sn.batch_average(Named(layer), [x], 1)
+        torch.testing.assert_close(layer.running_mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(layer.eval()(input=x), layer(x))
+
+
+def test_hooks_of_the_activation_are_called():
+    """Those of Grad-CAM and of feature extraction; the fused kernel passes it over else."""
+    layer, seen = sn.SwitchNormAct2d(4), []
+    x = torch.randn(2, 4, 5, 5)
+    expected = layer.eval()(x)
+    handle = layer.act.register_forward_hook(lambda act, args, y: seen.append(y) or 2 * y)
+    torch.testing.assert_close(layer(x), 2 * expected)
+    assert len(seen) == 1
+    handle.remove()
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_activations_by_name():
+    """As timm's BatchNormAct2d takes them."""
+    kinds = {
+        "relu": nn.ReLU,
+        "leaky_relu": nn.LeakyReLU,
+        "swish": nn.SiLU,
+        "hard_swish": nn.Hardswish,
+    }
+    for name, kind in kinds.items():
+        assert type(sn.SwitchNormAct2d(4, act_layer=name).act) is kind
+    with pytest.raises(ValueError, match="unknown act_layer='reluu'.*relu"):
+        sn.SwitchNormAct2d(4, act_layer="reluu")
+
+
+def test_groups_counted_by_numpy():
+    assert sn.SwitchNorm2d(8, statistics=("gn",), num_groups=np.gcd(4, 8)).num_groups == 4
+
+
+def test_a_state_dict_without_a_count_onto_meta():
+    state = dict(sn.SwitchNorm2d(3).state_dict())
+    del state["num_batches_tracked"]
+    with torch.device("meta"):
+        layer = sn.SwitchNorm2d(3)
+    layer.load_state_dict(state, assign=True)
+    assert layer.num_batches_tracked.device.type == "cpu"
+    layer(torch.randn(2, 3, 4, 4))
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", ["bn", "brn"])
+def test_volumes_keep_their_layout_by_the_formula(name):
+    x = torch.randn(4, 3, 2, 4, 4).to(memory_format=torch.channels_last_3d)
+    layer = sn.make_norm(name, dim=3)(3)
+    layer.virtual_gpus = 2
+    with sn.backend("reference"):
+        assert layer(x).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 # --- freezing and averaging

@@ -124,3 +124,55 @@ def test_converted_layers_with_an_activation_fold():
     assert count(folded, sn.NoNorm) == before and count(folded, sn.SwitchNorm2d) == 0
     x = oracle.values((1, 3, 64, 64))
     torch.testing.assert_close(folded(x), model(x))
+
+
+class Clipped(sn.SwitchNorm2d):
+    def forward(self, input):
+        return super().forward(input).clamp(max=0.5)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, in the place that torch leaves for such things."""
+
+    def _conv_forward(self, input, weight, bias):
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(input, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
+class Reads(nn.Module):
+    """Takes a layer's parameter for something else as well."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.norm, self.layer = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), layer
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) * getattr(self, self.layer).weight.norm()
+
+
+def with_hook(place, kind):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    if kind == "after":
+        model[place].register_forward_hook(lambda layer, args, output: 2 * output)
+    else:
+        model[place].register_forward_pre_hook(lambda layer, args: (args[0] + 1,))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), sn.SwitchNormAct2d(4, statistics=("bn",))),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Clipped(4, statistics=("bn",))),
+        lambda: nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4)),
+        lambda: Reads("conv"),
+        lambda: Reads("norm"),
+        *[lambda p=place, k=kind: with_hook(p, k) for place in (0, 1) for kind in ("after", "pre")],
+    ],
+)
+def test_what_a_layer_does_beside_is_not_lost(make):
+    model = randomised(make())
+    folded = sn.fold(model)
+    assert count(folded, sn.NoNorm) == 0
+    x = oracle.values((2, 3, 6, 6))
+    torch.testing.assert_close(folded(x), model(x))

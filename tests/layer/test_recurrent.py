@@ -382,3 +382,25 @@ def test_dropout_stands_between_layers_in_training_alone():
     plain = sn.SwitchNormLSTM(5, 8, 2).eval()
     plain.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x)[0], plain(x)[0])
+
+
+def test_without_a_norm_the_layer_compiles_as_torch_s():
+    layer, x = sn.SwitchNormLSTM(4, 8, norm="none"), torch.randn(5, 2, 4)
+    compiled = torch.compile(layer, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_export_with_a_free_batch_size():
+    class Outputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = sn.SwitchNormLSTM(4, 8)
+
+        def forward(self, x):
+            return self.layer(x)[0]
+
+    model, x = Outputs().eval(), torch.randn(5, 2, 4)
+    sizes = {"x": {1: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=False).module()
+    x = torch.randn(5, 7, 4)
+    torch.testing.assert_close(exported(x), model(x))

@@ -300,3 +300,31 @@ def test_conversion_to_sparse_keeps_outputs_exactly():
     x = oracle.values((2, 3, 3, 3), 1)
     ours = sn.convert(copy.deepcopy(theirs), "ssn", keep_outputs=True).eval()
     torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+def test_a_gate_of_minus_infinity_leaves_its_statistic_out():
+    """As softmax does in the switchable layer."""
+    layer, x = sn.SparseSwitchNorm2d(3), torch.randn(4, 3, 4, 4)
+    with torch.no_grad():
+        layer.mean_weight[2] = layer.var_weight[2] = -math.inf
+    expected = oracle.switch_norm(x, torch.ones(2), torch.ones(2), statistics=("in", "ln"))
+    for backend in ("auto", "reference"):
+        with sn.backend(backend):
+            torch.testing.assert_close(layer(x), expected.to(x.dtype), rtol=1e-4, atol=1e-5)
+    assert list(sn.importance_weights(layer)[""]["mean"].values()) == [0.5, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gates_that_are_not_finite_give_what_is_not_finite(value):
+    """So that a guard of the loss finds the layer: no crash, no numbers that look right."""
+    layer = sn.SparseSwitchNorm2d(3)
+    with torch.no_grad():
+        layer.mean_weight[0] = value
+    x = torch.randn(2, 3, 4, 4)
+    for backend in ("auto", "reference"):
+        with sn.backend(backend):
+            assert not layer(x).isfinite().any()
+    weights = sn.importance_weights(layer)[""]
+    assert all(math.isnan(weight) for weight in weights["mean"].values())
+    assert sum(weights["var"].values()) == pytest.approx(1)
+    assert layer.mean_choice.sum() == 0

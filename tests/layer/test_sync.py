@@ -186,7 +186,7 @@ def test_activation_checkpointing(reduced, reentrant):
 @pytest.mark.parametrize("reduced", ["extension"], indirect=True)
 @pytest.mark.parametrize("norm", ["sync_sn", "sn"])
 def test_compiled_autograd(reduced, norm):
-    """It cannot take what C++ functions keep apart from tensors: there the layer is by Python."""
+    """Around both passes, or around the backward pass alone, by when C++ has kept its things."""
     compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
     layers = [sync_workers.layer_of(("in", "bn"), 2, norm) for _ in range(2)]
     inputs = [oracle.values((2, 4, 3, 2)).requires_grad_() for _ in range(2)]
@@ -195,6 +195,12 @@ def test_compiled_autograd(reduced, norm):
         layers[0](inputs[0]).square().sum().backward()
     close(inputs[0].grad, inputs[1].grad)
     close(layers[0].weight.grad, layers[1].weight.grad)
+    if norm == "sn":
+        inputs[0].grad = None
+        loss = layers[0](inputs[0]).square().sum()
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        close(inputs[0].grad, inputs[1].grad)
 
 
 @pytest.mark.parametrize("numbers", [9, 8])  # of the all-reduce forward, backward
