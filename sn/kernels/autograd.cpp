@@ -47,6 +47,25 @@ struct Head {
   double values;     /* of a channel in all processes, if the layer is synchronised; else 0 */
 };
 
+// As letters, two a byte: compiled autograd makes a Python string of it.
+std::string as_text(const Head& head) {
+  auto* bytes = reinterpret_cast<const unsigned char*>(&head);
+  std::string text(2 * sizeof(Head), 'a');
+  for (size_t i = 0; i < sizeof(Head); i++) {
+    text[2 * i] += bytes[i] >> 4;
+    text[2 * i + 1] += bytes[i] & 15;
+  }
+  return text;
+}
+
+Head from_text(const std::string& text) {
+  Head head;
+  auto* bytes = reinterpret_cast<unsigned char*>(&head);
+  for (size_t i = 0; i < sizeof(Head); i++)
+    bytes[i] = (text[2 * i] - 'a') << 4 | (text[2 * i + 1] - 'a');
+  return head;
+}
+
 struct WithoutGil {
   PyThreadState* state = PyEval_SaveThread();
   ~WithoutGil() { PyEval_RestoreThread(state); }
@@ -242,10 +261,7 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
                             keeps_y ? y : Tensor(), saved});
     Head head = call.head;
     head.values = values;
-    // Numbers, not a string: compiled autograd makes a Python object of it.
-    std::vector<int64_t> numbers((sizeof(Head) + 7) / 8);
-    std::memcpy(numbers.data(), &head, sizeof(Head));
-    ctx->saved_data["head"] = std::move(numbers);
+    ctx->saved_data["head"] = as_text(head);
     if (call.reduce) ctx->saved_data["reduce"] = c10::IValue::make_capsule(call.reduce);
     return y;
   }
@@ -253,9 +269,7 @@ struct SwitchNorm : torch::autograd::Function<SwitchNorm> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list inputs = ctx->get_saved_variables();
     Tensor x = inputs[0], y = inputs[7], saved = inputs[8], dy = grads[0];
-    Head head;
-    std::vector<int64_t> numbers = ctx->saved_data["head"].toIntVector();
-    std::memcpy(&head, numbers.data(), sizeof(Head));
+    Head head = from_text(ctx->saved_data["head"].toStringRef());
     if (head.values) return synchronised(ctx, head, dy, inputs);
     bool transformed = c10::impl::tls_is_dispatch_key_included(
         c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
