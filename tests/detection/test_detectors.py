@@ -429,3 +429,95 @@ def test_optimizer_groups():
     }
     plain = detectors.optimizer_groups(model, 0.01, 1e-4, 1e-4, 1e-4, 1.0, 1e-4)
     assert {(g["lr"], g["weight_decay"]) for g in plain} == {(0.01, 1e-4)}
+
+
+# --- half precision
+
+
+HALF = {"backbone": "resnet10", "backbone_width": 8, "fpn_channels": 8, "box_features": 8}
+
+
+def tiny(architecture, num_classes=5, **options):
+    parts = {part: "gn" if part in detectors.ARCHITECTURES[architecture] else None
+             for part in detectors.PARTS}  # fmt: skip
+    torch.manual_seed(0)
+    return build_detector(architecture, num_classes, norms(**parts), **SMALL | HALF | options)
+
+
+def decoded(deltas, boxes, weights):
+    """Boxes (N, 4) that `deltas` make of `boxes`, in float64. Source: Faster R-CNN, equation 2."""
+    deltas, boxes = deltas.double() / torch.tensor(weights, dtype=torch.float64), boxes.double()
+    size, middle = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
+    middle, size = middle + deltas[:, :2] * size, size * deltas[:, 2:].exp()
+    return torch.cat([middle - size / 2, middle + size / 2], 1)
+
+
+@pytest.mark.parametrize("architecture", detectors.ARCHITECTURES)
+def test_boxes_and_targets_are_not_in_half_precision(architecture, monkeypatch):
+    """On a wide image, where bfloat16 has steps of 8 pixels; the networks run in it nonetheless."""
+    model = tiny(architecture, anchor_sizes=(32, 64, 96, 128, 160))
+    corners = torch.rand(12, 2) * torch.tensor([1800.0, 20.0])
+    boxes = torch.cat([corners, corners + 11 + 30 * torch.rand(12, 2)], 1)
+    target = {"boxes": boxes, "labels": torch.arange(12) % 5 + 1}
+    target["masks"] = torch.ones(12, 64, 1856, dtype=torch.uint8)
+    seen, encoded = {}, []
+    model.rpn.anchor_generator.register_forward_hook(lambda _, i, out: seen.update(anchors=out[0]))
+    model.rpn.head.register_forward_hook(lambda _, i, out: seen.update(rpn=out))
+    model.rpn.register_forward_hook(lambda _, i, out: seen.update(proposals=out[0][0]))
+    model.backbone.register_forward_hook(lambda _, i, out: seen.update(features=out))
+    for coder in (model.rpn.box_coder, model.roi_heads.box_coder):
+
+        def encode(references, proposals, coder=coder, encode=coder.encode):
+            found = encode(references, proposals)
+            encoded.append((references[0], proposals[0], found[0], coder.weights))
+            return found
+
+        monkeypatch.setattr(coder, "encode", encode)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([torch.rand(3, 64, 1856)], [target])
+        assert model.rpn.head.cls_logits(seen["features"]["0"]).dtype == torch.bfloat16
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+
+    anchors = seen["anchors"]
+    centres = (anchors[:, 0].double() + anchors[:, 2].double()) / 2
+    assert anchors.dtype == torch.float32 and centres.max() > 1800
+    assert (centres % 4 == 0).all()  # all strides are multiples of 4
+    deltas = [  # (1, 4 A, H, W) to (H W A, 4), the order of anchors
+        level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).reshape(-1, 4)
+        for level in seen["rpn"][1]
+    ]
+    expected = decoded(torch.cat(deltas), anchors, (1, 1, 1, 1))
+    limits = torch.tensor([1856, 64, 1856, 64])
+    expected = expected.clamp(min=0).minimum(limits)
+    nearest = torch.cdist(seen["proposals"].double(), expected, p=float("inf")).min(1).values
+    assert seen["proposals"].dtype == torch.float32 and nearest.max() < 1e-3
+
+    assert len(encoded) == 2
+    for references, proposals, codes, weights in encoded:
+        distance = torch.cdist(references.double(), boxes.double(), p=float("inf"))
+        assert distance.min(1).values.max() == 0  # the objects' own boxes
+        wide = proposals[:, 2:].sub(proposals[:, :2]).min(1).values > 8  # no rounding of tiny sizes
+        again = decoded(codes[wide], proposals[wide], weights)
+        torch.testing.assert_close(again, references[wide].double(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("label", [5, 60, 80])
+def test_nms_is_not_in_half_precision(label, dtype):
+    """torchvision moves class k by k times the largest coordinate, out of what halves can tell."""
+    model = tiny("faster_rcnn_fpn", 80).eval()
+    predictor = model.roi_heads.box_predictor
+    with torch.no_grad():
+        for parameter in predictor.parameters():
+            parameter.zero_()
+        predictor.cls_score.bias[label] = 9
+    lefts = torch.tensor([800.0, 805, 1000, 1105])  # the first two overlap by 0.9
+    boxes = torch.stack([lefts, torch.full((4,), 300), lefts + 100, torch.full((4,), 400)], 1)
+    features = {str(i): torch.rand(1, 8, 200 >> i, 336 >> i) for i in range(4)}
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        (found,), _ = model.roi_heads(features, [boxes], [(800, 1333)])
+    found = {key: value[found["scores"] > 0.5] for key, value in found.items()}
+    assert found["boxes"].dtype == torch.float32 and found["labels"].tolist() == [label] * 3
+    kept = found["boxes"][found["boxes"][:, 0].argsort()]
+    assert kept[0, 0] in (800, 805)
+    torch.testing.assert_close(kept[1:], boxes[2:], rtol=0, atol=1e-3)

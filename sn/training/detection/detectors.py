@@ -6,6 +6,7 @@ Source: section 4.2 and Tables 4.2-4.4; layout of Detectron's R50-C4 and R50-FPN
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -17,6 +18,7 @@ from torchvision.models.detection.faster_rcnn import (
     FastRCNNPredictor,
     TwoMLPHead,
 )
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
@@ -53,6 +55,47 @@ class _FrozenStages:
         for module in frozen_modules(self):
             module.eval()
         return self
+
+
+class _SingleOutputs:
+    """A head whose outputs are float32 where autocast makes them half precision.
+
+    Differs: torchvision computes boxes, targets and NMS in the dtype of these outputs, and in
+    bfloat16 a box at 1000 pixels lies on a grid of 4.
+    """
+
+    def forward(self, x):
+        found = super().forward(x)
+        if isinstance(found, Tensor):
+            return _single(found)
+        return tuple(
+            _single(part) if isinstance(part, Tensor) else [_single(level) for level in part]
+            for part in found
+        )
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class SingleRPNHead(_SingleOutputs, RPNHead):
+    """torchvision's RPNHead: objectness and box regression of each level in float32."""
+
+
+class SingleBoxPredictor(_SingleOutputs, FastRCNNPredictor):
+    """torchvision's FastRCNNPredictor: class logits and box regression in float32."""
+
+
+class SingleMaskPredictor(_SingleOutputs, MaskRCNNPredictor):
+    """torchvision's MaskRCNNPredictor: mask logits in float32."""
+
+
+class SingleAnchors(AnchorGenerator):
+    """torchvision's AnchorGenerator: anchors in float32 of feature maps in half precision too."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        # only shapes of (H, W), dtype and device of the maps matter
+        return super().forward(image_list, [_single(x[:0]) for x in feature_maps])
 
 
 class StridedRoIAlign(MultiScaleRoIAlign):
@@ -171,16 +214,16 @@ def build_detector(
     if architecture == "faster_rcnn_c4":
         body = IntermediateLayerGetter(resnet, {"layer3": "0"})
         body.out_channels = 4 * width
-        anchors = AnchorGenerator((sizes,), ((0.5, 1.0, 2.0),))
+        anchors = SingleAnchors((sizes,), ((0.5, 1.0, 2.0),))
         for mode in ("train", "test"):  # 12,000 and 6,000 of the one map, as in Detectron
             options[f"rpn_pre_nms_top_n_{mode}"] *= 6
         model = PartsFasterRCNN(
             body,
             rpn_anchor_generator=anchors,
-            rpn_head=RPNHead(4 * width, anchors.num_anchors_per_location()[0], rpn_convs),
+            rpn_head=SingleRPNHead(4 * width, anchors.num_anchors_per_location()[0], rpn_convs),
             box_roi_pool=StridedRoIAlign({"0": 16}, output_size=14, sampling_ratio=0),
             box_head=Conv5Head(conv5),
-            box_predictor=FastRCNNPredictor(8 * width, num_classes + 1),
+            box_predictor=SingleBoxPredictor(8 * width, num_classes + 1),
             **options,
         )
     else:
@@ -189,7 +232,7 @@ def build_detector(
         body = BackboneWithFPN(resnet, levels, channels, fpn_channels, norm_layer=norms["fpn"])
         if len(sizes) != 5:
             raise ValueError(f"anchor_sizes={list(sizes)}: FPN has 5 levels, with a size for each")
-        anchors = AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * 5)
+        anchors = SingleAnchors(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * 5)
         box = (
             TwoMLPHead(fpn_channels * 7**2, box_features)
             if box_head == "mlp"
@@ -201,16 +244,16 @@ def build_detector(
         options |= {
             "rpn_anchor_generator": anchors,
             "box_roi_pool": StridedRoIAlign(strides, output_size=7, sampling_ratio=2),
-            "rpn_head": RPNHead(fpn_channels, 3, rpn_convs),
+            "rpn_head": SingleRPNHead(fpn_channels, 3, rpn_convs),
             "box_head": box,
-            "box_predictor": FastRCNNPredictor(box_features, num_classes + 1),
+            "box_predictor": SingleBoxPredictor(box_features, num_classes + 1),
         }
         if architecture == "mask_rcnn_fpn":
             model = PartsMaskRCNN(
                 body,
                 mask_roi_pool=StridedRoIAlign(strides, output_size=14, sampling_ratio=2),
                 mask_head=MaskRCNNHeads(fpn_channels, [fpn_channels] * 4, 1, norms["mask_head"]),
-                mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, num_classes + 1),
+                mask_predictor=SingleMaskPredictor(fpn_channels, fpn_channels, num_classes + 1),
                 **options,
             )
         else:
