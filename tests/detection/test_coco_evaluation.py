@@ -221,6 +221,10 @@ def test_detect_gives_original_pixels_and_restores_the_mode(tmp_path):
 
 def evaluated(root, rank=0, world_size=1, bad=None):
     images = load_coco("mine", str(root), masks=False, bad=bad).val
+    return evaluation_of(images, rank, world_size)
+
+
+def evaluation_of(images, rank=0, world_size=1):
     batches = evaluation_batches(len(images), 1 if world_size > 1 else 3, rank, world_size)
     results = detect(Finder(), images, batches, lambda x: x)
     return evaluate_detections(images, results, masks=False)
@@ -256,11 +260,29 @@ def test_an_image_that_cannot_be_read_does_not_count(tmp_path):
         evaluated(root)
 
 
+def test_a_picture_that_can_be_read_again_counts_again(tmp_path):
+    """As on a network disk: what one evaluation passes over is no matter of the next."""
+    root = write(tmp_path / "mine")
+    expected, picture = evaluated(root), root / "val2017" / "a.png"
+    images = load_coco("mine", str(root), masks=False, bad=BadImages(tmp_path / "bad.txt", 1)).val
+    picture.rename(root / "away")
+    passed_over = evaluation_of(images)
+    assert images.unread == {10} and passed_over != expected
+    (root / "away").rename(picture)
+    assert evaluation_of(images) == expected and images.unread == set()
+
+
 def _evaluate_in_group(rank, root, out):
+    """Twice on the same images; the first time none of the pictures of rank 0 is there."""
     from sn.training.run import distributed
 
     distributed.start("cpu")
-    found = evaluated(root, rank, 3, BadImages(f"{out}/bad.txt", 1))
+    images = load_coco("mine", root, masks=False, bad=BadImages(f"{out}/bad.txt", 4)).val
+    folder = images.file.folder
+    images.file.folder = folder / "away" if rank == 0 else folder
+    evaluation_of(images, rank, 3)
+    images.file.folder = folder
+    found = evaluation_of(images, rank, 3)
     with open(f"{out}/{rank}.out", "w") as file:
         json.dump(found, file)
     distributed.stop()

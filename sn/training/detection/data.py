@@ -275,7 +275,8 @@ class CocoImages:
     Boxes are (x1, y1, x2, y2) in pixels. Masks are read at once, into compressed RLE.
 
     A picture that cannot be read or has another size is noted in `bad`. While that lets it pass,
-    the next one that can be read stands in for it; `unread` collects such ids in an evaluation.
+    the next one that can be read stands in for it; `unread` holds such ids of this process's share
+    of the last evaluation.
 
     Raises ValueError naming path and id for one bad picture too many, a mask that cannot be read,
     or a file of which nothing is left.

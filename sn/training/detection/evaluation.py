@@ -34,13 +34,14 @@ def detect(
 ) -> list[dict]:
     """Detections on `images` of the indices in `batches`, in COCO's results format.
 
-    A picture that cannot be read, and may be passed over, is noted in `images.unread`. The model
-    resizes the images itself and is in evaluation mode meanwhile. Images of one batch
-    are padded to a common size, which norms over space see: one at a time is what users get.
+    A picture that cannot be read now, and may be passed over, is noted in `images.unread`, emptied
+    before. The model resizes the images itself and is in evaluation mode meanwhile. Images of one
+    batch are padded to a common size, which norms over space see: one at a time is what users get.
     """
     training = model.training
     model.eval()
     results = []
+    images.unread = set()
     for indices in batches:
         read = {images.images[index]["id"]: images.picture(index) for index in indices}
         pictures = {id: picture for id, picture in read.items() if picture is not None}
