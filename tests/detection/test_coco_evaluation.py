@@ -52,9 +52,8 @@ def shaken(images, seed=0, keep=0.8):
                 "boxes": shifted[None],
                 "labels": label[None],
                 "scores": torch.tensor([random.rand()]),
-                "masks": torch.from_numpy(moved)[None, None].float(),
             }
-            results += coco_results(found, image["id"], images.file.category_ids)
+            results += coco_results(found, image["id"], images.file.category_ids, [moved])
     return results
 
 
@@ -175,9 +174,10 @@ def test_results_are_in_cocos_format():
         "boxes": torch.tensor([[1.0, 2.0, 11.0, 22.0]]),
         "labels": torch.tensor([2]),
         "scores": torch.tensor([0.5]),
-        "masks": torch.zeros(1, 1, 30, 40).index_fill(2, torch.arange(5, 9), 0.7),
     }
-    (result,) = coco_results(found, 139, [3, 17, 44])
+    mask = np.zeros((30, 40), np.uint8)
+    mask[5:9] = 1
+    (result,) = coco_results(found, 139, [3, 17, 44], [mask])
     assert (result["image_id"], result["category_id"], result["score"]) == (139, 17, 0.5)
     assert result["bbox"] == [1, 2, 10, 20]
     assert result["segmentation"]["size"] == [30, 40]

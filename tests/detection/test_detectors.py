@@ -1,5 +1,6 @@
 """Detectors equal torchvision's own with the same weights; parts, freezing, pretraining, groups."""
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -10,6 +11,7 @@ from torchvision.models.detection import (
     maskrcnn_resnet50_fpn,
     maskrcnn_resnet50_fpn_v2,
 )
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 from workers import slow_but
 
 import sn
@@ -103,7 +105,9 @@ def test_equals_torchvisions_builder(builder):
     assert ours.losses.keys() == theirs.losses.keys()
     for key, loss in theirs.losses.items():
         torch.testing.assert_close(ours.losses[key], loss, rtol=1e-5, atol=1e-5, msg=key)
-    for mine, other in zip(ours.detections, theirs.detections):
+    for image, mine, other in zip(images, ours.detections, theirs.detections):
+        if "masks" in mine:
+            mine["masks"] = paste_masks_in_image(mine["masks"], mine["boxes"], image.shape[-2:])
         assert mine.keys() == other.keys() and len(other["boxes"]) > 0
         for key, value in other.items():
             torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-4, msg=key)
@@ -429,6 +433,31 @@ def test_optimizer_groups():
     }
     plain = detectors.optimizer_groups(model, 0.01, 1e-4, 1e-4, 1e-4, 1.0, 1e-4)
     assert {(g["lr"], g["weight_decay"]) for g in plain} == {(0.01, 1e-4)}
+
+
+# --- masks
+
+
+def test_masks_of_an_image_are_torchvisions():
+    """Pasted one at a time, of boxes within the image and at its borders: equal bit for bit."""
+    torch.manual_seed(0)
+    corners = torch.rand(40, 2) * torch.tensor([90.0, 60.0]) - 10
+    boxes = torch.cat([corners, corners + 1 + 50 * torch.rand(40, 2)], 1)
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([83, 57, 83, 57]))
+    found = {"boxes": boxes, "masks": torch.rand(40, 1, 28, 28)}
+    expected = paste_masks_in_image(found["masks"], boxes, (57, 83))[:, 0] > 0.5
+    masks = list(detectors.image_masks(found, 57, 83))
+    assert torch.equal(torch.from_numpy(np.stack(masks)), expected.to(torch.uint8))
+    assert list(detectors.image_masks({"boxes": boxes}, 57, 83)) == []
+
+
+def test_detections_do_not_hold_masks_of_the_image():
+    """Their size does not depend on the image's, whether the model resizes it or not."""
+    model = tiny("mask_rcnn_fpn").eval()
+    with torch.no_grad():
+        (found,) = model([torch.rand(3, 300, 400)])
+    assert found["boxes"].max() > 100 and len(found["boxes"]) > 0  # in the image's pixels
+    assert found["masks"].shape == (len(found["boxes"]), 1, 28, 28)
 
 
 # --- half precision

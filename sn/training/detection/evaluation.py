@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..run.distributed import in_group
 from .data import CocoImages
+from .detectors import image_masks
 
 # positions in COCOeval.stats
 STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_s": 3, "ap_m": 4, "ap_l": 5, "ar100": 8}
@@ -48,25 +49,29 @@ def detect(
         images.unread |= read.keys() - pictures.keys()
         inputs = [to_device(picture.float() / 255) for picture in pictures.values()]
         for id, found in zip(pictures, model(inputs) if inputs else []):
-            results += coco_results(found, id, images.file.category_ids)
+            masks = image_masks(found, *pictures[id].shape[1:])
+            results += coco_results(found, id, images.file.category_ids, masks)
     model.train(training)
     return results
 
 
-def coco_results(found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list:
-    """One image's detections (labels 1, 2, ...) as COCO results."""
+def coco_results(
+    found: dict[str, Tensor],
+    image_id: int,
+    category_ids: Sequence[int],
+    masks: Iterable[np.ndarray] = (),
+) -> list[dict]:
+    """One image's detections (labels 1, 2, ...) as COCO results; masks: uint8 (H, W) of each."""
     boxes, scores = found["boxes"].cpu().double(), found["scores"].cpu().tolist()
     boxes[:, 2:] -= boxes[:, :2]
     results = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
         for box, label, score in zip(boxes.tolist(), found["labels"].tolist(), scores)
     ]
-    if "masks" in found:
-        masks = (found["masks"][:, 0] > 0.5).cpu().numpy().astype(np.uint8)
-        for result, mask in zip(results, masks):
-            encoded = rle.encode(np.asfortranarray(mask))
-            encoded["counts"] = encoded["counts"].decode("ascii")
-            result["segmentation"] = encoded
+    for result, mask in zip(results, masks):
+        encoded = rle.encode(np.asfortranarray(mask))
+        encoded["counts"] = encoded["counts"].decode("ascii")
+        result["segmentation"] = encoded
     return results
 
 

@@ -1,14 +1,17 @@
 """Pictures with detections drawn on them, alone and as a grid."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .detectors import image_masks
 
 # Okabe and Ito's colours: a class keeps its own, whatever else is in the picture
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -29,9 +32,10 @@ def draw_detections(
 ) -> Tensor:
     """`picture`, uint8 (3, H, W), with the detections of score `threshold` or more; larger.
 
-    If there are none, the best few, and a note of it. `truth`, boxes and labels and perhaps masks,
-    is drawn on a second copy, to the left. Small pictures are enlarged, and none has a long side of
-    more than `most` pixels. Returns uint8 (3, H', W').
+    `found` is what a detector found: boxes in pixels, labels, scores, perhaps masks of the boxes.
+    If there are none, the best few, and a note of it. `truth`, boxes and labels and perhaps masks
+    (N, H, W), is drawn on a second copy, to the left. Small pictures are enlarged, and none has a
+    long side of more than `most` pixels. Returns uint8 (3, H', W').
     """
     order = found["scores"].argsort(descending=True, stable=True).cpu()
     scores = found["scores"].cpu()[order]
@@ -43,7 +47,7 @@ def draw_detections(
         note = f"none of {percent} or more; the best {count}" if count else "no detections"
     kept = order[:count]
     texts = [f"{100 * score:.0f} %" for score in scores[:count].tolist()]
-    panels = [_panel(picture, _chosen(found, kept), names, texts, note, most)]
+    panels = [_panel(picture, _chosen(found, kept, picture), names, texts, note, most)]
     if truth is not None:
         objects = len(truth["boxes"])
         title = f"ground truth, {objects} object{'' if objects == 1 else 's'}"
@@ -51,22 +55,23 @@ def draw_detections(
     return grid(panels, columns=2)
 
 
-def _chosen(found: dict[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
-    chosen = {key: found[key].cpu()[kept] for key in ("boxes", "labels")}
-    if "masks" in found:
-        chosen["masks"] = found["masks"].cpu()[kept][:, 0] > 0.5
-    return chosen
+def _chosen(found: dict[str, Tensor], kept: Tensor, picture: Tensor) -> dict[str, Any]:
+    """The detections `kept`; their masks (H, W) one at a time."""
+    chosen: dict[str, Any] = {
+        key: found[key].cpu()[kept] for key in ("boxes", "labels", "masks") if key in found
+    }
+    return chosen | {"masks": image_masks(chosen, *picture.shape[1:])}
 
 
 def _panel(
     picture: Tensor,
-    objects: dict[str, Tensor],
+    objects: Mapping[str, Any],
     names: Sequence[str],
     texts: Sequence[str],
     title: str,
     most: int,
 ) -> Tensor:
-    """One copy of the picture under its title, with boxes, masks (N, H, W), names and `texts`."""
+    """One copy of the picture under its title, with boxes, masks of (H, W), names and `texts`."""
     height, width = picture.shape[1:]
     scale = min(max(1.0, LEAST / max(height, width)), most / max(height, width))
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
@@ -74,7 +79,7 @@ def _panel(
     canvas = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     canvas = canvas.resize(size, Image.Resampling.BICUBIC)
     for label, mask in zip(labels, objects.get("masks", ())):
-        area = Image.fromarray(255 * mask.numpy().astype(np.uint8)).resize(size)
+        area = Image.fromarray(255 * np.asarray(mask, np.uint8)).resize(size)
         canvas.paste(Image.blend(canvas, Image.new("RGB", size, color_of(label)), 0.5), mask=area)
     draw = ImageDraw.Draw(canvas)
     boxes = [tuple(scale * side for side in box) for box in objects["boxes"].tolist()]

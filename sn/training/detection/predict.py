@@ -16,7 +16,7 @@ from ..run.precision import Precision
 from ..run.record import environment, write_text
 from .config import DetectionConfig
 from .data import CocoImages, DetectionData, load_coco
-from .detectors import build_detector
+from .detectors import build_detector, image_masks
 from .digits import write_digits_coco
 from .evaluation import (
     coco_results,
@@ -132,7 +132,8 @@ def predict(config: DetectionConfig) -> list[dict]:
         stem, suffix = files[index].stem, files[index].suffix
         name = stem if stems[stem] == 1 else f"{stem}_{suffix[1:]}"  # beside a.png: a_jpg.png
         save_picture(drawn, out / f"{name}.png")
-        rows = coco_results(found, index, state["category_ids"])
+        masks = image_masks(found, *picture.shape[1:])
+        rows = coco_results(found, index, state["category_ids"], masks)
         labels = found["labels"].tolist()
         results += [
             row | {"file_name": files[index].name, "category": state["classes"][label - 1]}
