@@ -2,9 +2,11 @@
 
 import collections
 import copy
+import gc
 import hashlib
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from sn.training.classification.data import IMAGENET_MEAN, IMAGENET_STD, build_d
 from sn.training.detection import digits
 from sn.training.detection.data import (
     GroupedSampler,
+    Packed,
     TrainingImages,
     augmentation,
     compressed_mask,
@@ -357,6 +360,62 @@ def test_nothing_but_empty_masks_is_refused(split, tmp_path):
     with pytest.raises(ValueError, match=f"{split}2017.json has no .* 2 empty masks"):
         load_coco("mine", str(root), masks=True)
     assert len(load_coco("mine", str(root), masks=False).train) == 2
+
+
+def reachable(start):
+    """How many objects there are below one, but for classes, functions and modules."""
+    seen, left = {}, [start]
+    while left:
+        item = left.pop()
+        if id(item) in seen or isinstance(item, type | types.ModuleType | types.FunctionType):
+            continue
+        seen[id(item)] = item
+        left += gc.get_referents(item)
+    return len(seen)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_workers_share_the_annotations(masks, tmp_path):
+    """As many Python objects, whose counts of references every worker writes, for any number."""
+    counts, mine = [], content()
+    for part in ("few", "many"):
+        data = load_coco("mine", str(write(tmp_path / part, mine, mine)), masks=masks)
+        counts.append([reachable(data.train), reachable(data.val)])
+        mine["images"] += [
+            {"id": i, "file_name": f"{i}.png", "width": 64, "height": 48} for i in range(100, 110)
+        ]
+        mine["annotations"] += [
+            annotation(i, 100 + i % 10, 17, (i % 30, 5, 20, 30)) for i in range(100, 200)
+        ]
+    assert counts[0] == pytest.approx(counts[1], abs=5)  # small integers are shared
+    assert data.describe()["train_instances"] == 103 and len(data.train) == 12
+
+
+def test_what_is_packed_is_what_the_file_has(tmp_path):
+    """Of all images, those of an image in the file's order, whether trained on or not."""
+    mine = content()
+    mine["annotations"] = mine["annotations"][::-1]
+    path = write(tmp_path, mine, mine)
+    data = load_coco("mine", str(path), masks=False)
+    found = data.val.content()
+    theirs = json.loads((path / "annotations" / "instances_val2017.json").read_text())
+    assert (found["images"], found["categories"]) == (theirs["images"], theirs["categories"])
+    for image in theirs["images"]:
+        ours, expected = (
+            [a for a in c["annotations"] if a["image_id"] == image["id"]] for c in (found, theirs)
+        )
+        assert ours == expected
+    assert [[a["id"] for a in own] for own in data.train.annotations] == [[2, 1], [4]]
+    assert data.train.content()["images"] == [theirs["images"][0], theirs["images"][1]]
+
+
+def test_packed_items():
+    items = [[], {"a": [1, 2.5]}, "text", None]
+    packed = Packed(iter(items))
+    assert list(packed) == items and len(packed) == 4 and packed[-2] == "text"
+    with pytest.raises(IndexError):
+        packed[4]
+    assert list(Packed([])) == []
 
 
 def test_boxes_that_leave_their_image_are_counted(tmp_path):

@@ -7,10 +7,12 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +70,10 @@ class CocoFile:
             "annotations": [a for a in content["annotations"] if a["category_id"] in self.labels],
             "categories": chosen,
         }
+
+    def release(self) -> None:
+        """Forget images and annotations, once `CocoImages` has packed what it needs of them."""
+        self.content |= {"images": [], "annotations": []}
 
     def _categories(self, categories: list, wanted: Sequence[str] | None) -> list[dict]:
         for category in categories:
@@ -267,12 +273,35 @@ def read_run_lengths(text: str) -> list[int] | None:
     return None if bits else runs
 
 
+class Packed(Sequence):
+    """A list whose items lie pickled in one array.
+
+    Forked data workers share its memory. Of objects each would come to have a copy of its own,
+    since reading one writes its reference count: 2 GB of COCO's annotations.
+    """
+
+    def __init__(self, items: Iterable):
+        content, ends = bytearray(), [0]
+        for item in items:
+            content += pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+            ends.append(len(content))
+        self.content, self.ends = np.frombuffer(content, np.uint8), np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index) -> Any:
+        index = range(len(self))[index]
+        return pickle.loads(self.content[self.ends[index] : self.ends[index + 1]])
+
+
 class CocoImages:
     """(image, target) of a CocoFile's images: uint8 (3, H, W), and boxes, labels, masks.
 
     Targets leave out crowds, boxes without area and, with `masks`, objects whose mask is empty.
     `trained` keeps the images that have a target left. `limit` takes that many at even distances.
-    Boxes are (x1, y1, x2, y2) in pixels. Masks are read at once, into compressed RLE.
+    Boxes are (x1, y1, x2, y2) in pixels. Masks are read at once, into compressed RLE. `images` and
+    `annotations`, those of the targets of each image, are packed: `file` may be released.
 
     A picture that cannot be read or has another size is noted in `bad`. While that lets it pass,
     the next one that can be read stands in for it; `unread` holds such ids of this process's share
@@ -292,25 +321,32 @@ class CocoImages:
     ):
         self.file, self.masks, self.bad = file, masks, bad or BadImages()
         self.unread: set[int] = set()
-        by_image = {image["id"]: [] for image in file.content["images"]}
-        self.crowds = self.degenerate = self.empty_masks = self.leaving = 0
         images = {image["id"]: image for image in file.content["images"]}
+        by_image = {id: [] for id in images}  # of the targets
+        others = {id: [] for id in images}  # (place among all of its image, annotation)
+        self.crowds = self.degenerate = self.empty_masks = self.leaving = 0
         for annotation in file.content["annotations"]:
-            image = images[annotation["image_id"]]
-            size, crowd = (image["width"], image["height"]), annotation["iscrowd"]
+            id = annotation["image_id"]
+            size, crowd = (images[id]["width"], images[id]["height"]), annotation["iscrowd"]
             mask = None
             if masks and not (trained and crowd):
                 mask = annotation["segmentation"] = compressed_mask(annotation, *size, file.path)
+            elif trained and not masks:
+                annotation.pop("segmentation", None)
+            used = not crowd and clipped_box(annotation, *size) is not None
             if crowd:
                 self.crowds += 1
-            elif clipped_box(annotation, *size) is None:
+            elif not used:
                 self.degenerate += 1
             elif mask is not None and rle.area(mask) == 0:
                 self.empty_masks += 1
-            else:
-                by_image[annotation["image_id"]].append(annotation)
+                used = False
+            if used:
+                by_image[id].append(annotation)
                 self.leaving += leaves_image(annotation, *size)
-        kept = [image for image in images.values() if by_image[image["id"]] or not trained]
+            else:
+                others[id].append((len(by_image[id]) + len(others[id]), annotation))
+        kept = [image for id, image in images.items() if by_image[id] or not trained]
         self.empty = len(images) - len(kept)
         if not kept:
             raise ValueError(f"{file.path} has no image to use: {self.left_out()}")
@@ -320,8 +356,11 @@ class CocoImages:
             if limit > len(kept):
                 raise ValueError(f"{limit} images asked for, but {file.path} has {len(kept)}")
             kept = [kept[i * len(kept) // limit] for i in range(limit)]
-        self.images = kept
-        self.annotations = [by_image[image["id"]] for image in kept]
+        self.targets = sum(len(by_image[image["id"]]) for image in kept)
+        self.instances = self.targets + sum(len(others[image["id"]]) for image in kept)
+        self.images = Packed(kept)
+        self.annotations = Packed(by_image[image["id"]] for image in kept)
+        self._others = Packed(others[image["id"]] for image in kept)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -336,11 +375,15 @@ class CocoImages:
 
     def content(self, without: Collection = ()) -> dict:
         """What these images are evaluated against, in COCO's format, but for the ids `without`."""
-        images = [image for image in self.images if image["id"] not in without]
-        ids = {image["id"] for image in images}
-        content = self.file.content
-        annotations = [a for a in content["annotations"] if a["image_id"] in ids]
-        return content | {"images": images, "annotations": annotations}
+        images, annotations = [], []
+        for image, own, others in zip(self.images, self.annotations, self._others):
+            if image["id"] not in without:
+                images.append(image)
+                for place, annotation in others:
+                    own.insert(place, annotation)
+                annotations += own
+        categories = self.file.content["categories"]
+        return {"images": images, "annotations": annotations, "categories": categories}
 
     def landscape(self) -> list[bool]:
         return [image["width"] >= image["height"] for image in self.images]
@@ -514,8 +557,8 @@ class DetectionData:
             "name": self.name,
             "train_images": len(self.train),
             "val_images": len(self.val),
-            "train_instances": sum(map(len, self.train.annotations)),
-            "val_instances": len(self.val.content()["annotations"]),
+            "train_instances": self.train.targets,
+            "val_instances": self.val.instances,
             "classes": len(self.names),
             "sha256": self.sha256,
         }
@@ -572,13 +615,14 @@ def load_coco(
             f"{train.path} and {val.path} have other categories: {len(train.names)} and "
             f"{len(val.names)}, first {train.names[:3]} and {val.names[:3]}"
         )
-    return DetectionData(
-        name,
-        CocoImages(train, masks, trained=True, limit=train_images, bad=bad),
-        CocoImages(val, masks, trained=False, limit=val_images, bad=bad),
-        train.names,
-        hashlib.sha256((train.sha256 + val.sha256).encode()).hexdigest(),
-    )
+    images = [
+        CocoImages(file, masks, trained, limit, bad)
+        for file, trained, limit in ((train, True, train_images), (val, False, val_images))
+    ]
+    for file in (train, val):
+        file.release()
+    sha256 = hashlib.sha256((train.sha256 + val.sha256).encode()).hexdigest()
+    return DetectionData(name, *images, train.names, sha256)
 
 
 def _places(images: CocoImages) -> set[str]:
