@@ -100,7 +100,7 @@ def build(config: DetectionConfig, run: Session) -> Task:
     setting, processes = config.setting, run.processes
     data = load_data(config)
     init, backbone = config.init, config.model.backbone
-    weights = pretrained_weights(init.name, backbone, init.path, init.key, run.say)
+    weights = pretrained_weights(init.name, backbone, init.path, init.key, run.say, init.weights)
     torch.manual_seed(config.seed)
     model = detectors.build_detector(
         num_classes=len(data.names), weights=weights, **config.detector()

@@ -167,21 +167,33 @@ def test_prefixes(prefix, tmp_path):
 
 def test_weights_in_torchs_cache(tmp_path, monkeypatch):
     """What torchvision's API finds there is used; it looks at no network then."""
-    weights = torchvision.models.get_model_weights("resnet18").DEFAULT
-    state = torchvision.models.resnet18().state_dict()
-    state["conv1.weight"].fill_(0.25)
-    file = tmp_path / "hub" / "checkpoints" / os.path.basename(weights.url)
-    file.parent.mkdir(parents=True)
-    torch.save(state, file)
+    names = {"IMAGENET1K_V1": 0.25, "IMAGENET1K_V2": 0.5}
+    state = torchvision.models.resnet50().state_dict()
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name, value in names.items():
+        state["conv1.weight"].fill_(value)
+        url = torchvision.models.get_model_weights("resnet50")[name].url
+        torch.save(state, folder / os.path.basename(url))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    found = pretrained_weights("torchvision", "resnet18", None)
-    assert torch.equal(found["conv1.weight"], state["conv1.weight"])
+    for name, value in {**names, "DEFAULT": 0.5, None: 0.5}.items():
+        found = pretrained_weights("torchvision", "resnet50", None, weights=name)
+        assert found["conv1.weight"].eq(value).all()
+
+
+def test_weights_that_torchvision_does_not_have():
+    with pytest.raises(
+        ValueError, match="init.weights=V3: torchvision has IMAGENET1K_V1, .*of resn"
+    ):
+        pretrained_weights("torchvision", "resnet50", None, weights="V3")
+    with pytest.raises(ValueError, match="init.weights=V1 needs init=torchvision, not timm"):
+        pretrained_weights("timm", "resnet50", None, weights="V1")
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 def test_no_network_is_one_line(library, monkeypatch):
-    def offline(model):
+    def offline(*_):
         raise OSError("no route to host\nsecond line")
 
     monkeypatch.setattr(pretrained, f"_of_{library}", offline)

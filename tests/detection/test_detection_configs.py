@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import make_tables
 import pytest
 import torch
+import torchvision
 import yaml
 from common.records import Run, load_paper
 from workers import CONFIGS, config
@@ -268,6 +269,24 @@ def test_command_line_beats_the_experiment():
 def test_unknown_is_an_error(override, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         complete(override)
+
+
+def test_torchvisions_weights_are_those_of_the_papers_time():
+    """ResNet-50's of 76.13 % top-1, and the record says so; older runs started from DEFAULT."""
+    options = ("init=torchvision", "model.backbone=resnet50")
+    for given, chosen in {
+        "null": {"weights": "IMAGENET1K_V1"},
+        "IMAGENET1K_V2": {"weights": "IMAGENET1K_V2"},
+        "DEFAULT": {},  # as the records of older runs have it
+    }.items():
+        cfg = complete(*options, f"init.weights={given}")
+        assert recorded(cfg)["init"] == {"name": "torchvision"} | chosen
+    weights = torchvision.models.get_model_weights("resnet50")[complete(*options).init.weights]
+    assert weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] == 76.13
+    assert recorded(complete("init=checkpoint"))["init"] == {"name": "checkpoint"}
+    classifier = config("model=torchvision", "model.name=resnet50", "init=torchvision")
+    assert classifier.init.weights is None
+    assert "weights" not in recorded(classifier)["init"]
 
 
 def test_headers_of_base_files():

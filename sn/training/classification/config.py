@@ -60,6 +60,7 @@ class Init:
     name: str = option(choices=INITS, before="scratch")
     path: str | None = option(machine=True)
     key: str | None = option(None, machine=True)
+    weights: str | None = option(None, before=(None, "DEFAULT"))
     gate_start: float = number(0, 100, before=0.0)
 
 

@@ -24,13 +24,15 @@ def pretrained_weights(
     path: str | None,
     key: str | None = None,
     told: Callable[[str], object] | None = None,
+    weights: str | None = None,
 ) -> dict[str, Tensor] | None:
     """The classifier weights that a run starts from; None for "scratch".
 
     "checkpoint": a file, of train_imagenet.py or any state dict of a network that we build; `key`
     and `told` as in `load_network`.
     "torchvision", "timm": the library's own ImageNet weights of `model` (batch norm), which it
-    downloads unless they are in its cache.
+    downloads unless they are in its cache; of torchvision's those named `weights`, None: DEFAULT,
+    the newest.
 
     Raises ValueError or OSError, in one line, if there are none.
     """
@@ -40,6 +42,8 @@ def pretrained_weights(
         raise ValueError(f"init.path={path} needs init=checkpoint, not {name}")
     if name != "checkpoint" and key is not None:
         raise ValueError(f"init.key={short(key)} needs init=checkpoint, not {name}")
+    if name != "torchvision" and weights is not None:
+        raise ValueError(f"init.weights={short(weights)} needs init=torchvision, not {name}")
     if name == "scratch":
         return None
     if name == "checkpoint":
@@ -49,8 +53,14 @@ def pretrained_weights(
             return load_network(path, key, told)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"init.path: {error}") from None
+    weights = weights or "DEFAULT"
+    known = torchvision_weights(model) if name == "torchvision" else []
+    if known and weights not in known:
+        raise ValueError(
+            f"init.weights={short(weights)}: torchvision has {', '.join(known)} of {model}"
+        )
     try:
-        return _of_torchvision(model) if name == "torchvision" else _of_timm(model)
+        return _of_torchvision(model, weights) if name == "torchvision" else _of_timm(model)
     except (OSError, RuntimeError, ValueError) as error:  # not known, no network, a broken file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -59,8 +69,20 @@ def pretrained_weights(
         ) from None
 
 
-def _of_torchvision(model: str) -> dict[str, Tensor]:
-    return torchvision.models.get_model(model, weights="DEFAULT").state_dict()
+def torchvision_weights(model: str) -> list[str]:
+    """The names of torchvision's weights of `model`, DEFAULT for the newest; [] if it is unknown.
+
+    Of ResNet-50, IMAGENET1K_V1 (76.1 % top-1) are of the recipe of the paper's time, IMAGENET1K_V2
+    (80.9 %) of longer training with more augmentation. Source: torchvision's documentation.
+    """
+    try:
+        return list(torchvision.models.get_model_weights(model).__members__)
+    except ValueError:
+        return []
+
+
+def _of_torchvision(model: str, weights: str) -> dict[str, Tensor]:
+    return torchvision.models.get_model(model, weights=weights).state_dict()
 
 
 def _of_timm(model: str) -> dict[str, Tensor]:

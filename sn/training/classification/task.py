@@ -132,7 +132,9 @@ def starting_weights(
     Raises ValueError or OSError, in one line, if they are not there.
     """
     init = config.init
-    weights = pretrained_weights(init.name, config.model.name, init.path, init.key, told)
+    weights = pretrained_weights(
+        init.name, config.model.name, init.path, init.key, told, init.weights
+    )
     if weights is None and config.norm["name"] == "frozen_bn":
         raise ValueError(
             "norm=frozen_bn would stay the identity: with init=scratch nothing pretrained is "

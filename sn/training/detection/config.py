@@ -5,7 +5,7 @@ from typing import Any
 
 import sn
 
-from ..classification.pretrained import INITS
+from ..classification.pretrained import INITS, torchvision_weights
 from ..run.config import (
     CLIP,
     LR,
@@ -22,6 +22,7 @@ from ..run.config import (
 from .detectors import ARCHITECTURES, check_frozen
 
 MODES = ("train", "evaluate", "predict")
+FIRST_WEIGHTS = "IMAGENET1K_V1"
 LENGTHS = "a list of lengths in pixels, such as [800]"
 
 
@@ -110,11 +111,16 @@ class Schedule:
 
 @dataclass
 class Init:
-    """What the backbone starts from; the weights' hash stands in the summary."""
+    """What the backbone starts from; the weights' hash stands in the summary.
+
+    weights: which of torchvision's; null: IMAGENET1K_V1, as in torchvision's detectors and the
+    recipes of the paper's time, if there are such of the backbone.
+    """
 
     name: str = option(choices=INITS)
     path: str | None = option(machine=True)
     key: str | None = option(None, machine=True)
+    weights: str | None = option(None, before=(None, "DEFAULT"))
 
 
 @dataclass
@@ -190,6 +196,7 @@ class DetectionConfig(RunConfig):
         return {"norms": norms} | model | sizes
 
     def check(self) -> None:
+        self._choose_weights()
         for part, options in vars(self.parts).items():
             check_norm(options, f"parts.{part}")
         self.setting.check()
@@ -218,6 +225,12 @@ class DetectionConfig(RunConfig):
             check_frozen(architecture, norms, self.init.name, self.model.freeze_at)
             if self.init.name == "checkpoint" and self.init.path is None:
                 raise ValueError("init.path is not set; add init.path=... to the command")
+
+    def _choose_weights(self) -> None:
+        """Say which of torchvision's weights are taken, so that the record has it."""
+        if self.init.name == "torchvision" and self.init.weights is None:
+            if FIRST_WEIGHTS in torchvision_weights(self.model.backbone):
+                self.init.weights = FIRST_WEIGHTS
 
 
 register("detection", DetectionConfig)
