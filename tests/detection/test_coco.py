@@ -16,14 +16,16 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from torchvision import datasets
+from torchvision.transforms.v2 import functional as F
 
-from sn.training.classification.data import IMAGENET_MEAN, IMAGENET_STD, build_data
+from sn.training.classification.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, build_data
 from sn.training.detection import digits
 from sn.training.detection.data import (
     GroupedSampler,
     Packed,
     TrainingImages,
     augmentation,
+    check_shape,
     compressed_mask,
     load_coco,
     read_run_lengths,
@@ -230,6 +232,28 @@ def test_broken_picture_is_named(tmp_path):
     path.write_bytes((root / "train2017" / "d.png").read_bytes())
     with pytest.raises(ValueError, match=r"image 10 .* has \(50, 50\) pixels.*\(64, 48\) in the"):
         data.train[0]
+
+
+def test_a_picture_of_which_nothing_is_left_is_a_bad_one(tmp_path):
+    """4000 x 2 pixels at a long side of 1333 have 0.67 rows: torchvision's own resize fails."""
+    mine = content()
+    mine["images"][0] |= {"width": 4000, "height": 2}
+    mine["annotations"] = [annotation(1, 10, 3, (0, 0, 9, 2)), annotation(4, 7, 17, (5, 6, 30, 40))]
+    path = str(write(tmp_path, mine, mine))
+    words = r"image 10 of .*, .*a.png, has 4000 x 2 pixels: nothing is left .* data.max_size=1333"
+    for images in (d := load_coco("mine", path, masks=False, max_size=1333)).train, d.val:
+        with pytest.raises(ValueError, match=words):
+            images[0]
+    bad = BadImages(tmp_path / "bad.txt", 2)
+    data = load_coco("mine", path, masks=False, max_size=1333, bad=bad)
+    image, target = TrainingImages(data.train, augmentation([800], 1333, False), 0)[0, 0]
+    assert image.shape == (3, 1280, 800) and target["labels"].tolist() == [2]  # the next one
+    assert data.val.picture(0) is None and len(bad.lines()) == 2
+    for height, width in ((3, 3998), (1, 1332)):  # what is let through has a row left
+        assert F.resize(torch.zeros(3, height, width), None, max_size=1333).shape[1] >= 1
+        check_shape(width, height, 1333, "picture")
+    with pytest.raises(ValueError, match="picture has 25 x 2400 pixels"):
+        check_shape(25, 2400, 96, "picture")  # 0.9999 by torchvision's arithmetic
 
 
 def test_exif_turns_what_is_predicted_and_not_what_has_boxes(tmp_path, capsys):

@@ -92,7 +92,7 @@ class CocoData:
     def files(self) -> dict[str, Any]:
         """What `load_coco` takes beside masks."""
         keys = ("name", "root", "train_json", "train_folder", "val_json", "val_folder")
-        keys += ("categories", "train_images", "val_images")
+        keys += ("categories", "train_images", "val_images", "max_size")
         return {key: getattr(self, key) for key in keys}
 
 

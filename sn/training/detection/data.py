@@ -198,6 +198,18 @@ def leaves_image(annotation: dict, width: int, height: int) -> bool:
     return min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
 
 
+def check_shape(width: int, height: int, max_size: int, where: object) -> None:
+    """Raise ValueError, naming `where`, for a picture of which `max_size` leaves nothing.
+
+    That is a short side of no pixel at a long side of `max_size`; of one exactly, rounding decides.
+    """
+    if min(height, width) * max_size <= max(height, width):
+        raise ValueError(
+            f"{where} has {width} x {height} pixels: nothing is left of its short side at "
+            f"data.max_size={max_size}"
+        )
+
+
 def compressed_mask(annotation: dict, width: int, height: int, path: Path) -> dict:
     """COCO's compressed RLE of polygons (empty without a whole one) or of RLE.
 
@@ -303,7 +315,8 @@ class CocoImages:
     Boxes are (x1, y1, x2, y2) in pixels. Masks are read at once, into compressed RLE. `images` and
     `annotations`, those of the targets of each image, are packed: `file` may be released.
 
-    A picture that cannot be read or has another size is noted in `bad`. While that lets it pass,
+    A picture that cannot be read, has another size, or of which a long side of `max_size` leaves
+    nothing, is noted in `bad`. While that lets it pass,
     the next one that can be read stands in for it; `unread` holds such ids of this process's share
     of the last evaluation.
 
@@ -318,8 +331,10 @@ class CocoImages:
         trained: bool,
         limit: int | None = None,
         bad: BadImages | None = None,
+        max_size: int | None = None,
     ):
         self.file, self.masks, self.bad = file, masks, bad or BadImages()
+        self.max_size = max_size
         self.unread: set[int] = set()
         images = {image["id"]: image for image in file.content["images"]}
         by_image = {id: [] for id in images}  # of the targets
@@ -400,6 +415,8 @@ class CocoImages:
         image = self.images[index]
         path = self.file.folder / image["file_name"]
         where = f"image {image['id']} of {self.file.path}"
+        if self.max_size is not None:
+            check_shape(image["width"], image["height"], self.max_size, f"{where}, {path},")
         try:
             picture = read_image(path, "boxes")
         except ValueError as error:
@@ -596,11 +613,13 @@ def load_coco(
     train_images: int | None = None,
     val_images: int | None = None,
     bad: BadImages | None = None,
+    max_size: int | None = None,
 ) -> DetectionData:
     """COCO 2017, or any COCO-format files; paths are relative to `root` or absolute.
 
     masks: whether targets have masks. train_images, val_images: only that many, evenly spread.
-    bad: notes pictures that cannot be read; None: each of them is an error.
+    bad: notes pictures that cannot be read; None: each of them is an error. max_size: the long side
+    in pixels that pictures are shrunk to, those of which nothing is left being bad; None: any.
 
     Raises FileNotFoundError or ValueError naming the file and the entry's id.
     """
@@ -616,7 +635,7 @@ def load_coco(
             f"{len(val.names)}, first {train.names[:3]} and {val.names[:3]}"
         )
     images = [
-        CocoImages(file, masks, trained, limit, bad)
+        CocoImages(file, masks, trained, limit, bad, max_size)
         for file, trained, limit in ((train, True, train_images), (val, False, val_images))
     ]
     for file in (train, val):

@@ -15,7 +15,7 @@ from ..run.images import BadImages, is_hidden, read_image
 from ..run.precision import Precision
 from ..run.record import environment, write_text
 from .config import DetectionConfig
-from .data import CocoImages, DetectionData, load_coco
+from .data import CocoImages, DetectionData, check_shape, load_coco
 from .detectors import build_detector, image_masks
 from .digits import write_digits_coco
 from .evaluation import (
@@ -162,12 +162,7 @@ def picture_files(source: Path) -> list[Path]:
 def read_picture(path: Path, max_size: int) -> Tensor:
     """The uint8 picture (3, H, W), if there is any of it left at a long side of `max_size`."""
     picture = F.pil_to_tensor(read_image(path, "picture"))
-    height, width = picture.shape[1:]
-    if min(height, width) * max_size < max(height, width):
-        raise ValueError(
-            f"{path} has {width} x {height} pixels: nothing is left of its short side at "
-            f"data.max_size={max_size}"
-        )
+    check_shape(picture.shape[2], picture.shape[1], max_size, path)
     return picture
 
 
