@@ -501,6 +501,29 @@ def test_no_area_is_that_of_the_box(tmp_path):
     assert (first["area"], first["iscrowd"]) == (20 * 30, 0)
 
 
+def test_no_area_is_that_of_the_mask_where_there_is_one(tmp_path):
+    """A bar across its box: medium by the mask (pycocotools' area), large by the box."""
+    mine = content()
+    mine["images"] = [{"id": 10, "file_name": "a.png", "width": 200, "height": 200}]
+    bar = [0, 0, 6, 0, 140, 134, 140, 140, 134, 140, 0, 6]
+    mine["annotations"] = [annotation(1, 10, 3, (0, 0, 140, 140), segmentation=[bar], area=None)]
+    path = str(write(tmp_path, mine, mine))
+    (one,) = load_coco("mine", path, masks=True).val.content()["annotations"]
+    coco = COCO()
+    coco.dataset = mine
+    coco.createIndex()
+    assert one["area"] == coco.annToMask(mine["annotations"][0]).sum() > 0
+    results = [
+        {"image_id": 10, "category_id": 3, "bbox": [0, 0, 140, 140], "score": 1}
+        | {"segmentation": one["segmentation"]}
+    ]
+    metrics, _ = evaluate_detections(load_coco("mine", path, masks=True).val, results, masks=True)
+    assert metrics["mask_ap_m"] == metrics["box_ap_m"] == pytest.approx(100)
+    assert metrics["mask_ap_l"] is None and metrics["box_ap_l"] is None
+    (one,) = load_coco("mine", path, masks=False).val.content()["annotations"]
+    assert one["area"] == 140 * 140
+
+
 def test_an_object_with_an_empty_mask_is_left_out(tmp_path):
     mine = content()
     mine["annotations"][0]["segmentation"] = [[4, 4, 5, 4]]  # a line

@@ -124,11 +124,12 @@ class CocoFile:
         box = _value(annotation, "bbox", where)
         right = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
         _check(annotation, "bbox", right, "four numbers x, y, width, height", where)
-        area = max(0.0, box[2]) * max(0.0, box[3])
-        for key, default in (("iscrowd", 0), ("area", area)):
-            if annotation.get(key) is None:
-                annotation[key] = default
-        _check(annotation, "area", _is_number(annotation["area"]), "a number", where)
+        if annotation.get("iscrowd") is None:
+            annotation["iscrowd"] = 0
+        if annotation.get("area") is None:
+            annotation.pop("area", None)  # `CocoImages` has the mask
+        else:
+            _check(annotation, "area", _is_number(annotation["area"]), "a number", where)
         _check(annotation, "iscrowd", annotation["iscrowd"] in (0, 1), "0 or 1", where)
         annotation["iscrowd"] = int(annotation["iscrowd"])
 
@@ -196,6 +197,11 @@ def leaves_image(annotation: dict, width: int, height: int) -> bool:
     """Whether a box reaches out of its image by more than a pixel, so not by rounding alone."""
     x, y, w, h = annotation["bbox"]
     return min(x, y) < -1 or x + w > width + 1 or y + h > height + 1
+
+
+def _box_area(annotation: dict) -> float:
+    _, _, width, height = annotation["bbox"]
+    return max(0.0, width) * max(0.0, height)
 
 
 def check_shape(width: int, height: int, max_size: int, where: object) -> None:
@@ -311,6 +317,7 @@ class CocoImages:
     """(image, target) of a CocoFile's images: uint8 (3, H, W), and boxes, labels, masks.
 
     Targets leave out crowds, boxes without area and, with `masks`, objects whose mask is empty.
+    Without an area in the file that of the mask counts, or of the box where no mask is read.
     `trained` keeps the images that have a target left. `limit` takes that many at even distances.
     Boxes are (x1, y1, x2, y2) in pixels. Masks are read at once, into compressed RLE. `images` and
     `annotations`, those of the targets of each image, are packed: `file` may be released.
@@ -348,6 +355,8 @@ class CocoImages:
                 mask = annotation["segmentation"] = compressed_mask(annotation, *size, file.path)
             elif trained and not masks:
                 annotation.pop("segmentation", None)
+            if "area" not in annotation:
+                annotation["area"] = int(rle.area(mask)) if mask else _box_area(annotation)
             used = not crowd and clipped_box(annotation, *size) is not None
             if crowd:
                 self.crowds += 1
