@@ -272,6 +272,26 @@ def test_exif_turns_what_is_predicted_and_not_what_has_boxes(tmp_path, capsys):
     assert np.array_equal(seen, stored[::-1, ::-1])
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_one_thing_in_training_evaluation_and_prediction(mode, tmp_path):
+    """Dropped, as torchvision's CocoDetection does: the colours below it are what a model sees."""
+    root = write(tmp_path)
+    colours = np.random.RandomState(0).randint(0, 256, (48, 64, 4)).astype(np.uint8)
+    colours[10:30, 10:40, 3] = 0
+    picture = Image.fromarray(colours)
+    picture = picture.convert("RGB").quantize(16) if mode == "P" else picture.convert(mode)
+    for split in ("train2017", "val2017"):
+        options = {"transparency": 3} if mode == "P" else {}
+        picture.save(root / split / "a.png", **options)
+    data, path = load_coco("mine", str(root), masks=False), root / "val2017" / "a.png"
+    assert Image.open(path).has_transparency_data
+    coco = datasets.CocoDetection(path.parent, root / "annotations" / "instances_val2017.json")
+    expected = np.asarray(coco[coco.ids.index(10)][0])
+    found = [images.picture(by_id(images, 10)) for images in (data.train, data.val)]
+    for pixels in (*found, read_picture(path, 640)):
+        assert np.array_equal(pixels.permute(1, 2, 0), expected)
+
+
 def square():
     """A mask (48, 64) and its forms: compressed RLE, RLE as a list, a polygon."""
     mask = np.zeros((48, 64), np.uint8)

@@ -160,8 +160,11 @@ def picture_files(source: Path) -> list[Path]:
 
 
 def read_picture(path: Path, max_size: int) -> Tensor:
-    """The uint8 picture (3, H, W), if there is any of it left at a long side of `max_size`."""
-    picture = F.pil_to_tensor(read_image(path, "picture"))
+    """The uint8 picture (3, H, W), upright, of a size of which `max_size` leaves something.
+
+    Transparency is dropped, as from the pictures that were trained on.
+    """
+    picture = F.pil_to_tensor(read_image(path, "upright"))
     check_shape(picture.shape[2], picture.shape[1], max_size, path)
     return picture
 

@@ -89,7 +89,7 @@ def sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
 
 def read_image(
     path: str | Path,
-    use: Literal["labels", "boxes", "picture"] = "labels",
+    use: Literal["labels", "boxes", "upright", "picture"] = "labels",
     max_megapixels: float | None = None,
 ) -> Image.Image:
     """The image at `path` in RGB; of an animation the first frame.
@@ -97,8 +97,9 @@ def read_image(
     Args:
         use: "labels": the pixels as they are stored, as torchvision reads them. "boxes": the same,
             which is what COCO's coordinates count; of EXIF data that would turn the image a warning
-            tells, once per folder. "picture": as viewers show it, turned as its EXIF data say,
-            transparency on white.
+            tells, once per folder. "upright": turned as its EXIF data say, to be compared with
+            such. Of these three transparency is dropped, as by torchvision and Detectron, whatever
+            colours lie below it. "picture": as viewers show it, turned, transparency on white.
         max_megapixels: None: Pillow's limit, 179.
 
     Raises ValueError, naming the file, if it cannot be read.
@@ -111,7 +112,7 @@ def read_image(
         with _limit(max_megapixels), Image.open(path) as image:
             if image.format not in FORMATS:
                 raise ValueError(f"it is {image.format}; expected one of {', '.join(FORMATS)}")
-            if use == "picture":
+            if use in ("upright", "picture"):
                 image = ImageOps.exif_transpose(image)
             elif use == "boxes" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 _warn_of_turning(Path(path))
