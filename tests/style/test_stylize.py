@@ -5,10 +5,13 @@ import importlib.util
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sn
+import sn.training.style.stylize as stylize_module
 from sn.training.style.networks import build_style_net
 from sn.training.style.stylize import (
+    Moments,
     channel_affine,
     export_onnx,
     load_style_net,
@@ -64,6 +67,40 @@ def test_strips_in_float32():
     net, x = trained("sn"), images(1, 3, 64, 48)
     y = stylize(net, x[0], strip_pixels=500)
     assert (y - stylize(net, x[0])).abs().max() < 0.1 / 255
+
+
+def test_moments_in_parts(monkeypatch):
+    """numpy's, whatever the parts: rows of less than one part, and of more."""
+    maps = 1000 + images(3, 50, 40).double()
+    flat = maps.numpy().reshape(3, -1)
+    for part in (10, 100, 10_000):
+        monkeypatch.setattr(stylize_module, "PART", part)
+        moments = Moments()
+        for strip in maps.split(17, dim=1):
+            moments.add(strip)
+        assert moments.count == 2000
+        torch.testing.assert_close(moments.mean.numpy(), flat.mean(1), rtol=1e-13, atol=0)
+        variance = (moments.deviation / moments.count).numpy()
+        torch.testing.assert_close(variance, flat.var(1), rtol=1e-9, atol=0)
+
+
+def test_strips_have_no_copy_of_a_map_in_float64(monkeypatch):
+    """Of a float32 network; what of a strip there is in float64 does not grow with the strip."""
+    monkeypatch.setattr(stylize_module, "PART", 64)
+    net, x = trained("in"), images(1, 3, 64, 48)
+
+    class Largest(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                self.found = max(self.found, result.numel())
+            return result
+
+    with Largest() as largest:
+        stylize_in_strips(net, x, 64, CPU)
+    assert 0 < largest.found <= 64 * 16  # 16: channels of the widest layer
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -21,6 +21,7 @@ from .networks import ConvNorm, StyleNet, build_style_net, to_image
 from .photos import find_images, resize_long_side, to_pil, to_tensor
 
 MULTIPLE, SMALLEST = 4, 8  # of the network's height and width
+PART = 2**16  # positions of a map whose moments are taken at a time
 
 
 def load_style_net(path: str | Path) -> StyleNet:
@@ -94,25 +95,39 @@ def _layer(
     height, width = (side * zoom // stride for side in x.shape[2:])
     rows = max(1, rows * x.shape[3] // width)  # as many values in every layer, or fewer
     y = x.new_empty(1, block.conv.out_channels, height, width)
-    count, mean, deviation = 0, 0.0, 0.0
+    moments = Moments()
     for strip in _strips(height, rows):
         values = _convolve(block.conv, x, strip, device, zoom)
         y[:, :, strip] = values.cpu()
-        # moments merged strip by strip (Chan et al.)
-        flat = values.double().flatten(2)[0]
-        own_count, own_mean = flat.shape[1], flat.mean(1)
-        delta, total = own_mean - mean, count + own_count
-        deviation += (flat - own_mean[:, None]).square().sum(1)
-        deviation += delta.square() * (count * own_count / total)
-        mean, count = mean + delta * (own_count / total), total
-    scale, shift = channel_affine(block.norm, mean, deviation / count)
+        moments.add(values[0])
+    scale, shift = channel_affine(block.norm, moments.mean, moments.deviation / moments.count)
     scale, shift = (v.to(x.dtype).view(-1, 1, 1) for v in (scale, shift))
     for strip in _strips(height, rows):
-        values = y[:, :, strip].to(device) * scale + shift
+        values = (y[:, :, strip].to(device) * scale).add_(shift)
         if residual is not None:
             values += residual[:, :, strip].to(device)
-        y[:, :, strip] = (F.relu(values) if block.relu else values).cpu()
+        y[:, :, strip] = (values.relu_() if block.relu else values).cpu()
     return y
+
+
+class Moments:
+    """Means and sums of squared deviations (C,) of maps (C, H, W) in float64, part by part.
+
+    `PART` positions at a time are turned to float64: a strip's copies would take more memory than
+    the network does without strips. Source: Chan et al., the merging of moments.
+    """
+
+    def __init__(self):
+        self.count, self.mean, self.deviation = 0, 0.0, 0.0
+
+    def add(self, maps: Tensor) -> None:
+        for part in _strips(maps.shape[1], max(1, PART // maps.shape[2])):
+            flat = maps[:, part].double().flatten(1)
+            count, mean = flat.shape[1], flat.mean(1)
+            delta, total = mean - self.mean, self.count + count
+            self.deviation += (flat - mean[:, None]).square_().sum(1)
+            self.deviation += delta.square() * (self.count * count / total)
+            self.mean, self.count = self.mean + delta * (count / total), total
 
 
 def _strips(height: int, rows: int) -> list[slice]:
