@@ -340,6 +340,19 @@ def test_total_variation_by_hand():
     assert total_variation(x) == pytest.approx((4 + 8) / 2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_total_variation_beside_the_authors(count):
+    """2 / N of half the gradient of the squared differences, summed over the batch.
+
+    Of an inner pixel that half is 4 x - (its four neighbours), by hand.
+    """
+    x = 255 * torch.rand(count, 3, 6, 7, generator=torch.Generator().manual_seed(0)).double()
+    ours = torch.autograd.functional.jacobian(lambda x: total_variation(x / 255), x)
+    neighbours = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+    theirs = 4 * x[..., 1:-1, 1:-1] - neighbours
+    torch.testing.assert_close(ours[..., 1:-1, 1:-1], 2 / count * theirs)
+
+
 def test_losses_pull_an_image_to_its_style():
     """Gradient descent on the pixels lowers the style loss: signs and shapes are right."""
     network = load_loss_network("random")

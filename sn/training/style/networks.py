@@ -35,7 +35,8 @@ INPUTS = {
 }
 PARTS = ("content", "style", "tv")  # of the loss; tv: total variation
 # of these parts; features of the two conventions differ in scale.
-# Source: caffe as the authors' code, torchvision as the PyTorch examples.
+# Source: caffe as the authors' code, where 1e-6 of TV is another gradient (`total_variation`);
+# torchvision as the PyTorch examples.
 LOSS_WEIGHTS = {"caffe": (1.0, 5.0, 1e-6), "torchvision": (1e5, 1e10, 0.0)}
 TORCHVISION_WEIGHTS = {"IMAGENET1K_V1": "torchvision", "IMAGENET1K_FEATURES": "caffe"}
 
@@ -324,6 +325,10 @@ def style_loss(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Squared differences of neighbours, in grey levels of 0..255, summed; mean over images."""
+    """Squared differences of neighbours, in grey levels of 0..255, summed; mean over images.
+
+    Differs: the gradient of the authors' code is half that of the sum over the batch, undivided.
+    Ours is 2 / N of it for a batch of N: the same for 2 images, half for the recipe's 4.
+    """
     rows, columns = images.diff(dim=2), images.diff(dim=3)
     return 255**2 * (rows.square().sum() + columns.square().sum()) / len(images)
