@@ -32,6 +32,7 @@ from sn.training.classification.data import (
     TransformedImages,
     build_data,
     evaluation_batches,
+    is_image_folder,
     make_loader,
 )
 from sn.training.classification.evaluation import (
@@ -40,6 +41,7 @@ from sn.training.classification.evaluation import (
     line_of,
     training_metrics,
 )
+from sn.training.classification.pretrained import network_facts
 from sn.training.classification.task import Task, starting_model, starting_weights
 from sn.training.run import budget, distributed, entry
 from sn.training.run.guard import check_finite
@@ -62,6 +64,7 @@ def train(config: ImagenetConfig) -> dict:
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
             identity=task.identity(),
+            saved={"network": network_facts(task.model, task.data.num_classes)},
             facts=task.facts(run),
             headline=("top1", "top5", "top1_batch_average"),
             epochs=config.schedule.epochs,
@@ -99,7 +102,7 @@ def build(config: ImagenetConfig, run: Session) -> Task:
     weights = starting_weights(config, run.say)  # before the images are listed, which takes longer
     bad_images = BadImages(f"{config.output_dir}/bad_images.txt", config.data.max_bad_images or 0)
     options = config.data.options()
-    if config.data.last_crop is not None:
+    if is_image_folder(config.data.name):
         options |= {"last_fraction": config.schedule.last_fraction, "bad": bad_images}
     data = build_data(**options)
     model, init, start = starting_model(config, data.num_classes, weights)

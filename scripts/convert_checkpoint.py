@@ -1,7 +1,7 @@
 """Convert a checkpoint that the authors released to one of ours.
 
     python scripts/convert_checkpoint.py official.pth ours.pt
-    python scripts/evaluate_checkpoint.py ours.pt data=imagenet data.root=/data/imagenet
+    python scripts/evaluate_checkpoint.py ours.pt --data imagenet --root /data/imagenet
 
 Reads tensors alone (nothing in the file is executed). The result holds the weights, and the options
 that build the network with the official layer's unbiased variances.

@@ -12,6 +12,7 @@ itself. Prints one line of JSON. The file is left as it is.
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,16 +31,29 @@ from sn.training.classification.data import (
     batch_average_batches,
     build_data,
     evaluation_batches,
+    is_image_folder,
     make_loader,
 )
 from sn.training.classification.evaluation import evaluate
-from sn.training.classification.models import build_model
+from sn.training.classification.pretrained import (
+    head_keys,
+    network_of,
+    read_facts,
+    restore_facts,
+)
 from sn.training.run import distributed, entry
 from sn.training.run.checkpoint import load_network, load_weights
 from sn.training.run.config import COUNT, SIZE, check_norm, check_open, short
 from sn.training.run.display import say
+from sn.training.run.images import BadImages
 
-NUMBERS = (("workers", 0, 1024), ("batch_size", 1, SIZE), ("batches", 1, COUNT), ("seed", 0, COUNT))
+NUMBERS = (
+    ("max_bad_images", 0, COUNT),
+    ("workers", 0, 1024),
+    ("batch_size", 1, SIZE),
+    ("batches", 1, COUNT),
+    ("seed", 0, COUNT),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +65,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--key", help="the file's key that holds the network, if it has several")
     parser.add_argument("--data", help="digits, cifar10 or imagenet (a run's own is the default)")
     parser.add_argument("--root", help="folder of the data")
+    bad = "unreadable images skipped; one more is an error (default: 10)"
+    parser.add_argument("--max-bad-images", type=int, default=10, help=bad)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--batches", type=int, default=200, help="of the batch average")
@@ -85,13 +101,17 @@ def load(args: argparse.Namespace, told: Callable[[str], object] | None) -> tupl
         raise ValueError("which data? give --data")
     state = load_network(args.checkpoint, args.key, told)
     try:
-        return build_and_load(build, norm, state), data
+        return build_and_load(build, norm, state, read_facts(args.checkpoint)), data
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{args.checkpoint} does not fit: {error}") from None
 
 
-def build_and_load(build: Any, norm: Any, state: dict[str, Tensor]) -> nn.Module:
+def build_and_load(
+    build: Any, norm: Any, state: dict[str, Tensor], facts: dict[str, Any]
+) -> nn.Module:
     """The network of these options with this state; it is held to the state before it is made.
+
+    `facts` as in `Weights`.
 
     Raises ValueError, TypeError or RuntimeError if it does not fit.
     """
@@ -101,15 +121,17 @@ def build_and_load(build: Any, norm: Any, state: dict[str, Tensor]) -> nn.Module
     check_open(build, "model", Model)
     check_norm(norm)
     if "num_classes" not in build:
-        ends = [k for k in ("fc.weight", "classifier.weight", "head.weight") if k in state]
-        if not ends:
-            raise ValueError("the state has no fc, classifier or head to tell the classes from")
-        build = build | {"num_classes": len(state[ends[0]])}
+        heads = head_keys(lambda n: network_of(norm, **build | {"num_classes": n}), 2)
+        counts = {len(state[key]) for key in heads if key in state}
+        if len(counts) != 1:
+            raise ValueError(f"the state has no {' and '.join(heads)} to tell the classes from")
+        build = build | {"num_classes": counts.pop()}
     with torch.device("meta"):  # takes no memory, whatever the file asks for
-        sketch = build_model(**build, norm=sn.make_norm(**norm))
+        sketch = network_of(norm, **build)
     sketch.load_state_dict({key: value.to("meta") for key, value in state.items()})
-    model = build_model(**build, norm=sn.make_norm(**norm))
+    model = network_of(norm, **build)
     model.load_state_dict(state)
+    restore_facts(model, facts, norm)
     return model
 
 
@@ -152,11 +174,17 @@ def main() -> None:
         model, options = load(args, partial(say, error=True) if processes.is_main else None)
         if args.root is not None:
             options["root"] = args.root
-        data = build_data(**{key: value for key, value in options.items() if key != "workers"})
-        model.to(processes.device)
-        if processes.device.type == "cuda":
-            distributed.agree_on_kernels(model, processes.device)
-        results = evaluate_both(model, data, args, processes)
+        options = {k: v for k, v in options.items() if k not in ("workers", "max_bad_images")}
+        with tempfile.TemporaryDirectory() as folder:  # each process reads a share of its own
+            if is_image_folder(options["name"]):
+                note = f"{folder}/bad_images.txt"
+                options["bad"] = BadImages(note, args.max_bad_images, "--max-bad-images")
+            data = build_data(**options)
+            check_classes(model, data)
+            model.to(processes.device)
+            if processes.device.type == "cuda":
+                distributed.agree_on_kernels(model, processes.device)
+            results = evaluate_both(model, data, args, processes)
     except Exception as error:
         if not entry.is_known(error):
             raise
@@ -165,6 +193,18 @@ def main() -> None:
         distributed.stop()
     if processes.is_main:
         print(json.dumps({"checkpoint": str(args.checkpoint), "data": options["name"], **results}))
+
+
+@torch.no_grad()
+def check_classes(model: nn.Module, data: ImageData) -> None:
+    """Raise ValueError unless the network tells as many classes apart as the data have."""
+    image, _ = TransformedImages(data.val, data.evaluation, 1)[0, 0]
+    classes = model.eval()(image[None]).shape[1]
+    if classes != data.num_classes:
+        raise ValueError(
+            f"the network tells {classes} classes apart, {data.name} has {data.num_classes}; give "
+            "the data that it was trained for, all their classes among them"
+        )
 
 
 if __name__ == "__main__":

@@ -9,17 +9,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
 from torch import nn
 from workers import run_in_group
 
 import sn
 from sn.training.classification.data import build_data
-from sn.training.classification.models import build_model
+from sn.training.classification.models import batch_norm_model, build_model
 from sn.training.classification.official import convert_official, unfilled_statistics
+from sn.training.classification.pretrained import network_facts
 from sn.training.run.checkpoint import load_network
+from sn.training.run.images import read_image
 
 torchvision = pytest.importorskip("torchvision")
 ROOT = Path(__file__).parents[2]
@@ -276,6 +282,62 @@ def test_evaluating_with_more_processes_than_batches(tmp_path):
         run_in_group(processes, evaluated_share, str(tmp_path / "checkpoint.pt"))
         results.append(json.loads((tmp_path / "checkpoint.pt.0").read_text()))
     assert results[0] == results[1] and results[0]["batches"] == 1
+
+
+def image_folder(root, classes=3):
+    for part in ("train", "val"):
+        for label in range(classes):
+            folder = root / part / str(label)
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = np.random.default_rng(label).integers(0, 255, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("name, source", [("mobilenet_v2", "torchvision"), ("regnetx_002", "timm")])
+def test_evaluating_networks_of_every_kind(name, source, tmp_path, call, capsys):
+    """No head by a known name; fused layers, for which the network has to be converted again."""
+    torch.manual_seed(0)
+    plain = batch_norm_model(name, source, 3)
+    for layer in plain.modules():
+        if hasattr(layer, "running_var"):
+            layer.eps = 0.5
+    model = sn.convert(plain, "sn", keep_outputs=True, gate_start=2.0)
+    content = {"model": model.state_dict(), "network": network_facts(model, 3)}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    data = {
+        "name": "birds",
+        "root": str(image_folder(tmp_path / "birds")),
+        "image_size": 32,
+        "resize": 36,
+    }
+    config = {"model": {"name": name, "source": source}, "norm": {"name": "sn"}, "data": data}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "birds" / "val" / "1" / "1.png").write_bytes(b"no image")
+    call("evaluate_checkpoint", tmp_path / "checkpoint.pt", "--device", "cpu")
+    found = json.loads(capsys.readouterr().out)
+    images = build_data(**data)
+    losses = []
+    for label in range(3):
+        for number in range(2 - (label == 1)):
+            image = read_image(tmp_path / f"birds/val/{label}/{number}.png")
+            x = images.evaluation.normalise(images.evaluation.usual(image))[None]
+            losses.append(F.cross_entropy(model.eval()(x), torch.tensor([label])).item())
+    assert found["loss_moving_average"] == pytest.approx(sum(losses) / 5, abs=1e-3)
+    with pytest.raises(SystemExit) as error:
+        call("evaluate_checkpoint", tmp_path / "checkpoint.pt", "--max-bad-images", "0")
+    assert error.value.code == 2 and "1.png" in capsys.readouterr().err
+
+
+def test_data_of_other_classes_are_refused(tmp_path, call, capsys):
+    model = build_model(num_classes=7, norm=sn.make_norm("sn"), name="resnet8", source="cifar")
+    torch.save({"model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    bare = ("--model", "resnet8", "--source", "cifar", "--norm", "sn", "--data", "digits")
+    with pytest.raises(SystemExit) as error:
+        call("evaluate_checkpoint", tmp_path / "checkpoint.pt", *bare, "--device", "cpu")
+    assert error.value.code == 2
+    assert "tells 7 classes apart, digits has 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["convert_checkpoint", "evaluate_checkpoint"])

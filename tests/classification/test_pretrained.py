@@ -16,6 +16,7 @@ from sn.training.classification import pretrained
 from sn.training.classification.models import build_model
 from sn.training.classification.pretrained import (
     misfits,
+    network_facts,
     pretrained_model,
     pretrained_weights,
 )
@@ -156,6 +157,80 @@ def test_timms_fused_layers():
     torch.testing.assert_close(model.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
+def saved(model, path, classes):
+    """As train_imagenet.py saves a network."""
+    torch.save({"model": model.state_dict(), "network": network_facts(model, classes)}, path)
+    return pretrained_weights("checkpoint", "any", str(path))
+
+
+def test_what_a_network_computes_beside_its_tensors_is_kept(tmp_path):
+    """The eps of its layers, here that of MobileNet's batch norms, and unbiased variances."""
+    named = {"name": "mobilenet_v3_small", "source": "torchvision"}
+    x = torch.randn(2, 3, 64, 64)
+    theirs = torchvision.models.mobilenet_v3_small(num_classes=7)
+    ours, _ = pretrained_model(theirs.state_dict(), {"name": "sn"}, 7, 2.0, **named)
+    weights = saved(ours, tmp_path / "c.pt", 7)
+    again, how = pretrained_model(weights, {"name": "sn"}, 7, **named)
+    assert "sn layers as they were" in how and again.features[0][1].eps == 0.001
+    torch.testing.assert_close(again.eval()(x), ours.eval()(x))
+    again, _ = pretrained_model(weights, {"name": "sn", "eps": 0.001}, 7, **named)
+    torch.testing.assert_close(again.eval()(x), ours(x))
+    with pytest.raises(ValueError, match="norm.eps=1e-05: the pretrained network has 0.001 in fea"):
+        pretrained_model(weights, {"name": "sn", "eps": 1e-5}, 7, **named)
+
+    own = build_model(**SMALL, num_classes=10, norm=sn.make_norm("bn", eps=0.5)).eval()
+    for norm in ("bn", "frozen_bn"):
+        model, _ = pretrained_model(saved(own, tmp_path / "d.pt", 10), {"name": norm}, 10, **SMALL)
+        torch.testing.assert_close(model.eval()(IMAGES), own(IMAGES))
+    pretrained_model(saved(own, tmp_path / "d.pt", 10), {"name": "gn", "eps": 1e-5}, 10, **SMALL)
+
+    own = build_model(**SMALL, num_classes=10, norm=sn.make_norm("sn", unbiased=True)).eval()
+    weights = saved(own, tmp_path / "e.pt", 10)
+    model, _ = pretrained_model(weights, {"name": "sn"}, 10, **SMALL)
+    torch.testing.assert_close(model.eval()(IMAGES), own(IMAGES))
+    with pytest.raises(ValueError, match="norm.unbiased=False: the pretrained network has True"):
+        pretrained_model(weights, {"name": "sn", "unbiased": False}, 10, **SMALL)
+
+
+@pytest.mark.parametrize("bad", [{"eps": 1}, {"eps": {"bn1": "x"}}, {"classes": "7"}])
+def test_damaged_facts_are_refused(bad, tmp_path):
+    torch.save({"model": network().state_dict(), "network": bad}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="c.pt: its 'network' is not what train_imagenet.py wri"):
+        pretrained_weights("checkpoint", "resnet8", str(tmp_path / "c.pt"))
+
+
+@pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 96)])
+def test_networks_that_shift_their_input(name, size, tmp_path, monkeypatch):
+    """torchvision's weights of GoogLeNet and Inception are for an input that it shifts itself."""
+    theirs = getattr(torchvision.models, name)(
+        weights=None, num_classes=5, aux_logits=True, transform_input=True, init_weights=False
+    ).eval()
+    x, named = torch.randn(2, 3, size, size), {"name": name, "source": "torchvision"}
+    torch.save(theirs.state_dict(), tmp_path / "published.pth")
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: theirs)
+    found = {"library": pretrained_weights("torchvision", name, None)}
+    monkeypatch.undo()
+    found["file"] = pretrained_weights("checkpoint", name, str(tmp_path / "published.pth"))
+    for weights in found.values():
+        model, _ = pretrained_model(weights, {"name": "frozen_bn"}, 5, **named)
+        torch.testing.assert_close(model.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
+    again, _ = pretrained_model(
+        saved(model, tmp_path / "c.pt", 5), {"name": "frozen_bn"}, 5, **named
+    )
+    torch.testing.assert_close(again.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_with_two_heads():
+    import timm
+
+    named = {"name": "repvit_m0_9", "source": "timm"}
+    state = timm.create_model("repvit_m0_9", num_classes=6).state_dict()
+    model, how = pretrained_model(state, {"name": "sn"}, 4, **named)
+    heads = "heads head.head.l and head.head_dist.l start anew: 4 classes instead of 6"
+    assert heads in how
+    assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 4)
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes(prefix, tmp_path):
     state = network().state_dict()
@@ -214,6 +289,17 @@ def test_timms_pretrained_weights(monkeypatch):
     monkeypatch.setattr(timm, "create_model", create_model)
     found = pretrained_weights("timm", "resnet18", None)
     assert found["weight"].eq(0.5).all() and found.keys() == {"weight", "bias"}
+
+
+def test_images_that_timms_weights_expect():
+    """Of 683 of its 1,826 they are not of ImageNet's mean: said, since the loss would not tell."""
+    state, mean = network().state_dict(), (0.5, 0.5, 0.5)
+    weights = pretrained.Weights(state, {"mean": mean, "std": mean})
+    _, how = pretrained_model(weights, {"name": "sn"}, 10, **SMALL)
+    assert "note: they expect images of mean (0.5, 0.5, 0.5) and deviation (0.5" in how
+    for facts in ({}, {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}):
+        _, how = pretrained_model(pretrained.Weights(state, facts), {"name": "sn"}, 10, **SMALL)
+        assert "note" not in how
 
 
 # --- train_imagenet.py

@@ -174,6 +174,18 @@ def test_command_line_beats_the_experiment():
     assert proxy["data"]["name"] == "cifar10" and proxy["model"]["name"] == "resnet20"
 
 
+def test_the_size_of_images_is_recorded():
+    """32 is what CIFAR-10 had before the option; of other data it is a choice like any other."""
+
+    def data(*overrides):
+        return recorded(config(*overrides, "data.root=/data"))["data"]
+
+    assert "image_size" not in data("data=cifar10")
+    assert data("data=cifar10", "data.image_size=16")["image_size"] == 16
+    small = ("data=imagenet", "data.name=birds", "data.image_size=32", "data.resize=36")
+    assert data(*small)["image_size"] == 32
+
+
 RECIPES = {"table_4_1": True, "table_4_1_dropout": True, "table_4_1_sn": True, "sn_8x1": True}
 RECIPES |= {"table_4_1_sn_official": True, "brn_8x4": True, "cosine120": False}
 

@@ -181,7 +181,7 @@ def test_a_config_file_that_cannot_be_read_is_named(content, tmp_path, capsys, m
         ("detection", "parts=gn", "schedule=cosine", "detection_short, detection_1x"),
         ("imagenet", "init=checkpoint", "data=coco", "digits, cifar10"),
         ("enas", "experiment=enas/smoke", "experiment=imagenet/smoke", "enas/cifar10_proxy"),
-        ("imagenet", "norm=bn,gn", "experiment=detection/c4_bn", "imagenet/cifar10_16px"),
+        ("imagenet", "norm=bn,gn", "experiment=detection/c4_bn", "imagenet/brn_8x4"),
         ("darts", "data=cifar10", "data=imagenet", "digits, cifar10\n"),
     ],
 )

@@ -26,7 +26,9 @@ class ImageData:
     root: str | None = option(None, machine=True)
     download: bool | None = option(None, machine=True)
     train_images: int | None = whole(1)
-    image_size: int | None = whole(1, 16384, default=None, before=(None, 32))  # 32: CIFAR-10
+    image_size: int | None = whole(
+        1, 16384, default=None, before=lambda own: (None, 32) if own.name == "cifar10" else None
+    )
     classes: list[int] | None = whole(0, 9, default=None, before=None)
     resize: int | None = whole(1, 16384, default=None, before=None)
     lighting: float | None = number(0, 100, default=None, before=None)

@@ -345,7 +345,7 @@ def build_data(name: str, **options) -> ImageData:
     if train_images is not None and train_images < 1:
         raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
     loaders = {"digits": load_digits, "cifar10": load_cifar10, "digit_crops": load_digit_crops}
-    loader = loaders.get(name) or functools.partial(load_image_folder, name)
+    loader = functools.partial(load_image_folder, name) if is_image_folder(name) else loaders[name]
     known = inspect.signature(loader).parameters
     for key in options:
         if key not in known:
@@ -354,6 +354,11 @@ def build_data(name: str, **options) -> ImageData:
         if parameter.default is parameter.empty and key not in options:
             raise ValueError(f"data.{key} is not set; add data.{key}=... to the command")
     return loader(**options)
+
+
+def is_image_folder(name: str) -> bool:
+    """Whether a data set of this name is a folder of image files."""
+    return name not in ("digits", "cifar10", "digit_crops")
 
 
 def load_digits(train_images: int | None = None) -> ImageData:

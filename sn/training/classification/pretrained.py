@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,64 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import sn
+from sn.modules import SwitchNormBase
 
-from ..run.checkpoint import load_network
+from ..run.checkpoint import load_network, load_weights
 from ..run.config import short
+from .data import IMAGENET_MEAN, IMAGENET_STD
 from .models import batch_norm_model, build_model, fuse_activations
 
+PUBLISHED = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvision's files
 INITS = ("scratch", "checkpoint", "torchvision", "timm")
+
+
+class Weights(dict[str, Tensor]):
+    """A network's tensors by name, and what else it computes with.
+
+    facts: "classes", how many; "eps", those of its layers by name; "unbiased", whether its
+    variances are; "transform_input", whether it shifts the input (GoogLeNet, Inception); "mean" and
+    "std", of the images that timm's weights expect. Each may be missing.
+    """
+
+    facts: dict[str, Any]
+
+    def __init__(self, tensors: Mapping[str, Tensor], facts: dict[str, Any] | None = None):
+        super().__init__(tensors)
+        self.facts = facts or {}
+
+
+def network_facts(model: nn.Module, classes: int) -> dict[str, Any]:
+    """What a checkpoint says of a network beyond its tensors: the `facts` of `Weights`."""
+    layers = {name: getattr(layer, "eps", None) for name, layer in model.named_modules()}
+    unbiased = [layer.unbiased for layer in model.modules() if isinstance(layer, SwitchNormBase)]
+    return {
+        "classes": classes,
+        "eps": {name: eps for name, eps in layers.items() if isinstance(eps, float)},
+        "unbiased": any(unbiased),
+        "transform_input": getattr(model, "transform_input", False) is True,
+    }
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """The facts of a checkpoint of train_imagenet.py or convert_checkpoint.py; {} of others.
+
+    Raises ValueError if they are not as `network_facts` has them.
+    """
+    content = load_weights(path)
+    found, norm = content.get("network"), content.get("norm")
+    if isinstance(norm, dict):  # converted
+        return {"unbiased": norm.get("unbiased") is True}
+    if not isinstance(found, dict):
+        return {}
+    eps = found.get("eps", {})
+    good = isinstance(eps, dict) and all(
+        isinstance(name, str) and type(value) is float and 0 < value < 1
+        for name, value in eps.items()
+    )
+    kinds = {"classes": int, "unbiased": bool, "transform_input": bool}
+    if not good or any(type(found.get(key, kind())) is not kind for key, kind in kinds.items()):
+        raise ValueError(f"{path}: its 'network' is not what train_imagenet.py writes")
+    return {key: found[key] for key in ("eps", *kinds) if key in found}
 
 
 def pretrained_weights(
@@ -25,7 +78,7 @@ def pretrained_weights(
     key: str | None = None,
     told: Callable[[str], object] | None = None,
     weights: str | None = None,
-) -> dict[str, Tensor] | None:
+) -> Weights | None:
     """The classifier weights that a run starts from; None for "scratch".
 
     "checkpoint": a file, of train_imagenet.py or any state dict of a network that we build; `key`
@@ -50,7 +103,11 @@ def pretrained_weights(
         if path is None:
             raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
         try:
-            return load_network(path, key, told)
+            tensors = load_network(path, key, told)
+            facts = read_facts(path)
+            if any(name.startswith(PUBLISHED) for name in tensors):  # the only files that have them
+                facts["transform_input"] = True
+            return Weights(_without_second_heads(tensors), facts)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"init.path: {error}") from None
     weights = weights or "DEFAULT"
@@ -81,14 +138,22 @@ def torchvision_weights(model: str) -> list[str]:
         return []
 
 
-def _of_torchvision(model: str, weights: str) -> dict[str, Tensor]:
-    return torchvision.models.get_model(model, weights=weights).state_dict()
+def _of_torchvision(model: str, weights: str) -> Weights:
+    network = torchvision.models.get_model(model, weights=weights)
+    facts = {"transform_input": getattr(network, "transform_input", False)}
+    return Weights(_without_second_heads(network.state_dict()), facts)
 
 
-def _of_timm(model: str) -> dict[str, Tensor]:
+def _without_second_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not name.startswith(PUBLISHED)}
+
+
+def _of_timm(model: str) -> Weights:
     import timm  # only here: it is slow to import
 
-    return timm.create_model(model, pretrained=True).state_dict()
+    network = timm.create_model(model, pretrained=True)
+    known = getattr(network, "pretrained_cfg", None) or {}
+    return Weights(network.state_dict(), {k: known[k] for k in ("mean", "std") if k in known})
 
 
 def sha256(weights: Mapping[str, Tensor]) -> str:
@@ -142,17 +207,27 @@ def pretrained_model(
     """
     fused = options.pop("fused_activation", False)
     source = {key: options[key] for key in ("name", "source", "dropout", "width") if key in options}
-    plain = batch_norm_model(num_classes=num_classes, **source)
-    head, wrong = _load(plain, weights)
+    facts = weights.facts if isinstance(weights, Weights) else {}
+
+    def with_batch_norm(classes: int) -> nn.Module:
+        return batch_norm_model(num_classes=classes, **source)
+
+    def with_norm(classes: int) -> nn.Module:
+        return network_of(norm, num_classes=classes, **options)
+
+    plain = with_batch_norm(num_classes)
+    head, wrong = _load(plain, weights, head_keys(with_batch_norm, num_classes))
     if not wrong:
+        restore_facts(plain, facts, {})
         model, how = _converted(plain, norm, gate_start)
     else:
         try:
-            model = build_model(**options, num_classes=num_classes, norm=sn.make_norm(**norm))
-        except ValueError:  # this network takes no norm: only batch norm can be converted
+            model = with_norm(num_classes)
+        except ValueError:  # neither takes the norm nor has batch norm
             model, wrong_too = plain, wrong
         else:
-            head, wrong_too = _load(model, weights)
+            head, wrong_too = _load(model, weights, head_keys(with_norm, num_classes))
+            restore_facts(model, facts, norm)
         if wrong_too:
             nearest, lists = ("batch norm", wrong) if _of_batch_norm(weights) else (
                 f"norm={norm['name']}", wrong_too)  # fmt: skip
@@ -163,7 +238,59 @@ def pretrained_model(
         how = f"{norm['name']} layers as they were"
         if gate_start:
             how += f", their control parameters too: init.gate_start={gate_start} has no effect"
+    if "mean" in facts and any(
+        tuple(facts[key]) != own for key, own in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+    ):
+        how += (
+            f"; note: they expect images of mean {tuple(facts['mean'])} and deviation "
+            f"{tuple(facts.get('std', ()))}, here they get ImageNet's"
+        )
     return (fuse_activations(model) if fused else model), f"{how}; {head}"
+
+
+def network_of(norm: Mapping[str, Any], **options: Any) -> nn.Module:
+    """`build_model`; of a network that takes no norm the one that conversion makes of it."""
+    try:
+        return build_model(**options, norm=sn.make_norm(**norm))
+    except ValueError:
+        keys = ("name", "source", "num_classes", "dropout", "width")
+        plain = batch_norm_model(**{key: options[key] for key in keys if key in options})
+        if not any(isinstance(layer, _BatchNorm) for layer in plain.modules()):
+            raise
+        own = {key: value for key, value in norm.items() if key != "name"}
+        return sn.convert(plain, norm["name"], **own)
+
+
+def head_keys(build: Callable[[int], nn.Module], classes: int) -> list[str]:
+    """The parameters whose shape is that of the classes, of all heads if there are several."""
+    with torch.device("meta"):  # takes no memory
+        ours, others = (build(n).state_dict() for n in (classes, classes + 1))
+    return [key for key in ours if ours[key].shape != others[key].shape]
+
+
+def restore_facts(model: nn.Module, facts: Mapping[str, Any], norm: Mapping[str, Any]) -> None:
+    """Let `model` compute as the network that the weights are of; see `Weights`.
+
+    Raises ValueError if `norm` asks for another eps, or other variances.
+    """
+    eps, unbiased = facts.get("eps", {}), facts.get("unbiased")
+    for name, layer in model.named_modules():
+        if name in eps and hasattr(layer, "eps"):
+            if norm.get("eps", eps[name]) != eps[name]:
+                raise ValueError(
+                    f"norm.eps={norm['eps']}: the pretrained network has {eps[name]:g} in {name}; "
+                    "~norm.eps on the command line keeps that"
+                )
+            layer.eps = eps[name]
+        if isinstance(layer, SwitchNormBase) and unbiased is not None:
+            if norm.get("unbiased", unbiased) != unbiased:
+                raise ValueError(
+                    f"norm.unbiased={norm['unbiased']}: the pretrained network has {unbiased}; "
+                    "~norm.unbiased on the command line keeps that"
+                )
+            layer.unbiased = unbiased
+    if hasattr(model, "transform_input") and "transform_input" in facts:
+        model.transform_input = facts["transform_input"]
 
 
 def _of_batch_norm(weights: Mapping[str, Tensor]) -> bool:
@@ -171,14 +298,17 @@ def _of_batch_norm(weights: Mapping[str, Tensor]) -> bool:
     return "running_mean" in endings and "mean_weight" not in endings
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[str, list[str]]:
-    """Load all but a head of another size; return what became of the head, and what is wrong."""
+def _load(
+    model: nn.Module, weights: Mapping[str, Tensor], heads: list[str]
+) -> tuple[str, list[str]]:
+    """Load all but heads of another size; return what became of them, and what is wrong."""
     ours = model.state_dict()
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    head = layers[-1]
-    classes, old = ours[f"{head}.weight"], weights.get(f"{head}.weight")
-    anew = old is not None and len(old) != len(classes) and old.shape[1:] == classes.shape[1:]
-    own = {key for key in ours if anew and key.startswith(f"{head}.")}
+    sizes = [(len(ours[key]), len(weights[key])) for key in heads if key in weights]
+    like = all(weights[key].shape[1:] == ours[key].shape[1:] for key in heads if key in weights)
+    anew = bool(sizes) and like and all(new != old for new, old in sizes)
+    own = set(heads) if anew else set()
+    head = " and ".join(dict.fromkeys(key.rpartition(".")[0] for key in heads))
+    word = "heads" if " and " in head else "head"
 
     def compared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Without what counts batches: frozen layers do not."""
@@ -193,8 +323,10 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[str, list[st
         known = {key: value for key, value in weights.items() if key in ours and key not in own}
         model.load_state_dict(ours | known)
     if anew:
-        return f"head {head} starts anew: {len(classes)} classes instead of {len(old)}", wrong
-    return f"head {head} kept: {len(classes)} classes", wrong
+        new, old = sizes[0]
+        start = "start" if word == "heads" else "starts"
+        return f"{word} {head} {start} anew: {new} classes instead of {old}", wrong
+    return f"{word} {head} kept: {len(ours[heads[0]])} classes", wrong
 
 
 def _converted(

@@ -121,6 +121,17 @@ class Task:
                 f"note: {len(foreign)} batch norm layers of the model are its own, not {norm}, "
                 f"first {foreign[0]}"
             )
+        others = {
+            name: type(layer).__name__
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) or type(layer) is nn.GroupNorm
+        }
+        if others:
+            name, kind = next(iter(others.items()))
+            run.say(
+                f"note: {len(others)} layers of the model are norms of its own, which norm={norm} "
+                f"does not replace, first {name}, a {kind}"
+            )
         run.say_resumed(len(self.bad_images.lines()))
 
 

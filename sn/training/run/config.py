@@ -49,7 +49,8 @@ def option(
         choices: all values allowed.
         name: a name fit to be a part of a path; filled: a text that is not empty.
         machine: says where or how fast, not what: not recorded, may change at a resumption.
-        before: what runs did before this field existed, or a tuple of such values; a record
+        before: what runs did before this field existed, a tuple of such values, or a function of
+            the config that gives it; a record
             leaves it out then.
         expected: what is expected, in words, if it cannot be said from the rest.
     """
@@ -412,6 +413,7 @@ def recorded(config: Any) -> dict:
     result = {}
     for field in dataclasses.fields(config):
         value, before = getattr(config, field.name), field.metadata.get("before", NOTHING)
+        before = before(config) if callable(before) else before
         if field.metadata.get("machine") or value in (
             before if isinstance(before, tuple) else (before,)
         ):
