@@ -41,7 +41,7 @@ from common.claims import (
     judge,
     load_ledger,
 )
-from common.records import ROOT, Run, fail, load_runs
+from common.records import ROOT, Run, fail, load_roots, load_runs
 
 DIVERGED, BUSY, PREEMPTED = 3, 73, 75  # exit codes of the entrypoints
 FIRST_FAILURES = 3  # as many without a success: something is wrong with all of them
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LedgerError, ValueError) as error:
         fail(str(error))
 
+    for note in campaign.notes():
+        print(note, file=sys.stderr)
     if args.list:
         print(listing)
         return 0
@@ -192,6 +194,16 @@ class Campaign:
         self.prepared: set[str] = set()  # commands that were run before the first run of a design
 
     # --- what is missing
+
+    def notes(self) -> list[str]:
+        """What is said of the runs that are there: which are not counted, and which are wrong."""
+        ignored = self.evidence.says_ignored()
+        return [*([ignored] if ignored else []), *(f"refused: {what}" for what in self.faults())]
+
+    def faults(self) -> list[str]:
+        """What is wrong with the lr searches of the claims; what waits for them is not made."""
+        found = (self.evidence.faults(claim) for claim in self.claims if claim.cells)
+        return list(dict.fromkeys(fault for faults in found for fault in faults))
 
     def missing(self) -> dict[str, Wanted]:
         """Every run that is not there, each once, in order of worth."""
@@ -325,7 +337,7 @@ class Campaign:
         for what, runs in (("skipped", self.skipped), ("failed", self.failed)):
             for name, reason in runs.items():
                 print(f"{what}: {name}, {reason}", file=sys.stderr)
-        if self.failed:
+        if self.failed or self.faults():
             return 1
         return PREEMPTED if self.signals else BUSY if self.skipped else 0
 
@@ -416,11 +428,7 @@ def state(verdict: Verdict) -> str:
 
 def made(root: Path) -> list[Run]:
     """Runs of the campaign and those kept in results/; one in both counts once."""
-    found: dict[str, Run] = {}
-    for folder in (ROOT / "results", root):
-        for run in load_runs(folder, task=None) if folder.is_dir() else []:
-            found.setdefault(run.name, run)
-    return list(found.values())
+    return load_roots(folder for folder in (ROOT / "results", root) if folder.is_dir())
 
 
 def last_line(log: Path) -> str:

@@ -559,14 +559,41 @@ def is_arm(run: Run, design: Design, arm: Arm) -> bool:
     return all(fact(run, key) == value for key, value in (design.facts | own | arm.set).items())
 
 
+def has_name(run: Run, design: Design, arm: Arm) -> bool:
+    """Whether a run of an arm is named as `run_claims.py` names it: others are a user's own."""
+    search = design.search if design.search and run.seed == design.search.seed else None
+    lr = fact(run, search.key) if search else None
+    if search and not isinstance(lr, int | float):
+        return False
+    wanted = (
+        Wanted(design, arm, setting, run.seed, lr, search=search is not None)
+        for setting in design.minutes
+        if run.setting == _as_run(arm, setting)
+    )
+    return "/".join(run.name.split("/")[-2:]) in {one.name for one in wanted}
+
+
+def _free(design: Design, arms: Iterable[Arm], runs: Iterable[Run]) -> set[str]:
+    """The recorded options in which runs of these arms may differ."""
+    free = {key for arm in arms for key in arm.set}
+    if "data.train_images" in free:
+        free.add("data.sha256")
+    if design.search:
+        free.add(design.search.key)
+    if any(run.diverged for run in runs):
+        free |= {"epochs", "steps"}  # a diverged run has fewer
+    return free
+
+
 @dataclass(frozen=True)
 class Choice:
-    """An arm's lr search: mean top-1 per lr, the one chosen (None: runs are missing)."""
+    """An arm's lr search: mean top-1 per lr, the one chosen (None: runs are missing, a fault)."""
 
     lr: float | None
     scores: Mapping[float, float]
     runs: tuple[Run, ...]
     missing: tuple[Wanted, ...]
+    fault: str = ""  # why its runs choose nothing: two records of one, or unlike ones
 
 
 @dataclass
@@ -584,8 +611,41 @@ class Evidence:
         key = design.name, arm.name
         if key not in self._of_arm:
             runs = read_record(design) if design.record else self.runs
-            self._of_arm[key] = [run for run in runs if is_arm(run, design, arm)]
+            found = [run for run in runs if is_arm(run, design, arm)]
+            if not design.record:
+                found = [run for run in found if has_name(run, design, arm)]
+                kept = [run for run in found if _is_kept(run)]
+                found = [run for run in found if not _is_foreign(run, kept, design, arm)]
+            self._of_arm[key] = found
         return self._of_arm[key]
+
+    def of_designs(self) -> list[Run]:
+        """The runs that are of a claim's design, whether its claims count their seeds or not."""
+        designs = [design for design in self.ledger.designs.values() if design.experiment]
+        paths = {
+            run.path
+            for design in designs
+            for arm in design.arms.values()
+            for run in self.of_arm(design, arm)
+        }
+        return [run for run in self.runs if run.path in paths]
+
+    def ignored(self) -> list[Run]:
+        """The runs that have an arm's facts, but another name than its own or another recipe."""
+        counted = {run.path for run in self.of_designs()}
+        arms = [(d, a) for d in self.ledger.designs.values() if d.experiment
+                for a in d.arms.values()]  # fmt: skip
+        rest = [run for run in self.runs if run.path not in counted]
+        return [run for run in rest if any(is_arm(run, design, arm) for design, arm in arms)]
+
+    def says_ignored(self) -> str:
+        """How many runs are ignored, in a line that names the first; "" if there are none."""
+        runs = self.ignored()
+        if not runs:
+            return ""
+        some = _names(run.name for run in runs[:3]) + (", ..." if len(runs) > 3 else "")
+        count = "1 run is" if len(runs) == 1 else f"{len(runs)} runs are"
+        return f"{count} like a claim's but of another name or recipe, and not counted: {some}"
 
     def choice(self, design: Design, arm: Arm) -> Choice | None:
         """The lr search that counts for an arm; None if the design has none."""
@@ -595,7 +655,7 @@ class Evidence:
         arm = design.arms[arm.lr_of]
         if (design.name, arm.name) in self._choices:
             return self._choices[design.name, arm.name]
-        used, missing, scores = [], [], {}
+        used, missing, twice, scores = [], [], [], {}
         for value in search.values:
             tops = []
             for setting in search.settings:
@@ -606,6 +666,7 @@ class Evidence:
                     and run.setting == _as_run(arm, setting)
                     and _equal(fact(run, search.key), value)
                 ]
+                twice += [run.name for run in found[1:]]
                 top1 = figure(found[0], search.of) if found else None
                 if found and found[0].diverged and top1 is None:
                     top1 = 0.0
@@ -616,8 +677,16 @@ class Evidence:
                     tops.append(top1)
             if len(tops) == len(search.settings):
                 scores[value] = math.fsum(tops) / len(tops)
-        best = None if missing else max(scores, key=lambda value: (scores[value], -value))
-        choice = Choice(best, scores, tuple(used), tuple(missing))
+        unlike = differences(used, one_cell=False, free=_free(design, [], used))
+        fault = ""
+        if twice:
+            fault = f"more than one record of {_names(twice)}; keep one of each"
+        elif unlike:
+            fault = f"unlike runs in the lr search of {arm.name}, {describe_differences(unlike)}"
+        best = None
+        if not (missing or fault):
+            best = max(scores, key=lambda value: (scores[value], -value))
+        choice = Choice(best, scores, tuple(used), tuple(missing), fault)
         self._choices[design.name, arm.name] = choice
         return choice
 
@@ -649,6 +718,8 @@ class Evidence:
             for name, setting in claim.cells:
                 arm = design.arms[name]
                 choice = self.choice(design, arm)
+                if choice and choice.fault:
+                    continue
                 lr = choice.lr if choice else None
                 if seed not in self.cell(design, name, setting):
                     runs.append(Wanted(design, arm, setting, seed, lr))
@@ -659,6 +730,14 @@ class Evidence:
                 every.setdefault(first.name, first)
             every.setdefault(wanted.name, wanted)
         return list(every.values())
+
+    def faults(self, claim: Claim) -> list[str]:
+        """What is wrong with the lr searches of a claim's arms."""
+        design = self.ledger.design_of(claim)
+        if design.experiment is None:
+            return []
+        choices = (self.choice(design, design.arms[name]) for name, _ in claim.cells)
+        return list(dict.fromkeys(choice.fault for choice in choices if choice and choice.fault))
 
     def pretraining(self, wanted: Wanted) -> Wanted | None:
         """The run whose checkpoint a run starts from, made or not."""
@@ -728,6 +807,21 @@ def record_lines(design: Design) -> list[dict[str, Any]]:
 def _as_run(arm: Arm, setting: str | None) -> str | None:
     """The setting that an arm's runs at `setting` have."""
     return setting if setting is None else arm.settings.get(setting, setting)
+
+
+def _is_kept(run: Run) -> bool:
+    """Whether a run's record is one of those in results/."""
+    return ROOT / "results" in run.path.absolute().parents
+
+
+def _is_foreign(run: Run, kept: Sequence[Run], design: Design, arm: Arm) -> bool:
+    """Whether a run from elsewhere has another recipe than the kept ones of its arm."""
+    if not kept or _is_kept(run):
+        return False
+    like = next((other for other in kept if other.setting == run.setting), None)
+    other = like or kept[0]
+    free = {*_free(design, [], [run, other]), "lr"}
+    return bool(differences([run, other], one_cell=like is not None, free=free))
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -991,7 +1085,9 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
              for (name, setting), seeds in cells.items()
              for seed, found in seeds.items() if len(found) > 1]  # fmt: skip
     unlike = _unlike(claim, design, cells)
-    if twice:
+    if faults := evidence.faults(claim):
+        verdict.reason = f"refused: {'; '.join(faults)}"
+    elif twice:
         verdict.reason = f"refused: more than one record of {_names(twice)}"
     elif unlike:
         verdict.reason = f"refused: unlike runs, {unlike}"
@@ -1060,18 +1156,14 @@ def _correct(outcome: Outcome, level: float, next_level: float) -> None:
 
 def _unlike(claim: Claim, design: Design, cells: Mapping[tuple, Mapping[int, list[Run]]]) -> str:
     """What the recipes of a claim's runs differ in that its arms do not name; "" if nothing."""
-    named = {key for name, _ in claim.cells for key in design.arms[name].set}
-    if "data.train_images" in named:
-        named.add("data.sha256")
-    if design.search:
-        named.add(design.search.key)
+    arms = [design.arms[name] for name, _ in claim.cells]
     in_cells = [[run for found in seeds.values() for run in found] for seeds in cells.values()]
     every = [run for runs in in_cells for run in runs]
     found = {}
     for runs, one_cell in [*((runs, True) for runs in in_cells), (every, False)]:
-        allowed = set() if one_cell else set(named)
-        if any(run.diverged for run in runs):
-            allowed |= {"epochs", "steps"}  # a diverged run has fewer
+        allowed = _free(design, arms, runs)
+        if one_cell:
+            allowed &= {"epochs", "steps"}
         if runs:
             unlike = differences(runs, one_cell)
             found |= {key: values for key, values in unlike.items() if key not in allowed}

@@ -181,6 +181,18 @@ def load_runs(root: Path | str, task: str | None = "imagenet") -> list[Run]:
     return runs
 
 
+def load_roots(roots: Iterable[Path | str], task: str | None = None) -> list[Run]:
+    """The runs below several roots; one whose name an earlier root has counts once, there.
+
+    Raises FileNotFoundError for a root that is no folder.
+    """
+    found: list[Run] = []
+    for root in roots:
+        known = {run.name for run in found}
+        found += [run for run in load_runs(root, task) if run.name not in known]
+    return found
+
+
 def without_searches(runs: Iterable[Run]) -> list[Run]:
     """The runs outside of a folder `lr_search`, whose runs choose a recipe and show no result."""
     return [run for run in runs if "lr_search" not in run.path.parts]

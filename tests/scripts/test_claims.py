@@ -17,7 +17,7 @@ import claim_records
 import pytest
 import yaml
 from common import claims
-from common.records import Run, load_paper, load_runs
+from common.records import Run, load_paper, load_roots, load_runs
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -433,6 +433,31 @@ def test_runs_of_another_design_do_not_count(tmp_path, change):
     assert [wanted.name for wanted in found.missing] == ["bn_8x2/seed5"]
 
 
+def test_a_users_own_study_does_not_count(tmp_path, monkeypatch):
+    """Own names, and own recipes under a name of the campaign's: not counted, but said."""
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    write_pairs(tmp_path / "results", [4.0, 5.0, 4.5, 5.5, 5.0])
+    other = {"optimizer.weight_decay": 5e-4}
+    write(tmp_path / "outputs", "bn", "8x2", 1, run_name="bn_8x2_wd", config=other)
+    write(tmp_path / "outputs", "bn", "8x2", 7, run_name="bn_8x2_again")
+    write(tmp_path / "outputs", "bn", "8x2", 6, config=other)
+    write(tmp_path / "outputs", "bn", "8x32", 6)
+    runs = load_roots([tmp_path / "results", tmp_path / "outputs"])
+    ledger = small(the_test())
+    evidence = claims.Evidence(ledger, runs)
+    assert list(evidence.cell(ledger.designs[DESIGN.name], "bn", "8x2")) == [1, 2, 3, 4, 5]
+    wanted = evidence.wanted(ledger.claims[0], [1, 6, 7])
+    assert [one.name for one in wanted] == ["bn_8x2/seed6", "bn_8x32/seed7", "bn_8x2/seed7"]
+    assert evidence.says_ignored().startswith("3 runs are like a claim's but of another name")
+    [found] = claims.judge(ledger, runs)
+    assert found.verdict == "held" and not found.missing
+
+
+def test_every_record_that_is_kept_counts():
+    evidence = claims.Evidence(LEDGER, load_runs(ROOT / "results", task=None))
+    assert evidence.ignored() == [] and len(evidence.of_designs()) > 900
+
+
 def test_every_arms_run_is_found_by_its_recorded_facts(tmp_path):
     for number, arm in enumerate(DESIGN.arms):
         write(tmp_path, arm, "8x8", 1, lr=0.1 + number)
@@ -498,6 +523,35 @@ def test_without_its_whole_search_no_run_counts(tmp_path):
     assert choice.lr is None
     assert [w.run_name for w in choice.missing] == ["sn_8x32_lr0.8", "sn_8x2_lr0.8"]
     assert evidence.cell(DESIGN, "sn", "8x32") == {}
+
+
+def test_a_search_of_other_or_repeated_runs_is_refused(tmp_path):
+    scores = {0.2: (60, 50), 0.4: (61, 51), 0.8: (62, 52)}
+    write_search(tmp_path / "a", "bn", scores)
+    own = {"run_name": "bn_8x2_wd", "config": {"optimizer.weight_decay": 5e-4}}
+    write(tmp_path / "a", "bn", "8x2", 0, lr=0.4, top1=90.0, **own)
+    claim = dataclasses.replace(small(the_test()).claims[0], design=DESIGN.name)
+    ledger = dataclasses.replace(LEDGER, claims=(claim,))
+
+    def judged():
+        runs = load_runs(tmp_path)
+        evidence = claims.Evidence(ledger, runs)
+        return evidence.choice(DESIGN, DESIGN.arms["bn"]), claims.judge(ledger, runs)[0]
+
+    choice, _ = judged()
+    assert (choice.lr, choice.fault) == (0.8, "")  # the run of another name is none of the search
+    folder = write(tmp_path / "b", "bn", "8x2", 0, lr=0.4, run_name="bn_8x2_lr0.4")
+    choice, verdict = judged()
+    assert choice.lr is None and not verdict.missing
+    assert verdict.reason.startswith("refused: more than one record of imagenet/cifar10_resnet8/bn")
+    shutil.rmtree(folder)
+    folder = tmp_path / "a/imagenet/cifar10_resnet8/bn_8x2_lr0.4/seed0"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["optimizer"]["weight_decay"] = 5e-4
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    choice, verdict = judged()
+    assert choice.lr is None and "weight_decay" in verdict.reason
+    assert verdict.reason.startswith("refused: unlike runs in the lr search of bn")
 
 
 def test_runs_at_another_lr_do_not_count(tmp_path):

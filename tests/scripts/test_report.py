@@ -211,7 +211,8 @@ def made_up(design, arm, seed, setting=None, metrics=(), **summary):
     facts = design.facts | (arm.facts or {"norm": arm.norm}) | arm.set
     summary |= {"task": design.task, "seed": seed, "norm": arm.norm}
     summary.setdefault("status", "finished")
-    summary["run"] = f"{design.task}/{design.prefix}{arm.name}/seed{seed}"
+    wanted = claims.Wanted(design, arm, setting, seed, None)
+    summary["run"] = f"{design.task}/x/{wanted.name}"
     if setting:
         gpus, images = map(int, setting.split("x"))
         summary["setting"] = {"gpus": gpus, "images_per_gpu": images}
