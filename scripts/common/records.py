@@ -476,26 +476,63 @@ def differences(
     """What the recipes of runs that are to be averaged (or compared) differ in, with the values.
 
     one_cell: the runs share norm and setting and should differ in the seed alone; otherwise norm,
-    setting and what follows from them (the lr, the images a rounded-up epoch sees) may differ too.
+    setting and what follows from them (the lr, the images a rounded-up epoch sees) may differ too,
+    a norm's options only from one norm to another.
     A key that a config lacks has the value of before it existed: another than any that is there.
     free: more keys that may differ.
     """
     if len(runs) < 2:
         return {}
-    recipes = [
-        {key: value for key, value in _recipe(run, one_cell).items() if key not in free}
-        for run in runs
-    ]
-    found = {}
-    for key in sorted({key for recipe in recipes for key in recipe}):
-        values = sorted({str(recipe[key]) for recipe in recipes if key in recipe})
-        missing = any(key not in recipe for recipe in recipes)
-        if len(values) > 1 or (missing and all(run.config for run in runs)):
-            found[key] = values + ["(not set)"] * missing
+    found = _differing(runs, [_recipe(run, one_cell) for run in runs])
+    if not one_cell:
+        groups = defaultdict(list)
+        for run in runs:
+            if _norm_options(run):
+                groups[_norms_of(run)].append(run)
+        for alike in groups.values():
+            for key, values in _differing(alike, list(map(_norm_options, alike))).items():
+                found[key] = sorted({*found.get(key, []), *values})
+    found = {key: found[key] for key in sorted(found) if key not in free}
     if any(key.startswith("schedule.lr_per_") for key in found):
         found.pop("lr", None)  # which follows from it
     short = {key for key in found if "." not in key}
     return {key: found[key] for key in found if key in short or key.split(".")[-1] not in short}
+
+
+def _differing(runs: Sequence[Run], recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The keys in which the runs' recipes differ, with the values."""
+    found = {}
+    for key in {key for recipe in recipes for key in recipe}:
+        values = sorted({str(recipe[key]) for recipe in recipes if key in recipe})
+        missing = any(key not in recipe for recipe in recipes)
+        if len(values) > 1 or (missing and all(run.config for run in runs)):
+            found[key] = values + ["(not set)"] * missing
+    return found
+
+
+def _norms_of(run: Run) -> tuple:
+    """What two runs share whose norms' options have to be the same.
+
+    SN at one image per GPU is without BN, whatever its name: its statistics are others.
+    """
+    summary = run.summary
+    one = bool(run.setting) and summary["setting"]["images_per_gpu"] == 1
+    parts = summary.get("parts")
+    parts = tuple(parts.items()) if isinstance(parts, dict) else ()
+    return summary.get("norm"), parts, one and run.without_bn
+
+
+def _norm_options(run: Run) -> dict[str, Any]:
+    """The options of a run's norms as flat keys, such as `norm.momentum`."""
+    options: dict[str, Any] = {}
+    rest = [(key, run.config[key]) for key in ("norm", "parts") if key in run.config]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{key}.{name}", item) for name, item in value.items()]
+        elif key.rpartition(".")[2] not in NOT_RECIPE:
+            options[key] = value
+    return options
 
 
 def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:

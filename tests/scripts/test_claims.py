@@ -414,6 +414,16 @@ def test_unlike_runs_are_refused(tmp_path, change):
     assert key in found.reason
 
 
+def test_a_norms_options_may_not_differ_from_setting_to_setting(tmp_path):
+    """Every run at (8,2) has another moving average than every run at (8,32)."""
+    for seed in DESIGN.seeds:
+        write(tmp_path, "sn", "8x32", seed, top1=60.0 + seed / 10, config={"norm.momentum": 0.1})
+        write(tmp_path, "sn", "8x2", seed, top1=50.0, config={"norm.momentum": 0.003})
+    [found] = claims.judge(small(the_test("sn 8x32 - sn 8x2")), load_runs(tmp_path))
+    assert found.verdict == "undecided"
+    assert found.reason == "refused: unlike runs, norm.momentum: 0.003 / 0.1"
+
+
 @pytest.mark.parametrize(
     "change",
     [

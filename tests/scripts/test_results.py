@@ -266,6 +266,32 @@ def test_unlike_recipes_are_found(tmp_path):
     assert "epochs: 2 / 3" in results.describe_differences(found)
 
 
+def test_options_of_a_norm_may_differ_between_norms_alone(tmp_path):
+    """SN without BN at one image per GPU is another norm than SN, whatever its name."""
+
+    def run(norm, setting, options, **changes):
+        config = {"norm": {"name": norm} | options}
+        return results.read_run(write_run(tmp_path, norm, setting, config=config, **changes))
+
+    sn = run("sn", "8x32", {"momentum": 0.1, "statistics": ["in", "ln", "bn"]})
+    in_ln = {"momentum": 0.1, "statistics": ["in", "ln"]}
+    others = [run("gn", "8x32", {"num_groups": 32}), run("sn_in_ln", "8x1", in_ln)]
+    others.append(run("sn", "4x1", in_ln, statistics=["in", "ln"]))
+    assert results.differences([sn, *others], one_cell=False) == {}
+    assert len(results.recipes([sn, *others], lambda run: (run.norm, run.setting))) == 1
+    slow = run("sn", "8x2", {"momentum": 0.003, "statistics": ["in", "ln", "bn"]})
+    found = results.differences([*others, sn, slow], one_cell=False)
+    assert found == {"norm.momentum": ["0.003", "0.1"]}
+    assert len(results.recipes([sn, slow], lambda run: run.setting)) == 2
+    parts = {"backbone": "sn", "fpn": "sn"}
+    config = [{"parts": {"backbone": {"name": "sn", "momentum": m}}} for m in (0.1, 0.003)]
+    two = [
+        results.Run(tmp_path, sn.summary | {"norm": None, "parts": parts}, {**sn.config, **own})
+        for own in config
+    ]
+    assert list(results.differences(two, one_cell=False)) == ["parts.backbone.momentum"]
+
+
 # scripts/make_tables.py
 
 
