@@ -254,8 +254,7 @@ class Report:
             ours += f' <span class="number">{span(outcome.interval)}</span>'
             ours += f'<br><span class="soft">corrected {span(outcome.corrected)}</span>'
         if outcome.left_out:
-            left = ", ".join(f"seed {seed}: {why}" for seed, why in outcome.left_out.items())
-            ours += f'<br><span class="soft">left out: {escape(left)}</span>'
+            ours += f'<br><span class="soft">left out: {escape(outcome.says_left_out)}</span>'
         paper = '<span class="soft">no figure</span>'
         if test.paper is not None:
             paper = f'<span class="number"><strong>{signed(test.paper)}</strong> {unit}</span>'

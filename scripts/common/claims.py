@@ -87,6 +87,11 @@ class Claim:
     tests: tuple[Test, ...]
     looks: tuple[int, ...] = ()  # up to which seed it was judged, where more were made after one
 
+    @property
+    def looked_at(self) -> range:
+        """The seeds up to the last look; none without looks."""
+        return range(1, self.looks[-1] + 1 if self.looks else 1)
+
     def counts(self, seed: int, first: Sequence[int]) -> bool:
         """Whether a seed counts: those of the last look do, without looks the design's `first`."""
         return seed <= self.looks[-1] if self.looks else seed in first
@@ -1002,6 +1007,20 @@ class Outcome:
     decided: str = UNDECIDED  # by the corrected interval
     needed: int | None = None
 
+    @property
+    def says_left_out(self) -> str:
+        """`seed 2: a run diverged, seeds 6 to 8: no run of bn 8x2`; "" where there are none."""
+        spans: list[list[Any]] = []  # first, last, why
+        for seed, why in sorted(self.left_out.items()):
+            if spans and spans[-1][1:] == [seed - 1, why]:
+                spans[-1][1] = seed
+            else:
+                spans.append([seed, seed, why])
+        return _names(
+            f"seed {first}: {why}" if first == last else f"seeds {first} to {last}: {why}"
+            for first, last, why in spans
+        )
+
 
 @dataclass
 class Verdict:
@@ -1076,7 +1095,7 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     }
     runs = [run for seeds in cells.values() for found in seeds.values() for run in found]
     missing = evidence.wanted(claim)
-    outcomes = [_outcome(test, cells) for test in claim.tests]
+    outcomes = [_outcome(test, cells, claim.looked_at) for test in claim.tests]
     verdict = Verdict(claim, UNDECIDED, "", outcomes, runs, missing)
     verdict.diverged = sum(run.diverged for run in runs)
     total = len(claim.cells) * len(design.seeds)
@@ -1117,13 +1136,19 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     return verdict
 
 
-def _outcome(test: Test, cells: Mapping[tuple, Mapping[int, list[Run]]]) -> Outcome:
-    """A test's effect in every seed that has a run of each term."""
+def _outcome(
+    test: Test, cells: Mapping[tuple, Mapping[int, list[Run]]], looked_at: Iterable[int] = ()
+) -> Outcome:
+    """A test's effect in every seed that has a run of each term; looked_at: seeds it should have."""
     needed = list(dict.fromkeys((term.arm, term.setting) for term in test.terms))
-    shared = set.intersection(*(set(cells[cell]) for cell in needed))
     outcome = Outcome(test, {})
-    for seed in sorted(set().union(*(cells[cell] for cell in needed))):
-        if seed not in shared or any(len(cells[cell][seed]) > 1 for cell in needed):
+    for seed in sorted(set(looked_at).union(*(cells[cell] for cell in needed))):
+        lacking = [cell for cell in needed if seed not in cells[cell]]
+        if lacking:
+            names = (" ".join(filter(None, cell)) for cell in lacking)
+            outcome.left_out[seed] = f"no run of {_names(names)}"
+            continue
+        if any(len(cells[cell][seed]) > 1 for cell in needed):
             continue
         runs = {cell: cells[cell][seed][0] for cell in needed}
         value = effect_of(test, runs)

@@ -331,6 +331,20 @@ def test_seeds_count_from_the_next_look_on(tmp_path):
         assert found.p == pytest.approx(min(1, max(1, len(looks)) * p))
 
 
+def test_seeds_of_the_last_look_that_lack_a_run_are_named(tmp_path):
+    write_pairs(tmp_path, [4.0, 5.0, 4.5, 5.5, 5.0, 4.8, 5.2])
+    for seed in (6, 7):
+        shutil.rmtree(tmp_path / f"imagenet/cifar10_resnet8/bn_8x2/seed{seed}")
+    ledger, runs = small(the_test()), load_runs(tmp_path)
+    claim = dataclasses.replace(ledger.claims[0], looks=(5, 8))
+    [found] = claims.judge(dataclasses.replace(ledger, claims=(claim,)), runs)
+    assert sorted(found.outcomes[0].values) == [1, 2, 3, 4, 5]
+    said = "seeds 6 to 7: no run of bn 8x2, seed 8: no run of bn 8x32, bn 8x2"
+    assert found.outcomes[0].says_left_out == said
+    [found] = claims.judge(ledger, runs)  # judged once: seeds 6 to 8 are none of its
+    assert found.outcomes[0].says_left_out == ""
+
+
 def test_the_sixth_look_is_the_last(tmp_path):
     write_pairs(tmp_path, [0.4, 1.6, 0.3, 1.0, -1.2])
     ledger, runs = small(the_test()), load_runs(tmp_path)
