@@ -5,7 +5,8 @@
 Kept are config.yaml, metrics.jsonl, importance.jsonl and summary.json; no checkpoint and no event
 file. A run is refused if it is broken, holds a path of the machine it ran on, or would take the
 place of another one: two runs of one name and other recipes are different runs, whatever --force
-says; --force replaces a record by a repetition of the same recipe alone.
+says; --force replaces a record by a repetition of the same recipe alone. Runs below a folder
+lr_search, which chose an lr and show no result, are kept in one.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import yaml
 from common.records import (
     ROOT,
+    SEARCHES,
     Run,
     describe_differences,
     differences,
@@ -62,11 +64,11 @@ def main(argv: list[str] | None = None) -> None:
             refused += refuse(folder, str(error))
             continue
         if run.summary["status"] in ("finished", "diverged"):
-            named[run.name].append(run)
+            named[place(run, args.to)].append(run)
         else:
             print(f"left out {folder}: {run.summary['status']}")
-    for name, runs in named.items():
-        run, target = runs[0], args.to / name
+    for target, runs in named.items():
+        run = runs[0]
         reason = unfit(run) or several(runs) or occupied(run, target, args.force)
         if reason:
             refused += sum(refuse(run.path, reason) for run in runs)
@@ -83,6 +85,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{copied} of {len(folders)} runs copied to {args.to}")
     if refused:
         fail(f"{refused} of {len(folders)} runs refused")
+
+
+def place(run: Run, root: Path) -> Path:
+    """Where a run's records go below `root`."""
+    searched = SEARCHES in run.path.parts and SEARCHES not in root.parts
+    return (root / SEARCHES if searched else root) / run.name
 
 
 def refuse(folder: Path, reason: str) -> int:

@@ -5,10 +5,11 @@
     python scripts/run_claims.py C1 C5 --budget 120           # two claims, for two hours
 
 Each run is a fresh process of its entrypoint. The same command again goes on with what is missing
-and continues what was interrupted; records in results/ count as made. SIGTERM and Ctrl-C are passed
-on: the runs save, and the script ends. With GPUs each of the `--jobs` gets one of them in turn
-(CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides for every run; those that only some
-designs have (`takes` in the ledger, such as data.root) are kept from the others.
+and continues what was interrupted; records in results/ count as made. SIGTERM, SIGUSR1, Ctrl-C and
+the end of a terminal (SIGHUP) are passed on: the runs save, and the script ends. With GPUs each of
+the `--jobs` gets one of them in turn (CUDA_VISIBLE_DEVICES). What follows `--` are Hydra overrides
+for every run; those that only some designs have (`takes` and `accepts` in the ledger, such as
+data.root) are kept from the others. The searches of the lr go to ROOT/lr_search, as in results/.
 
 A run that another process has in hand is skipped.
 
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +43,11 @@ from common.claims import (
     judge,
     load_ledger,
 )
-from common.records import ROOT, Run, fail, load_roots, load_runs
+from common.records import ROOT, SEARCHES, Run, fail, load_roots, load_runs
 
 DIVERGED, BUSY, PREEMPTED = 3, 73, 75  # exit codes of the entrypoints
+# What stops the runs, and whether it stays ignored where it is already, as by nohup.
+SIGNALS = {signal.SIGTERM: False, signal.SIGINT: False, signal.SIGHUP: True, signal.SIGUSR1: True}
 FIRST_FAILURES = 3  # as many without a success: something is wrong with all of them
 
 
@@ -283,9 +287,10 @@ class Campaign:
 
     def command(self, wanted: Wanted) -> list[str]:
         script, *options = wanted.arguments
-        options += [f"output_root={quoted(str(self.root))}"]
-        some = {key for design in self.ledger.designs.values() for key in design.takes}
-        foreign = tuple(f"{key}=" for key in some - set(wanted.design.takes))
+        root = self.root / SEARCHES if wanted.search else self.root
+        options += [f"output_root={quoted(str(root))}"]
+        some = {key for design in self.ledger.designs.values() for key in design.keys}
+        foreign = tuple(f"{key}=" for key in some - set(wanted.design.keys))
         options += [option for option in self.overrides if not option.startswith(foreign)]
         first = self.evidence.pretraining(wanted)
         if first:
@@ -296,8 +301,12 @@ class Campaign:
     def make(self, budget: float | None) -> int:
         """Make what is missing, `jobs` at a time; return the exit code."""
         (self.root / "logs").mkdir(exist_ok=True)
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        heeded = [
+            number
+            for number, nohup in SIGNALS.items()
+            if not (nohup and signal.getsignal(number) is signal.SIG_IGN)
+        ]
+        handlers = {number: signal.signal(number, self.on_signal) for number in heeded}
         try:
             return self.loop(None if budget is None else time.monotonic() + 60 * budget)
         finally:
@@ -412,11 +421,9 @@ class Campaign:
                 job.process.kill()
 
     def say(self, what: str, missing: dict[str, Wanted]) -> None:
-        print(
-            f"{what}; {self.finished} made, {len(missing)} to go, about "
-            f"{clock(self.left(missing))} h left",
-            flush=True,
-        )
+        line = f"{what}; {self.finished} made, {len(missing)} to go, about "
+        with suppress(OSError):  # a terminal that is gone must not end the runs unsaved
+            print(f"{line}{clock(self.left(missing))} h left", flush=True)
 
 
 def state(verdict: Verdict) -> str:

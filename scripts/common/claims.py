@@ -163,9 +163,15 @@ class Design:
     at: int | None = None  # the point whose column counts
     prefix: str = ""  # of its runs' names, which must differ from other designs'
     prepare: str = ""  # module and arguments, run before the first of its runs
-    takes: tuple[str, ...] = ()  # keys of the command line that not every design has
+    takes: tuple[str, ...] = ()  # keys of the command line that it needs, and not every design has
+    accepts: tuple[str, ...] = ()  # likewise, but may do without
     pretraining: "Design | None" = None  # whose runs its own start from
     pretrained_at: str | None = None  # the setting of those
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the keys that not every design has, those that it has."""
+        return self.takes + self.accepts
 
     @property
     def made(self) -> bool:
@@ -251,7 +257,7 @@ def _design(name: str, entry: Any, others: Mapping[str, Design]) -> Design:
         entry,
         needed | (more if made or recorded else {}),
         {"origin": str, "search": dict, "prefix": str, "pretraining": dict}
-        | {"prepare": str, "takes": list}
+        | {"prepare": str, "takes": list, "accepts": list}
         | ({} if made or recorded else more),
     )
     seeds = _seeds(where, entry["seeds"])
@@ -331,6 +337,7 @@ def _design(name: str, entry: Any, others: Mapping[str, Design]) -> Design:
         entry.get("prefix", ""),
         entry.get("prepare", ""),
         tuple(entry.get("takes", ())),
+        tuple(entry.get("accepts", ())),
         pretraining,
         pretrained_at,
     )
@@ -1139,7 +1146,7 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
 def _outcome(
     test: Test, cells: Mapping[tuple, Mapping[int, list[Run]]], looked_at: Iterable[int] = ()
 ) -> Outcome:
-    """A test's effect in every seed that has a run of each term; looked_at: seeds it should have."""
+    """A test's effect in every seed with a run of each term; looked_at: seeds it should have."""
     needed = list(dict.fromkeys((term.arm, term.setting) for term in test.terms))
     outcome = Outcome(test, {})
     for seed in sorted(set(looked_at).union(*(cells[cell] for cell in needed))):

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]  # the clone
 PAPER = ROOT / "results" / "paper.yaml"
+SEARCHES = "lr_search"  # the folder of runs that chose an lr
 RUNS_HELP = "folder that holds the run records (default: results/ of the clone)"
 STATISTICS = ("in", "ln", "gn", "bn")
 # Fig 2's order, so that a figure of ours reads like the paper's.
@@ -195,7 +196,7 @@ def load_roots(roots: Iterable[Path | str], task: str | None = None) -> list[Run
 
 def without_searches(runs: Iterable[Run]) -> list[Run]:
     """The runs outside of a folder `lr_search`, whose runs choose a recipe and show no result."""
-    return [run for run in runs if "lr_search" not in run.path.parts]
+    return [run for run in runs if SEARCHES not in run.path.parts]
 
 
 def run_folders(root: Path | str) -> list[Path]:

@@ -518,6 +518,26 @@ def test_every_arms_command_makes_the_run_the_ledger_looks_for():
         assert claims.fact(run, DESIGN.search.key) == 0.2
 
 
+@pytest.mark.parametrize("name", [n for n, d in LEDGER.designs.items() if d.experiment])
+def test_every_design_takes_the_overrides_of_the_readme(name):
+    """`-- data.root=data data.download=true` for all claims: no design's entrypoint refuses it."""
+    from run_claims import Campaign
+    from workers import config as typed_config
+
+    design = LEDGER.designs[name]
+    arm = next(iter(design.arms.values()))
+    wanted = claims.Wanted(design, arm, next(iter(design.minutes)), 1, None)
+    given = ["data.root=data", "data.download=true"]
+    given += [f"{key}=there" for key in design.takes if key != "data.root"]
+    campaign = Campaign(LEDGER, [], None, Path("outputs"), 1, given)
+    campaign.checkpoint = lambda first: Path("checkpoint.pt")
+    options = [option for option in campaign.command(wanted)[2:] if "=" in option]
+    typed = typed_config(*options, root=design.task)
+    assert getattr(getattr(typed, "data", None), "download", None) == (
+        True if "data.download" in design.keys else None
+    )
+
+
 # --- the search of the lr
 
 
@@ -862,6 +882,8 @@ def test_run_claims_searches_the_lr_then_makes_every_run_once(campaign):
     made = [(f"bn_{s}", seed, "0.4") for seed in "12" for s in ("8x32", "8x2")]
     assert sorted(names[:4]) == sorted(searched) and sorted(names[4:]) == sorted(made)
     assert {call["gpu"] for call in calls} == {"3", "5"}
+    roots = [call["output_root"].replace("\\'", "'").strip("'") for call in calls]
+    assert roots == [str(campaign.out / "lr_search")] * 4 + [str(campaign.out)] * 4
     assert all(call["device"] == "cpu" for call in calls)
     assert "8 made, 0 to go, about 0:00 h left" in out
     code, out, err = campaign("T1")
@@ -872,11 +894,12 @@ def test_pretraining_comes_first_and_again_where_its_checkpoint_is_gone(campaign
     ledger = campaign.out.parent / "claims.yaml"
     data = yaml.safe_load(ledger.read_text())
     pretraining = data["designs"]["cifar10_16px"] | {"prefix": "pre_", "prepare": "this.shows it"}
-    pretraining["takes"] = ["data.root"]
+    pretraining |= {"takes": ["data.root"], "accepts": ["data.download"]}
     del pretraining["search"]
     tuned = pretraining | {
         "prefix": "tuned_",
         "takes": [],
+        "accepts": [],
         "pretraining": {"design": "pre", "setting": "8x32"},
     }
     tuned |= {"facts": {}}
@@ -899,13 +922,14 @@ def test_pretraining_comes_first_and_again_where_its_checkpoint_is_gone(campaign
     data["claims"][0]["tests"][0]["effect"] = "frozen 8x2 - sync 8x2"
     ledger.write_text(yaml.safe_dump(data, sort_keys=False))
 
-    code, out, err = campaign("--", "data.root=there", "device=cpu")
+    code, out, err = campaign("--", "data.root=there", "data.download=true", "device=cpu")
     assert code == 0, out + err
     calls = campaign.calls()
     names = [(c["run_name"], c["seed"], c["setting"]) for c in calls]
     order = [("pre_bn_8x32", "8x32"), ("tuned_frozen_8x2", "8x2"), ("tuned_sync_8x2", "1x16")]
     assert names == [(name, seed, setting) for seed in "12" for name, setting in order]
     assert [c.get("data.root") for c in calls] == ["there", None, None] * 2
+    assert [c.get("data.download") for c in calls] == ["true", None, None] * 2
     assert ["init.path" in c for c in calls] == [False, True, False] * 2
     assert ["norm" in c for c in calls] == [True, False, False] * 2
     log = campaign.out / "logs" / "pre_bn_8x32_seed1.log"
@@ -921,14 +945,15 @@ def test_pretraining_comes_first_and_again_where_its_checkpoint_is_gone(campaign
     assert [c["run_name"] for c in campaign.calls()[6:]] == ["pre_bn_8x32", "tuned_frozen_8x2"]
 
 
-def test_a_signal_is_passed_on_and_the_script_ends(campaign):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_passed_on_and_the_script_ends(campaign, number):
     process = campaign("--", "mode=wait", start=True)
     limit = time.monotonic() + 30
     while not (campaign.out / "ready").exists() and time.monotonic() < limit:
         time.sleep(0.05)
     code, _, err = campaign()
     assert code == 2 and "another run_claims.py works in" in err
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75 and "a signal has come" in out, out + err
     assert (campaign.out / "saved_0").exists()

@@ -648,6 +648,19 @@ def test_records_are_kept_under_their_run(script, tmp_path, capsys):
     assert "0 of 3 runs copied" in capsys.readouterr().out
 
 
+def test_searches_of_the_lr_are_kept_as_such_and_are_no_seeds(script, tmp_path, capsys):
+    outputs, kept = tmp_path / "outputs", tmp_path / "results"
+    write_run(outputs, "bn", "8x2", 1, top1=60.0)
+    write_run(outputs / "lr_search", "bn", "8x2", 0, top1=10.0)
+    script("make_tables", "--runs", outputs, "--print")
+    assert "60.0" in (text := capsys.readouterr().out) and "n=2" not in text
+    script("keep_records", outputs, "--to", kept)
+    assert [run.seed for run in results.without_searches(results.load_runs(kept))] == [1]
+    assert (kept / "lr_search/imagenet/cifar10_resnet20/bn_8x2/seed0/summary.json").is_file()
+    script("keep_records", outputs / "lr_search", "--to", tmp_path / "lr_search")
+    assert (tmp_path / "lr_search/imagenet").is_dir()
+
+
 def test_a_run_that_diverged_before_its_first_evaluation_is_kept(script, tmp_path):
     folder = write_run(tmp_path / "outputs", "bn", "8x2", status="diverged")
     (folder / "metrics.jsonl").unlink()
