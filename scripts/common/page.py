@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from urllib.parse import quote
 
 from common.claims import Outcome
 
@@ -88,6 +89,9 @@ summary { cursor: pointer; padding: .15rem 0; }
     --sn: #000; --in: #00805d; --ln: #c25000; --x10: #b0578a; }
   body { font-size: 10pt; max-width: none; }
   .claim, figure { break-inside: avoid; }
+  .scroll { overflow: visible; }
+  table { max-width: 100%; font-size: 7.5pt; }
+  th, td { white-space: normal; overflow-wrap: anywhere; padding-right: .35rem; }
 }
 """
 SIGNS = {"held": "✓", "not held": "✗", "undecided": "?", "not run yet": "○"}
@@ -116,7 +120,8 @@ def chip(name: str) -> str:
 
 
 def link(text: str, target: str) -> str:
-    return f'<a href="{escape(target)}">{escape(text)}</a>'
+    """A link to a file, by its path from the page."""
+    return f'<a href="{escape(quote(target))}">{escape(text)}</a>'
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -220,6 +225,12 @@ def text(x: float, y: float, content: str, anchor: str = "middle", css: str = ""
     return f'<text class="{css}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(content)}</text>'
 
 
+def inside(x: float, y: float, content: str, css: str = "") -> str:
+    """A text centred at x, or as near to it as it lies within the drawing."""
+    half = 3.5 * len(content)  # of its width, 11 pixels high
+    return text(round(min(max(x, half), WIDTH - half), 2), y, content, css=css)
+
+
 def marker(shape: str, x: float, y: float, color: str, title: str = "", size: float = 4) -> str:
     """A filled mark with a tooltip."""
     outline = f'fill="var(--{color})"'
@@ -257,7 +268,7 @@ def strip(outcome: Outcome, target: str) -> str:
     parts += [line(8, bottom, WIDTH - 8, bottom)]
     for tick in scale.ticks(5):
         parts += [line(scale(tick), bottom, scale(tick), bottom + 4)]
-        parts += [text(scale(tick), bottom + 15, plain(tick), css="soft")]
+        parts += [inside(scale(tick), bottom + 15, plain(tick), css="soft")]
     verdict = css_class(outcome.decided)
     for index, (seed, value) in enumerate(values.items()):
         y = round(8 + 24 * index / max(1, rows - 1), 1)
@@ -282,6 +293,7 @@ class Point:
 
     value: float
     interval: tuple[float, float] | None = None
+    seeds: int | None = None
 
 
 def curves(
@@ -336,6 +348,7 @@ def curves(
                     f'stroke="var(--{color})" stroke-width="1.6"/>'
                 )
                 title += " [{:.3g}, {:.3g}]".format(*point.interval)
+            title += f", n = {point.seeds}" if point.seeds else ""
             if not y.low <= point.value <= y.high:
                 off = f"{'↓' if point.value < y.low else '↑'} {point.value:.3g}"
                 parts.append(text(place_x + 8, y(point.value) - 3, off, "start"))

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from common.records import Run, Spread
 
@@ -55,7 +56,7 @@ def md_table(table: list[list[Any]]) -> str:
 
 def link(run: Run, folder: Path, text: str) -> str:
     """A Markdown link from a page in `folder` to a run's folder."""
-    return f"[{text}]({Path(os.path.relpath(run.path, folder)).as_posix()})"
+    return f"[{text}]({quote(Path(os.path.relpath(run.path, folder)).as_posix())})"
 
 
 def origin(run: Run) -> list[str | None]:

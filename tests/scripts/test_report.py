@@ -9,11 +9,12 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean
+from urllib.parse import unquote
 
 import claim_records
 import pytest
-from common import claims
-from common.records import Run, load_paper, load_runs
+from common import claims, page, pages
+from common.records import FIGURE_SETTINGS, Run, load_paper, load_runs
 from report import Report, main
 from scipy import stats
 
@@ -339,6 +340,104 @@ def test_runs_of_no_claim_are_said_to_be_none(tmp_path, capsys):
     claim_records.write(tmp_path, DESIGN, arm, "8x32", 1)
     main(["--runs", str(tmp_path)])
     assert f"no run below {tmp_path} is of a claim's design" in capsys.readouterr().out
+
+
+def test_runs_of_a_claim_that_no_look_counts_are_of_its_design(tmp_path, capsys):
+    """A seed beyond the last look, and a run of the lr search."""
+    for number, (name, seed) in enumerate((("bn_8x2", 99), ("bn_8x2_lr0.4", 0))):
+        root = tmp_path / str(number)
+        claim_records.write(root, DESIGN, DESIGN.arms["bn"], "8x2", seed, run_name=name)
+        main(["--runs", str(root)])
+        assert "is of a claim's design" not in capsys.readouterr().out
+
+
+def test_new_runs_in_outputs_are_shown_and_linked(tmp_path, monkeypatch, capsys):
+    """As run_claims.py leaves them; a run of results/ is not counted twice."""
+    import report
+
+    kept, outputs = tmp_path / "results", tmp_path / "out & #puts/outputs"
+    for root, seeds in ((kept, (1, 2)), (outputs, (2, 3))):
+        for seed in seeds:
+            options = {"top1": 60.0 + seed, "lr": 0.8}
+            claim_records.write(root, DESIGN, DESIGN.arms["sn"], "8x32", seed, **options)
+    for lr, top1 in ((0.2, 50.0), (0.4, 51.0), (0.8, 52.0)):
+        for setting in DESIGN.search.settings:
+            own = {"run_name": f"sn_{setting}_lr{lr}", "lr": lr, "top1": top1}
+            claim_records.write(kept, DESIGN, DESIGN.arms["sn"], setting, 0, **own)
+    own = {"run_name": "sn_mine", "lr": 0.8}
+    claim_records.write(outputs, DESIGN, DESIGN.arms["sn"], "8x32", 4, **own)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.chdir(outputs.parent)
+    main([])
+    out, err = capsys.readouterr()
+    assert f"runs of {kept}, outputs" in out and "1 run is like a claim's" in err
+    tree = Tree((kept / "report.html").read_text()).root
+    [claim] = (node for node in find(tree, "section", "claim") if node[1]["id"] == "C6")
+    [row] = (r for r in find(claim, "tr") if words(r).startswith("sn (8,32)"))
+    links = [(words(a), unquote(a[1]["href"])) for a in find(row, "a")]
+    assert [text for text, _ in links] == ["61", "62", "63"]
+    assert all((kept / target).is_file() for _, target in links)
+    assert [target.startswith("..") for _, target in links] == [False, False, True]
+    main(["--runs", str(kept)])  # as it is committed
+    assert "63</a>" not in (kept / "report.html").read_text()
+
+
+def test_diverged_runs_are_said_wherever_a_claim_stands(tmp_path):
+    ledger = without_search("cifar10_16px")
+    ledger = dataclasses.replace(ledger, claims=[c for c in ledger.claims if c.id == "C6"])
+    design = ledger.designs["cifar10_16px"]
+    for top1, verdict in ((50.0, "held"), (10.0, "undecided")):
+        runs = [
+            made_up(design, arm, seed, "8x32", data={"classes": 10}, **(
+                {"status": "diverged"} if arm == "in" else {"top1": top1 + (arm == "sn") + seed / 9}
+            ))
+            for arm in ("sn", "in", "ln")
+            for seed in design.seeds
+        ]  # fmt: skip
+        runs = runs if verdict == "held" else runs[:-1]  # runs missing
+        report = Report(ledger, runs, load_paper(), tmp_path)
+        [found] = report.verdicts
+        assert found.verdict == verdict
+        said = f"5 of {len(runs)} runs diverged"
+        assert said in report.claim(found) and said in report.markdown()
+
+
+def test_both_rows_of_the_correlation_are_of_the_same_seeds(tmp_path):
+    """Seed 3 lacks (8,1): it counts in neither row, and n says so."""
+    ledger = without_search("cifar10_16px")
+    design = ledger.designs["cifar10_16px"]
+    runs = []
+    for seed in (1, 2, 3):
+        for place, setting in enumerate(FIGURE_SETTINGS, 1):
+            if (seed, setting) == (3, "8x1"):
+                continue
+            arm = "sn_in_ln" if setting == "8x1" else "sn"
+            run = made_up(design, arm, seed, setting)
+            weights = {"in": 0.5, "ln": 0.5 - place / 100, "bn": place / 100}
+            layers = {"bn1": {"block": "stem", "mean": weights, "var": weights}}
+            runs.append(dataclasses.replace(run, importance=[{"epoch": 1, "layers": layers}]))
+    tree = Tree(Report(ledger, runs, load_paper(), tmp_path).html()).root
+    names = [words(n) for n in find(tree, "th") if "settings" in words(n)]
+    assert [name.split(", ")[-1] for name in names[:2]] == ["n = 2 seeds"] * 2
+    assert "not defined: weights all alike" in words(tree)  # IN's, here
+    captions = [words(node) for node in find(tree, "figcaption")]
+    assert any("averaged over layers; n = 2 to 3 seeds" in caption for caption in captions)
+
+
+@pytest.mark.parametrize("x", [0.0, 8.0, 180.0, 352.0, 360.0])
+def test_a_label_lies_within_its_drawing(x):
+    [node] = find(Tree(page.inside(x, 10, "100")).root, "text")
+    place = float(node[1]["x"])
+    assert node[1]["text-anchor"] == "middle" and 10 <= place <= page.WIDTH - 10
+    assert x not in (180.0,) or place == x
+
+
+def test_links_of_any_path_are_whole():
+    assert page.link("a & b", "o8#1/x y&z/summary.json") == (
+        '<a href="o8%231/x%20y%26z/summary.json">a &amp; b</a>'
+    )
+    run = Run(Path("/o8#1/x y/seed1"), {})
+    assert pages.link(run, Path("/"), "seed1") == "[seed1](o8%231/x%20y/seed1)"
 
 
 def test_part_of_a_campaign_with_a_diverged_run(tmp_path):
