@@ -24,6 +24,7 @@ from common.records import (
     fail,
     load_paper,
     load_runs,
+    none_of,
     over_seeds,
     setting_label,
     sort_norms,
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(str(error))
     if args.print:
         if not runs and not detectors:
-            fail(f"no runs below {args.runs}")
+            fail(none_of("classification or detection", args.runs))
         parts = [console(runs, load_paper())] if runs else []
         print("\n\n".join(parts + detection_console(detectors)))
         return

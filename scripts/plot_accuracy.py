@@ -18,6 +18,7 @@ from common.records import (
     fail,
     group_name,
     load_paper,
+    none_of,
     over_seeds,
     setting_label,
     sort_norms,
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     groups = {group_name(group): runs for group, runs in by_group(figures.read(args.runs)).items()}
     if not groups:
-        fail(f"no runs below {args.runs}")
+        fail(none_of("classification", args.runs))
     if args.data and args.data not in groups:
         fail(f"no runs of {args.data} below {args.runs}; there are: {', '.join(sorted(groups))}")
 

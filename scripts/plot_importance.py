@@ -28,9 +28,11 @@ from common.records import (
     average_importance,
     block_importance,
     by_group,
+    differences,
     fail,
     group_name,
     load_paper,
+    none_of,
     over_seeds,
     setting_label,
     sort_settings,
@@ -68,9 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     out = args.out or args.runs / "figures"
-    detectors = with_weights(figures.read(args.runs, "detection"), args.data)
+    every_detector = figures.read(args.runs, "detection")
+    detectors = with_weights(every_detector, args.data)
     classifiers = figures.read(args.runs)
-    draw_detectors(detectors, out, args.format)
+    draw_detectors(detectors, every_detector, out, args.format)
     if detectors and (args.data or not any(run.importance for run in classifiers)):
         return
     paper = load_paper()
@@ -81,12 +84,14 @@ def main(argv: list[str] | None = None) -> None:
             cells[run.setting].append(run)
         cells = {setting: cells[setting] for setting in sort_settings(cells, FIGURE_SETTINGS)}
         settings = chosen_settings(args.settings, cells)
+        gone = diverged_like([run for run in classifiers if run.norm == args.norm], runs)
         shown = captions([run for setting in settings for run in cells[setting]]) + lines
+        shown += left_out([run for run in gone if run.setting in settings])
         default = (args.weights, args.average) == ("both", "layers")
         choice = "" if default else f"_{args.weights}_{args.average}"
         end = f"{name}{'' if args.norm == 'sn' else f'_{args.norm}'}"
         path = out / f"importance_by_setting_{end}{choice}.{args.format}"
-        said = captions(runs) + lines
+        said = captions(runs) + lines + left_out(gone)
         draw_by_setting(cells, args.weights, args.average, paper["fig_2"], path, said)
         path = out / f"importance_by_block_{end}.{args.format}"
         draw_by_block(cells, settings, paper["fig_3"], path, shown)
@@ -104,10 +109,35 @@ def with_weights(runs: list[Run], data: str | None) -> dict[str, list[Run]]:
     return found
 
 
+def diverged_like(every: list[Run], runs: list[Run]) -> list[Run]:
+    """Those of some runs that diverged and are of the group and the recipe of `runs`."""
+    return [
+        run
+        for run in every
+        if run.diverged
+        and run.group == runs[0].group
+        and not differences([runs[0], run], one_cell=False, free={"epochs", "steps"})
+    ]
+
+
+def left_out(diverged: list[Run]) -> list[str]:
+    """A caption's line on the runs that diverged, none if there are none."""
+    if not diverged:
+        return []
+    cells = defaultdict(list)
+    for run in diverged:
+        name = setting_label(run.setting)
+        cells[name if run.summary.get("norm") else f"{run.parts} {name}"].append(run.seed)
+    said = (
+        f"{name} seed {', '.join(map(str, sorted(seeds)))}" for name, seeds in sorted(cells.items())
+    )
+    return [f"Diverged and left out: {'; '.join(said)}."]
+
+
 def choose(runs: list[Run], args: argparse.Namespace) -> dict[str, list[Run]]:
     """The classifiers to draw, by group; at least one."""
     if not runs:
-        fail(f"no runs below {args.runs}")
+        fail(none_of("classification", args.runs))
     runs = [run for run in runs if run.importance]
     if not runs:
         fail(f"no runs with importance weights below {args.runs}")
@@ -264,9 +294,12 @@ def draw_over_epochs(cells, settings: list[str], path: Path, lines: list[str]) -
     figures.save(figure, path, [first, *lines], header, rows)
 
 
-def draw_detectors(groups: dict[str, list[Run]], out: Path, suffix: str) -> None:
-    """A figure for each data set, detector and recipe."""
+def draw_detectors(groups: dict[str, list[Run]], every: list[Run], out: Path, suffix: str) -> None:
+    """A figure for each data set, detector and recipe; every: diverged runs, too."""
     for name, (runs, lines) in figures.by_recipe(groups, part_cell).items():
+        drawn = {run.parts for run in runs}
+        gone = [run for run in diverged_like(every, runs) if run.parts in drawn]
+        lines = lines + left_out(gone)
         draw_by_part(runs, out / f"importance_by_part_{name}.{suffix}", lines)
 
 

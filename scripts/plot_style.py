@@ -89,8 +89,13 @@ def choose(root: Path) -> dict[str, tuple[dict[str, list[Run]], list[str]]]:
 
 def norm_of(run: Run) -> str:
     """The norm, with the factor of its control parameters' lr if it is not 1: sn_x10."""
-    factor = (run.config.get("optimizer") or {}).get("gate_lr_factor", 1)
+    factor = gate_factor(run)
     return run.summary["norm"] + (f"_x{factor:g}" if factor != 1 else "")
+
+
+def gate_factor(run: Run) -> float:
+    """How many times the weights' lr the control parameters' is."""
+    return (run.config.get("optimizer") or {}).get("gate_lr_factor", 1)
 
 
 def order(norms) -> list[str]:
@@ -186,6 +191,8 @@ def draw_importance(runs: list[Run], path: Path, lines: list[str]) -> None:
     first = (
         f"{describe({'sn': runs})} Each block: the average over its SN layers; {figures.INTERVAL}."
     )
+    if (factor := gate_factor(runs[0])) != 1:
+        first += f" Control parameters at {factor:g} times the lr of the weights."
     header = ["seed", "block", "weights", "statistic", "step", "value"]
     figures.save(figure, path, [first, *lines], header, rows)
 

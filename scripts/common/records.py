@@ -199,6 +199,15 @@ def without_searches(runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if SEARCHES not in run.path.parts]
 
 
+def none_of(what: str, root: Path | str) -> str:
+    """That there are no `what` runs below `root`, and what is there instead."""
+    runs = load_runs(root, task=None)
+    tasks = sorted({run.summary["task"] for run in without_searches(runs)})
+    if tasks:
+        return f"no {what} runs below {root}; there are runs of {', '.join(tasks)}"
+    return f"no runs below {root}" + (f" but in {SEARCHES}, which show no result" if runs else "")
+
+
 def run_folders(root: Path | str) -> list[Path]:
     """The folders below `root` that hold a `summary.json`, sorted.
 

@@ -611,6 +611,33 @@ def test_bad_input_ends_with_one_line(script, tmp_path, capsys, args, message):
     assert message in last and "error: " in last
 
 
+@pytest.mark.parametrize(
+    "args", [("make_tables", "--print"), ("plot_accuracy",), ("plot_importance",)]
+)
+def test_where_runs_of_other_tasks_lie_that_is_said(script, tmp_path, capsys, args):
+    folder = write_run(tmp_path, "sn", "8x2", task="enas_nasbench201")
+    with pytest.raises(SystemExit):
+        script(args[0], "--runs", tmp_path, *args[1:])
+    what = "classification or detection" if args[0] == "make_tables" else "classification"
+    said = f"no {what} runs below {tmp_path}; there are runs of enas_nasbench201"
+    assert capsys.readouterr().err.strip().endswith(said)
+    assert results.none_of("x", folder.parent) == said.replace(what, "x").replace(
+        str(tmp_path), str(folder.parent)
+    )
+
+
+def test_a_diverged_run_is_said_where_weights_are_drawn(script, tmp_path):
+    for setting in ("8x32", "8x2"):
+        write_run(tmp_path, "sn", setting)
+    write_run(tmp_path, "sn_in_ln", "8x1", 3, status="diverged", top1=None, epochs=1)
+    write_run(tmp_path, "sn", "8x2", 4, status="diverged", config={"gates": "bilevel"})  # other
+    script("plot_importance", "--runs", tmp_path, "--format", "svg")
+    [by_setting] = (tmp_path / "figures").glob("importance_by_setting_*.svg")
+    [by_block] = (tmp_path / "figures").glob("importance_by_block_*.svg")
+    assert "Diverged and left out: (8,1) seed 3." in by_setting.read_text()
+    assert "Diverged" not in by_block.read_text()  # of (8,32) and (8,2)
+
+
 def test_a_key_that_most_configs_lack_makes_a_variant(tmp_path):
     """A config without `gates` is of joint training: no setting's cell may take a bilevel run."""
     for seed in range(3):

@@ -68,6 +68,11 @@ def test_time_scaled_control_parameters_are_a_line_of_the_same_figure(load_scrip
     assert norms == {"bn", "in", "sn", "sn_x10"}
     name = "style_importance_folder_wave_96px_b2"
     assert {path.stem for path in figures.glob(f"{name}*.png")} == {name, f"{name}_x10"}
+    load_script("plot_style").main(["--runs", str(runs), "--window", "4", "--format", "svg"])
+    said = "times the lr"
+    assert said not in (figures / f"{name}.svg").read_text()
+    text = (figures / f"{name}_x10.svg").read_text()
+    assert "Control parameters at 10 " in " ".join(text.split()) and said in text
 
 
 def test_runs_shorter_than_the_window_are_drawn(load_script, tmp_path):
