@@ -887,7 +887,18 @@ def test_run_claims_searches_the_lr_then_makes_every_run_once(campaign):
     assert all(call["device"] == "cpu" for call in calls)
     assert "8 made, 0 to go, about 0:00 h left" in out
     code, out, err = campaign("T1")
-    assert code == 0 and "0 runs to make" in out and len(campaign.calls()) == 8
+    assert code == 0 and "0 runs to make" in out and len(campaign.calls()) == 8 and not err
+    made = campaign.out / "imagenet/fake/bn_8x2/seed1"
+    own = shutil.copytree(made, campaign.out / "imagenet/fake/bn_8x2_mine/seed1") / "summary.json"
+    own.write_text(made.joinpath("summary.json").read_text().replace("bn_8x2/", "bn_8x2_mine/"))
+    code, out, err = campaign("--list")
+    assert err.startswith("1 run is like a claim's but of another name") and "0 runs" in out
+    for name in ("bn_8x2_lr0.2", "bn_8x2"):  # a second record of a run
+        folder = campaign.out / f"imagenet/fake/{name}"
+        shutil.copytree(folder, campaign.out / f"copies/{name}")
+    code, out, err = campaign()
+    assert code == 1 and "refused: more than one record of imagenet/fake/bn_8x2_lr0.2/seed0" in err
+    assert len(campaign.calls()) == 8
 
 
 def test_pretraining_comes_first_and_again_where_its_checkpoint_is_gone(campaign):
