@@ -2,6 +2,8 @@
 
 import gc
 import importlib
+import os
+import subprocess
 import sys
 
 import hydra
@@ -250,3 +252,74 @@ def test_garbage_is_collected_once_imports_are_done(monkeypatch):
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+SWEEP = """
+import gc, sys
+import hydra
+from sn.training.run import distributed, entry
+from sn.training.run.lock import Busy
+from sn.training.run.stopping import Preempted
+
+def task(config):
+    processes = distributed.start("cpu", 0.2)
+    print("seed", config.seed)
+    if distributed.same_everywhere(config.seed, processes):
+        print("met")
+    error = [None, FloatingPointError("it diverged"), Busy("in use"), Preempted("told to stop")]
+    if config.seed in (1, 2, 3):
+        raise error[config.seed]
+    if config.seed == 4:
+        raise ValueError("seed=4; expected another")
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="imagenet")
+def main(cfg):
+    entry.run(task, cfg)
+
+import sn.training.classification.config
+entry.start(main, "imagenet")
+"""
+
+
+def sweep(folder, seeds, *launcher):
+    script = folder / "sweep.py"
+    script.write_text(SWEEP.replace("CONFIGS", repr(str(entry.CONFIGS))))
+    environment = os.environ | {"PYTHONPATH": str(entry.CONFIGS.parent)}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    environment.pop("SN_ONE_LINE", None)
+    return subprocess.run(
+        [sys.executable, *launcher, script, "-m", f"seed={seeds}"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+def test_a_sweep_of_several_processes(tmp_path):
+    """They meet once: torchrun's store would tell the second run's of the first one's addresses."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = sweep(tmp_path, "5,1,6,7", *torchrun)
+    assert result.stdout.count("met") == 8, result.stderr
+    assert "exitcode  : 3" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "seeds, code, run",
+    [
+        ("1,2,0", 73, [1, 2, 0]),
+        pytest.param("1,0", 3, [1, 0], marks=pytest.mark.slow),
+        pytest.param("3,0", 75, [3], marks=pytest.mark.slow),
+        pytest.param("4,0", 2, [4], marks=pytest.mark.slow),
+    ],
+)
+def test_a_sweep_goes_on_after_a_run_that_diverged_or_is_in_other_hands(seeds, code, run, tmp_path):
+    """Called again, too, it would end there before the runs that are left."""
+    result = sweep(tmp_path, seeds)
+    assert result.returncode == code, result.stderr
+    assert [line for line in result.stdout.splitlines() if line.startswith("seed")] == [
+        f"seed {seed}" for seed in run
+    ]
+    assert result.stderr.count("sweep.py: ") == sum(seed > 0 for seed in run)

@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -44,35 +46,50 @@ TOO_LARGE = (
 )
 CODES = {FloatingPointError: 3, Busy: BUSY_EXIT_CODE, Preempted: 75, KeyboardInterrupt: 130}
 SHARED = tuple(CODES)  # ends that all processes come to together
+ONE_RUN = (FloatingPointError, Busy)  # of a sweep (-m): the other runs do not depend on it
 WORD, LINE = 300, 2000  # characters of a message that are shown: a path may be long
 NO_OPTION = r"[+-]?[\d._]+(e[+-]?\d+)?|true|false|null|~"  # what YAML does not read as a text
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # HYDRA_FULL_ERROR=1 shows tracebacks; `start` sets it, too, to see Hydra's errors as exceptions
 _begun = False  # the config has been composed
+_started = False  # `start` has been called: not so where a launcher runs a sweep's jobs
+_ended: list[int] = []  # exit codes of a sweep's runs that ended in an error of `ONE_RUN`
 TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1" and "SN_ONE_LINE" not in os.environ
 
 
 def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
     """Call `function` with the typed config; what a user can mend ends in one line on stderr.
 
-    The process then ends with an exit code of `CODES`, else 2. HYDRA_FULL_ERROR=1 shows the
-    traceback instead.
+    The process then ends with an exit code of `CODES`, else 2; a sweep in this process (-m) goes on
+    after an error of `ONE_RUN`. HYDRA_FULL_ERROR=1 shows the traceback instead.
     """
     global _begun
     _begun = True
-    alone = False
+    sweep = in_sweep()
+    leave = not sweep  # its runs share a group: in a second one processes may find old addresses
     try:
         config = typed(cfg)
         prepare(config.deterministic)
         function(config)
     except (Exception, KeyboardInterrupt) as error:
-        alone = not isinstance(error, SHARED)
+        goes_on = sweep and isinstance(error, ONE_RUN)
+        leave = isinstance(error, SHARED) and not goes_on
         if TRACEBACKS or not is_known(error):
             raise
-        end(message(error), CODES.get(type(error), 2))
+        code = CODES.get(type(error), 2)
+        if not goes_on:
+            end(message(error), code)
+        say_wrong(message(error))
+        _ended.append(code)
     finally:
-        if not alone:  # NCCL would wait for the others, and these for this process
+        if leave:  # not one that fails alone: NCCL would wait for the others, and these for it
             distributed.stop()
+
+
+def in_sweep() -> bool:
+    """Whether this is one of the runs that Hydra makes in this process, one after another."""
+    known = _started and HydraConfig.initialized()
+    return known and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def is_known(error: BaseException) -> bool:
@@ -104,8 +121,11 @@ def start(main: Callable[[], None], root: str) -> None:
         return
     numbers_as_options()
     options_of_others(root)
+    global _started
+    _started = True
     try:
         main()
+        distributed.stop()  # after a sweep
     except (HydraException, OmegaConfBaseException) as error:
         if TRACEBACKS:
             raise
@@ -117,6 +137,8 @@ def start(main: Callable[[], None], root: str) -> None:
         if isinstance(error, RecursionError):
             reason = "a value in it refers to itself"
         end(f"{_config_file(error)} cannot be read: {reason}", 2)
+    if _ended:
+        sys.exit(max(_ended))
 
 
 def _config_file(error: BaseException) -> str:
@@ -128,12 +150,17 @@ def _config_file(error: BaseException) -> str:
 
 
 def end(text: str, code: int) -> NoReturn:
-    """Say what is wrong, long values cut, and leave."""
+    """Say what is wrong, and leave."""
+    say_wrong(text)
+    sys.exit(code)
+
+
+def say_wrong(text: str) -> None:
+    """Say what is wrong, long values cut."""
     rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
     text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: short(word.group()), text)
     lines = [short(line, LINE) for line in text.splitlines()]
     say(f"{Path(sys.argv[0]).name}{rank}: " + "\n".join(lines), error=True)
-    sys.exit(code)
 
 
 def numbers_as_options() -> None:
