@@ -17,6 +17,7 @@
 # At one image per GPU `sn` means `sn_in_ln`, as in the paper; the record says so.
 # A run that another process has in hand is skipped. Exit code: 0 all finished (or diverged, which is
 # a result), 1 some failed, 2 bad usage, 73 none failed, but some were skipped: the same line later.
+# Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 have its runs save, and end it with 128 + the signal's number.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -28,7 +29,7 @@ processes=1
 jobs=1
 dry_run=""
 usage() {
-    sed -n '2,21s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,22s/^# \{0,1\}//p' "$0" >&2
     [ $# -eq 0 ] || echo "sweep_settings.sh: $1" >&2
     exit 2
 }
@@ -87,15 +88,28 @@ free_place() { # sets place
 logs=$output/logs
 [ -n "$dry_run" ] || mkdir -p "$logs"
 failed=$(mktemp) skipped=$(mktemp)
-trap 'rm -f "$failed" "$skipped"; kill $(jobs -p) 2>/dev/null || true' EXIT
+tell_runs() { # to save and end
+    local pid
+    for pid in $(jobs -p); do kill -TERM -- "-$pid" 2>/dev/null || true; done
+}
+stop() { # signal: a second one ends the sweep at once
+    trap - INT TERM HUP USR1
+    tell_runs
+    wait
+    echo "sweep_settings.sh: stopped by SIG$1; the same line goes on" >&2
+    exit $((128 + $(kill -l "$1")))
+}
+for signal in INT TERM HUP USR1; do trap "stop $signal" "$signal"; done
+trap 'rm -f "$failed" "$skipped"; tell_runs' EXIT
 
 run_one() { # name, command...
     local name=$1 code=0 log=$logs/$1.log before=0
     shift
+    trap : TERM # it is for the run, which saves
     [ ! -f "$log" ] || before=$(wc -c <"$log") # another sweep may be writing there: append
     if [ "$jobs" -eq 1 ]; then
         echo "== $name"
-        "$@" 2>&1 | tee -a "$log" || code=${PIPESTATUS[0]}
+        "$@" 2>&1 | (trap '' TERM && exec tee -a "$log") || code=${PIPESTATUS[0]}
     else
         "$@" >>"$log" 2>&1 || code=$?
         echo "== $name: $(grep -v '^$' "$log" | tail -n 1)"
@@ -104,6 +118,7 @@ run_one() { # name, command...
         said=$(tail -c "+$((before + 1))" "$log" | grep 'train_imagenet.py' || true)
         case $said in
         *'loss is not finite'* | *'gradient is not finite'* | *'it diverged'*) code=3 ;;
+        *': every step of epoch '*' was skipped'*) code=3 ;;
         *' is in use by '* | *' has ended meanwhile'*) code=73 ;;
         esac
     fi
@@ -144,20 +159,18 @@ for seed in $seeds; do
                 continue
             fi
             while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n || true; done
-            if [ "$jobs" -eq 1 ]; then
-                run_one "${actual}_${setting}_seed$seed" "${command[@]}"
-            else
-                free_place
-                own=""
-                if [ "${#gpus_there[@]}" -gt 1 ]; then
-                    for ((i = place * processes; i < place * processes + count; i++)); do
-                        own+="${own:+,}${gpus_there[i % ${#gpus_there[@]}]}"
-                    done
-                    command=(env "CUDA_VISIBLE_DEVICES=$own" "${command[@]}")
-                fi
-                run_one "${actual}_${setting}_seed$seed" "${command[@]}" &
-                place_of[$!]=$place
+            free_place
+            own=""
+            if [ "$jobs" -gt 1 ] && [ "${#gpus_there[@]}" -gt 1 ]; then
+                for ((i = place * processes; i < place * processes + count; i++)); do
+                    own+="${own:+,}${gpus_there[i % ${#gpus_there[@]}]}"
+                done
+                command=(env "CUDA_VISIBLE_DEVICES=$own" "${command[@]}")
             fi
+            set -m # a process group of its own: Ctrl-C comes here alone, a signal to all of the run
+            run_one "${actual}_${setting}_seed$seed" "${command[@]}" &
+            set +m
+            place_of[$!]=$place
         done
     done
 done

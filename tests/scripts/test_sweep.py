@@ -1,5 +1,6 @@
 """scripts/sweep_settings.sh and scripts/launch.sh, as a user calls them."""
 
+import contextlib
 import json
 import os
 import re
@@ -198,6 +199,55 @@ def test_a_run_in_other_hands_is_skipped(processes, code, tmp_path):
     assert "== bn_2x8_seed0 skipped: another process has it in hand" in result.stdout
     assert "bn_2x8_seed0" in result.stderr and "gn_2x8" not in result.stderr
     assert log.read_text().startswith("of the sweep that has it")
+
+
+@pytest.mark.parametrize("number, group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_signal_ends_the_runs_and_then_the_sweep(jobs, number, group, tmp_path):
+    """As Ctrl-C does, and a kill: runs are told to save, waited for, and none begins any more."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        "#!/bin/sh\ntrap 'exit 130' INT\n"
+        f"trap 'sleep 0.3; echo saved; echo x >> {tmp_path}/saved; exit 75' TERM\n"
+        f"echo $$ >> {tmp_path}/begun\nwhile :; do sleep 0.05; done\n"
+    )
+    fake.chmod(0o755)
+    arguments = ["--norms", "bn gn sn", "--settings", "2x8", "--output", tmp_path / "out"]
+    process = subprocess.Popen(
+        ["bash", str(SWEEP), *map(str, arguments), "--jobs", str(jobs)],
+        env=os.environ | {"PYTHON": str(fake)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    begun, deadline = tmp_path / "begun", time.monotonic() + 60
+    while len(begun.read_text().split() if begun.exists() else ()) < jobs:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    try:
+        (os.killpg if group else os.kill)(process.pid, number)
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 128 + number
+        assert f"stopped by {number.name}; the same line goes on" in said
+        assert said.count("saved") == jobs == len((tmp_path / "saved").read_text().split())
+        assert len(begun.read_text().split()) == jobs
+    finally:
+        for pid in map(int, begun.read_text().split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_steps_all_skipped_of_several_processes_are_a_divergence(tmp_path):
+    """Of which torchrun tells the exit code 1 alone."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        "#!/bin/sh\necho 'train_imagenet.py (rank 0): every step of epoch 2 was skipped'; exit 1\n"
+    )
+    fake.chmod(0o755)
+    arguments = ("--norms", "bn", "--settings", "2x8", "--output", tmp_path / "out")
+    result = call(SWEEP, *arguments, "--processes", 2, env={"PYTHON": str(fake)})
+    assert result.returncode == 0 and "bn_2x8_seed0 diverged" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2])
