@@ -33,5 +33,7 @@ else
 fi
 # torchrun would keep the store of a failed attempt, and the next would look for its processes there.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+# SIGUSR1 (Slurm: soon the time is up) would end torchrun alone, and its processes would train on.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$processes" \
     --max-restarts "${MAX_RESTARTS:-0}" "$@"

@@ -418,3 +418,40 @@ def test_launch_restarts_after_all_processes_failed(tmp_path):
     result = call(LAUNCH, 2, script, env={"MAX_RESTARTS": "2"}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert all(f"rank {rank} in attempt 2" in result.stdout for rank in (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_launch_passes_on_signals(number, tmp_path):
+    """Its processes get the signal, are waited for, and none is left."""
+    script = tmp_path / "waiting.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def stop(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path(f'stopped{rank}').touch()\n"
+        "    sys.exit(75)\n"
+        "rank = os.environ['RANK']\n"
+        f"signal.signal({int(number)}, stop)\n"
+        "pathlib.Path(f'pid{rank}.tmp').write_text(str(os.getpid()))\n"
+        "os.replace(f'pid{rank}.tmp', f'pid{rank}')\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        ["bash", str(LAUNCH), "2", str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+    )
+    pids, deadline = [tmp_path / "pid0", tmp_path / "pid1"], time.monotonic() + 60
+    while not all(path.exists() for path in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    try:
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode > 0
+        assert all((tmp_path / f"stopped{rank}").exists() for rank in (0, 1))
+    finally:
+        for path in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGKILL)
