@@ -101,6 +101,28 @@ def test_pace(monkeypatch):
     assert pace.seconds > 0
 
 
+@pytest.mark.parametrize(
+    "folder, limit, usage, total",
+    [
+        (".", "memory.max", "memory.current", ""),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ],
+)
+def test_files_that_a_container_has_read_leave_its_memory_free(
+    folder, limit, usage, total, tmp_path
+):
+    """As MemAvailable has it: 10 MB of a limit of 16 MB are in use, 7 of them cached files."""
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    (place / limit).write_text("16000000\n")
+    (place / usage).write_text("10000000\n")
+    stat = f"anon 3000000\n{total}inactive_file 5000000\n{total}active_file 2000000\n"
+    (place / "memory.stat").write_text(stat)
+    assert budget.free_memory(tmp_path) == 13e6
+    (place / limit).write_text("max\n")
+    assert budget.free_memory(tmp_path) > 16e6  # the machine's
+
+
 def test_sizes():
     sizes = [size(x) for x in (2e3, 1.234e6, 250e6, 12.34e9)]
     assert sizes == ["2 kB", "1.23 MB", "250 MB", "12.3 GB"]

@@ -256,19 +256,23 @@ def cpu_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def free_memory() -> float:
-    """Bytes that processes here can still take: of the machine, or of their cgroup."""
+def free_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that processes here can still take: of the machine, or of their cgroup.
+
+    What either keeps of files that were read counts as free: it makes room.
+    """
     free = float("inf")
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024.0 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, usage, total in (
+        (cgroup, "memory.max", "memory.current", ""),
+        (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
-        folder = Path("/sys/fs/cgroup")
         with suppress(OSError, ValueError):  # ValueError: "max"
             left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            stat = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
+            left += sum(int(stat.get(f"{total}{kind}_file", 0)) for kind in ("inactive", "active"))
             free = min(free, max(0.0, float(left)))
     return free
 
