@@ -293,6 +293,34 @@ def test_slurm_waits_for_the_job_before(tries, code, tmp_path):
     assert "requeue" not in (tmp_path / "asked").read_text()
 
 
+@pytest.mark.parametrize(
+    "given, words, size",
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_CPUS_PER_TASK": "6"}, ["--cpus-per-task=6", "bash"], "8"),
+        ({"SLURM_JOB_NUM_NODES": "2"}, ["bash"], "2"),
+        ({}, ["bash"], "1"),
+    ],
+)
+def test_slurm_tasks_have_their_cores_and_number(given, words, size, tmp_path):
+    """srun does not take sbatch's --cpus-per-task; without --ntasks it starts a task per node."""
+    commands = {
+        "srun": f'printf "%s\\n" "$WORLD_SIZE" "$@" > {tmp_path}/said',
+        "scontrol": "echo host0",
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "h"}
+    env |= given | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "scripts/slurm/train.sbatch"
+    result = call(script, "train_imagenet.py", "note='two words'", cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    found = (tmp_path / "said").read_text().splitlines()
+    assert found[: len(words) + 1] == [size, *words]
+    assert found[-2:] == ["train_imagenet.py", "note='two words'"]
+
+
 @pytest.mark.slow
 def test_sweep_goes_on_after_a_failure(tmp_path):
     """A failed run does not stop the others; exit code 1 and its log are named at the end.
