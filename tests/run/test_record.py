@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from workers import config
 import sn
 from sn.training.classification.models import build_model
 from sn.training.run.config import machine_keys, recorded
+from sn.training.run.lock import FolderLock
 from sn.training.run.record import (
     Recorder,
     block_averages,
@@ -266,6 +268,24 @@ def test_full_disk_names_the_file(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl: .*No space left"):
         recorder.metrics(1, {"loss": 1.0})
+
+
+def test_whole_files_on_a_full_disk_are_named(tmp_path):
+    """The system's error does not say which; what was there stays, and no rest of the new one."""
+    (tmp_path / "summary.json").write_text("{}")
+    lock = FolderLock(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*summary.json: "):
+            write_text(tmp_path / "summary.json", "{1}")
+        with pytest.raises(OSError, match=r"cannot write .*\.lock: "):
+            lock.acquire()
+        lock.release()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "summary.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "summary.json"]
 
 
 def test_lines_are_on_disk_when_asked(tmp_path, monkeypatch):

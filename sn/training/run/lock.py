@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
@@ -57,15 +58,19 @@ class FolderLock:
                     error=True,
                 )
                 return
-        file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-        file.write(json.dumps(owner))
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(json.dumps(owner))
+            file.flush()
+        except OSError as error:  # of a full disk, which does not name the file
+            raise OSError(f"cannot write {self.path}: {error}") from None
 
     def release(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what could not be written
+                self._file.close()
             self._file = None
 
     def _owner(self) -> str:

@@ -365,13 +365,18 @@ def commit() -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` is at every moment a whole file."""
+    """Write `text` so that `path` is at every moment a whole file; OSError, naming it, if not."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # of a full disk, which does not name the file
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 def read_jsonl(path: Path) -> list[dict]:
