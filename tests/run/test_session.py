@@ -828,6 +828,30 @@ def test_the_main_rank_says_for_all_whether_a_run_has_ended(tmp_path, quick):
         run_in_group(2, one_of_a_group, tmp_path, sees_it)
 
 
+def asked_otherwise(rank, folder, values):
+    with open(f"{folder}{rank}", "w") as said, contextlib.redirect_stderr(said):
+        entry.run(by_epochs, OmegaConf.structured(config(folder, **(values if rank else {}))))
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        ({"seed": 8}, "different seed;"),
+        ({"checkpoint_steps": 1, "precision": "fp64"}, "different precision, checkpoint_steps;"),
+        ({"log_steps": 3, "note": "mine", "timeout_minutes": 7.0}, None),
+    ],
+)
+def test_processes_with_different_commands_all_say_so(values, wanted, tmp_path):
+    """On several machines each is typed by hand; an lr of its own would let the weights drift."""
+    if wanted is None:  # where they belong to the machine
+        return run_in_group(2, asked_otherwise, tmp_path, values)
+    with pytest.raises(RuntimeError, match=r"exit codes \[2, 2\]"):
+        run_in_group(2, asked_otherwise, tmp_path, values)
+    said = [Path(f"{tmp_path}{rank}").read_text() for rank in range(2)]
+    assert all(f"the processes were started with {wanted}" in text for text in said), said
+    assert not list(tmp_path.iterdir())
+
+
 def apart(rank, folder, what):
     """Start the run as a rank of a group whose second machine sees other files."""
     if rank == 1 and what != "other data":

@@ -1,6 +1,7 @@
 """A run from its start to its end: what every entrypoint needs and no experiment is about."""
 
 import contextlib
+import dataclasses
 import sys
 import tempfile
 import time
@@ -31,6 +32,8 @@ from .record import Recorder, differences, environment
 from .schedule import mix_seed
 from .stopping import Preempted, StopSignal, Watchdog
 
+# of what belongs to the machine: processes that differ would wait for one another, or end apart
+ALIKE = ("plan", "checkpoint_steps", "max_skipped_steps")
 SMALLEST_SCALE = 2.0**-20  # of fp16's loss, begun with 2^16 and halved by every skipped step
 
 
@@ -133,6 +136,7 @@ class Session:
                 f"this runs in one process, not {self.processes.world_size}: {self._one_process}; "
                 "start it without torchrun"
             )
+        self._asked_alike()
         self.device, self.is_main = self.processes.device, self.processes.is_main
         self.late = self.device.type == "cuda"  # where the host should not wait for the device
         self.recorder = Recorder(
@@ -159,6 +163,18 @@ class Session:
             if isinstance(error, FloatingPointError) and self._facts is not None:
                 results = {"status": "diverged", **dict.fromkeys(self._headline)}
                 self._end(results | {"error": str(error)})
+
+    def _asked_alike(self) -> None:
+        """ValueError in all processes unless they have the same config, but for the machine's."""
+        own = recorded(self.config) | {key: getattr(self.config, key) for key in ALIKE}
+        if distributed.same_everywhere(own, self.processes):
+            return
+        keys = [field.name for field in dataclasses.fields(self.config)]
+        other = [k for k in keys if not distributed.same_everywhere(own.get(k), self.processes)]
+        raise ValueError(
+            f"the processes were started with different {', '.join(other) or 'keys'}; start all of "
+            "them, on every machine, with the same command"
+        )
 
     # --- from the start to the end
 
