@@ -157,6 +157,21 @@ def test_a_config_file_that_cannot_be_read(error, capsys, monkeypatch):
         entry.start(main, "imagenet")
 
 
+def test_a_file_that_hydra_cannot_write(capsys, monkeypatch):
+    """Such as a sweep's multirun.yaml in a folder of others; it is none of the config."""
+
+    def main():
+        raise PermissionError(13, "Permission denied", "multirun.yaml")
+
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py"])
+    monkeypatch.setattr(entry, "_begun", False)
+    with pytest.raises(SystemExit) as end:
+        entry.start(main, "imagenet")
+    text = capsys.readouterr().err
+    assert end.value.code == 2
+    assert text == "train_imagenet.py: [Errno 13] Permission denied: 'multirun.yaml'\n"
+
+
 @pytest.mark.parametrize("content", [b"a: &x {b: *x}", b"a: \xff", b"a: [", b"a: 1\na: 2"])
 def test_a_config_file_that_cannot_be_read_is_named(content, tmp_path, capsys, monkeypatch):
     """Read by Hydra itself."""

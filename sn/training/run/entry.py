@@ -136,17 +136,20 @@ def start(main: Callable[[], None], root: str) -> None:
         reason = " ".join(str(error).split())
         if isinstance(error, RecursionError):
             reason = "a value in it refers to itself"
-        end(f"{_config_file(error)} cannot be read: {reason}", 2)
+        path = _config_file(error)
+        if path is None and isinstance(error, OSError) and error.filename is not None:
+            end(reason, 2)  # what Hydra writes: multirun.yaml of a sweep
+        end(f"{path or 'a YAML file of the config'} cannot be read: {reason}", 2)
     if _ended:
         sys.exit(max(_ended))
 
 
-def _config_file(error: BaseException) -> str:
-    """The file that Hydra was reading; not all of these errors name it."""
+def _config_file(error: BaseException) -> str | None:
+    """The file that Hydra was reading, if it was; not all of these errors name it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     loaders = [frame for frame in frames if frame.f_code.co_name == "load_config"]
     paths = [frame.f_locals["full_path"] for frame in loaders if "full_path" in frame.f_locals]
-    return paths[0] if paths else "a YAML file of the config"
+    return paths[0] if paths else None
 
 
 def end(text: str, code: int) -> NoReturn:
