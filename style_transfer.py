@@ -90,9 +90,8 @@ def build(config: StyleConfig, run: Session) -> Task:
             "padding; leave it out, or use device=cpu"
         )
     options = config.photos
-    bad_images = BadImages(
-        f"{config.output_dir}/bad_images.txt", options.max_bad_images, "photos.max_bad_images"
-    )
+    note, key = f"{config.output_dir}/bad_images.txt", "photos.max_bad_images"
+    bad_images = BadImages(note, options.max_bad_images, key, options.root)
     photos = style_data.load_photos(options.name, options.root)
     crops = style_data.Crops(photos, options.image_size, options.resize, config.seed, bad_images)
     style, style_sha256 = style_data.load_style(config.style.image, config.style.size)

@@ -100,7 +100,8 @@ def build(config: ImagenetConfig, run: Session) -> Task:
     """Norm, model, data and optimizer of the config, on this process's device."""
     setting, processes = config.setting, run.processes
     weights = starting_weights(config, run.say)  # before the images are listed, which takes longer
-    bad_images = BadImages(f"{config.output_dir}/bad_images.txt", config.data.max_bad_images or 0)
+    note, limit = f"{config.output_dir}/bad_images.txt", config.data.max_bad_images or 0
+    bad_images = BadImages(note, limit, root=config.data.root)
     options = config.data.options()
     if is_image_folder(config.data.name):
         options |= {"last_fraction": config.schedule.last_fraction, "bad": bad_images}

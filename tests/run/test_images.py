@@ -214,6 +214,26 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert r"caf\udce9 \udcff.png" in line and r"caf\udce9" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first, second", [("a", "b"), ("a \\ é", "b c"), ("a", "a/a")])
+def test_a_bad_image_counts_once_wherever_the_data_lie(first, second, tmp_path, capsys):
+    """On a disk of the node, in a folder of the job's, they have another path after a requeue."""
+    note = tmp_path / "bad_images.txt"
+    for root in (tmp_path / first, tmp_path / second, tmp_path / first):
+        (root / "train").mkdir(parents=True, exist_ok=True)
+        (root / "train/1.png").write_bytes(b"no image")
+        bad = BadImages(note, limit=1, root=root)
+        with pytest.raises(ValueError) as error:
+            read_image(root / "train/1.png")
+        bad.add(error.value)
+    assert bad.lines() == [
+        "cannot read image train/1.png: cannot identify image file 'train/1.png'"
+    ]
+    assert str(tmp_path / first) in capsys.readouterr().err  # said in full
+    note.write_text(f"{error.value}\n")  # as runs did that began earlier
+    bad.add(error.value)
+    assert len(bad.lines()) == 1
+
+
 def test_an_output_without_such_characters(monkeypatch):
     out = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))

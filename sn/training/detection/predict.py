@@ -36,7 +36,8 @@ def load_data(config: DetectionConfig) -> DetectionData:
     data = config.data
     if data.generate is not None:
         write_digits_coco(Path(data.root), **vars(data.generate))
-    bad = BadImages(f"{config.output_dir}/bad_images.txt", data.max_bad_images)
+    note = f"{config.output_dir}/bad_images.txt"
+    bad = BadImages(note, data.max_bad_images, root=data.root)
     return load_coco(**data.files(), masks=config.masks, bad=bad)
 
 

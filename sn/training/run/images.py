@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
@@ -165,33 +166,45 @@ def _warn_of_turning(path: Path) -> None:
 class BadImages:
     """Counts unreadable images over all processes, data workers and resumptions of a run.
 
-    They share the text file `path`, one bad image a line, each once. Past `limit` of them `add`
-    raises its error, naming the limit by `key`. Without a path nothing is counted and every bad
-    image is past the limit.
+    They share the text file `path`, one bad image a line, each once, named from the data's `root`
+    on: that may be another folder at a resumption. Past `limit` of them `add` raises its error,
+    naming the limit by `key`. Without a path nothing is counted and every bad image is past the
+    limit.
     """
 
     def __init__(
-        self, path: str | Path | None = None, limit: int = 0, key: str = "data.max_bad_images"
+        self,
+        path: str | Path | None = None,
+        limit: int = 0,
+        key: str = "data.max_bad_images",
+        root: str | Path | None = None,
     ):
         self.path, self.limit, self.key = path and Path(path), limit, key
+        start = os.path.join(Path(root), "") if root else ""  # or as errors quote it
+        self._starts = sorted({printable(start), repr(start)[1:-1]}) if start else []
 
     def lines(self) -> list[str]:
-        """What the file holds."""
+        """What the file holds, each image once."""
         if self.path is None or not self.path.exists():
             return []
-        return read_text(self.path).splitlines()
+        return list(dict.fromkeys(map(self._from_root, read_text(self.path).splitlines())))
+
+    def _from_root(self, line: str) -> str:
+        for start in self._starts:
+            line = re.sub(rf"(?<=[ '\"]){re.escape(start)}", "", line)
+        return line
 
     def add(self, error: ValueError) -> None:
         """Note a bad image, described by `error`; raise ValueError if that is one too many."""
         if not self.limit or self.path is None:
             raise error
         line = printable(str(error)).replace("\n", " ")
-        known = self.lines()
-        if line not in known:
+        noted, known = self._from_root(line), self.lines()
+        if noted not in known:
             say(f"warning: {line}; skipped", error=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")  # one short write: whole, whoever else appends
-            known = list(dict.fromkeys(self.lines()))
+                file.write(noted + "\n")  # one short write: whole, whoever else appends
+            known = self.lines()
         if len(known) > self.limit:
             raise ValueError(
                 f"{len(known)} unreadable images, more than {self.key}={self.limit}; "
