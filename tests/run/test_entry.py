@@ -96,6 +96,14 @@ def test_bugs_keep_their_traceback(capsys, monkeypatch):
         entry.run(fail, CONFIG)
 
 
+@pytest.mark.parametrize("error, code", [(Preempted("stopped"), 75), (Busy("in use"), 73)])
+def test_exit_codes_stay_where_tracebacks_are_shown(error, code, capsys, monkeypatch):
+    """A job that was told to stop is requeued by it."""
+    monkeypatch.setattr(entry, "TRACEBACKS", True)
+    found, text = ends_with(error, capsys, monkeypatch)
+    assert found == code and "Traceback" in text and text.endswith(f": {error}\n")
+
+
 @pytest.mark.parametrize(
     "name",
     ["../up", "a/b", "/abs", "..", ".hidden", "", "a\nb", "a\x00b", "a\\b", None, 3, "x" * 300],

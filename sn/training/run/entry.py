@@ -61,7 +61,8 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
     """Call `function` with the typed config; what a user can mend ends in one line on stderr.
 
     The process then ends with an exit code of `CODES`, else 2; a sweep in this process (-m) goes on
-    after an error of `ONE_RUN`. HYDRA_FULL_ERROR=1 shows the traceback instead.
+    after an error of `ONE_RUN`. HYDRA_FULL_ERROR=1 shows the traceback, and leaves errors that have
+    no code of their own to Python.
     """
     global _begun
     _begun = True
@@ -74,8 +75,10 @@ def run(function: Callable[[Any], Any], cfg: DictConfig) -> None:
     except (Exception, KeyboardInterrupt) as error:
         goes_on = sweep and isinstance(error, ONE_RUN)
         leave = isinstance(error, SHARED) and not goes_on
-        if TRACEBACKS or not is_known(error):
+        if not is_known(error) or (TRACEBACKS and not isinstance(error, SHARED)):
             raise
+        if TRACEBACKS:  # schedulers go by the exit code all the same
+            traceback.print_exc()
         code = CODES.get(type(error), 2)
         if not goes_on:
             end(message(error), code)
