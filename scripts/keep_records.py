@@ -188,10 +188,15 @@ def copy(source: Path, target: Path) -> None:
     """Copy the records; one that the source lacks is removed, summary.json comes last."""
     target.mkdir(parents=True, exist_ok=True)
     parts = []
-    for name in RECORDS:  # all of them, before anything there is replaced
-        if (source / name).is_file():
-            parts.append(target / f"{name}.part")
-            shutil.copyfile(source / name, parts[-1])
+    try:
+        for name in RECORDS:  # all of them, before anything there is replaced
+            if (source / name).is_file():
+                parts.append(target / f"{name}.part")
+                shutil.copyfile(source / name, parts[-1])
+    except OSError:  # a full disk
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
     for name in RECORDS:
         if target / f"{name}.part" in parts:
             os.replace(target / f"{name}.part", target / name)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -673,6 +674,21 @@ def test_records_are_kept_under_their_run(script, tmp_path, capsys):
     assert len(results.load_runs(kept)) == 2
     script("keep_records", source, "--to", kept)
     assert "0 of 3 runs copied" in capsys.readouterr().out
+
+
+def test_a_copy_that_a_full_disk_ended_is_made_again(script, tmp_path, capsys):
+    """Nothing of it stays, which would be taken for another record."""
+    write_run(tmp_path / "outputs", "sn", "8x2")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(SystemExit):
+            script("keep_records", tmp_path / "outputs", "--to", tmp_path / "kept")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in capsys.readouterr().err
+    script("keep_records", tmp_path / "outputs", "--to", tmp_path / "kept")
+    assert "1 of 1 runs copied" in capsys.readouterr().out
 
 
 def test_searches_of_the_lr_are_kept_as_such_and_are_no_seeds(script, tmp_path, capsys):
