@@ -10,7 +10,9 @@ import hydra
 import pytest
 import torch
 import yaml
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
+from workers import composed
 
 from sn.training.run import entry
 from sn.training.run.config import RunConfig, is_name
@@ -124,6 +126,7 @@ def test_odd_names_are_names(name):
         ("data=7", "data=7: expected one of cifar10,"),
         ("norm=true", "norm=true: expected one of bkn,"),
         ("norm=null", "norm=null: expected one of bkn,"),
+        ("setting=8x2,8_32", "setting=8x2,8_32: expected one of 1x16,"),  # of a sweep
     ],
 )
 def test_options_picked_by_a_number(word, wanted, capsys, monkeypatch):
@@ -132,6 +135,21 @@ def test_options_picked_by_a_number(word, wanted, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         entry.numbers_as_options()
     assert end.value.code == 2 and wanted in capsys.readouterr().err
+
+
+def test_none_in_a_sweep_is_left_to_hydra(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", "-m", "experiment=null,imagenet/smoke"])
+    entry.numbers_as_options()
+
+
+def test_a_plugin_of_hydra_that_is_not_there():
+    """docs/runs.md needs one."""
+    with pytest.raises(MissingConfigException) as error:
+        composed("imagenet", "hydra/launcher=submitit_none")
+    assert entry.explain(error.value, "imagenet") == (
+        "hydra/launcher=submitit_none: no such option; install Hydra's plugin for it by "
+        "pip install -e '.[slurm]', or choose basic"
+    )
 
 
 def test_deterministic_is_applied():

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,7 +174,10 @@ def numbers_as_options() -> None:
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
         group = CONFIGS / key.lstrip("+").partition("@")[0]
-        if re.fullmatch(NO_OPTION, value, re.I) and os.path.isdir(group):
+        several = [part for part in value.split(",") if part not in ("null", "~")]  # of a sweep
+        parts = several if "," in value else [value]
+        numbers = [part for part in parts if re.fullmatch(NO_OPTION, part, re.I)]
+        if numbers and os.path.isdir(group):
             options = sorted(path.stem for path in group.glob("*.yaml"))
             end(f"{word}: expected one of {', '.join(options)}, no number, true, false or null", 2)
 
@@ -210,7 +213,10 @@ def explain(error: BaseException, root: str) -> str:
             "needs quotes inside quotes: 'note=\"a=b\"'"
         )
     if isinstance(error, MissingConfigException) and error.options is not None:
-        return no_such_option(str(error.missing_cfg_file), root)
+        wanted = str(error.missing_cfg_file)
+        if wanted.startswith("hydra/"):  # Hydra's own, such as hydra/launcher
+            return no_such_plugin(wanted, error.options)
+        return no_such_option(wanted, root)
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = str(cause)
     file = re.match(r"In '([^']+)'", str(error))
@@ -243,6 +249,16 @@ def no_such_option(wanted: str, root: str) -> str:
         or f"none, {COMMANDS[root]} has no such group"
     )
     return f"{group}={choice}: no such option; choose one of {fitting}"
+
+
+def no_such_plugin(wanted: str, options: Sequence[str]) -> str:
+    """What to say of an option of Hydra's that is not there; a package may bring it."""
+    group, _, choice = wanted.rpartition("/")
+    how = " by pip install -e '.[slurm]'" if choice.startswith("submitit") else ""
+    fitting = ", ".join(sorted(options))
+    return (
+        f"{group}={choice}: no such option; install Hydra's plugin for it{how}, or choose {fitting}"
+    )
 
 
 def message(error: BaseException) -> str:
