@@ -79,12 +79,17 @@ def convert(
             deviation.
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
 
-    Raises ValueError, with `model` unchanged, if keep_outputs cannot hold for the norm, for a
-    gate_start without it, and for a
+    Raises TypeError for a `model` that is no module, ValueError, with `model` unchanged, if
+    keep_outputs cannot hold for the norm, for a gate_start without it or out of 0 to 100, and for a
     batch norm that is lazy, of an unknown class, scripted, of a model in DistributedDataParallel or
     FSDP (convert before), or with what would be lost: a parametrised, normalised or pruned gain,
     further parameters, hooks of its state dict. Warns if there is no batch norm.
     """
+    if not isinstance(model, nn.Module):
+        got = getattr(model, "__name__", repr(model))
+        raise TypeError(f"sn.convert got {got} ({type(model).__name__}); expected an nn.Module")
+    if not 0 <= gate_start <= 100:
+        raise ValueError(f"gate_start={gate_start}; expected a number, 0 to 100")
     if gate_start != 8.0 and not keep_outputs:
         raise ValueError(
             f"gate_start={gate_start} is for keep_outputs=True; add that, or leave gate_start out"

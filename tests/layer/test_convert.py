@@ -298,6 +298,17 @@ def test_gate_start_without_outputs_to_keep():
         sn.convert(nn.BatchNorm2d(2), gate_start=2)
 
 
+@pytest.mark.parametrize("value", [-1, 101, float("nan"), float("inf")])
+def test_gate_start_out_of_range(value):
+    with pytest.raises(ValueError, match=f"gate_start={value}; expected a number, 0 to 100"):
+        sn.convert(nn.BatchNorm2d(2), keep_outputs=True, gate_start=value)
+
+
+def test_what_is_no_network():
+    with pytest.raises(TypeError, match=r"got BatchNorm2d \(type\); expected an nn.Module"):
+        sn.convert(nn.BatchNorm2d)
+
+
 @pytest.mark.parametrize("norm", [sn.make_norm("sn"), sn.SwitchNorm2d, "sn"])
 def test_callables_of_ours_take_the_old_layers_settings_too(norm):
     old = nn.BatchNorm2d(4, eps=1e-3, momentum=0.01, affine=False)
