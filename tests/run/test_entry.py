@@ -122,6 +122,25 @@ def test_odd_names_are_names(name):
 @pytest.mark.parametrize(
     "word, wanted",
     [
+        ("--norm", "--norm: keys have no dashes; write norm=..."),
+        ("--seed=3", "--seed=3: keys have no dashes; write seed=3"),
+        ("--data.root=data", "--data.root=data: keys have no dashes; write data.root=data"),
+    ],
+)
+def test_keys_with_dashes(word, wanted, capsys, monkeypatch):
+    importlib.import_module("sn.training.classification.config")
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", "--cfg", "job", "norm=sn"])
+    entry.keys_with_dashes("imagenet")
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", word, "sn"])
+    with pytest.raises(SystemExit) as end:
+        entry.start(lambda: None, "imagenet")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"train_imagenet.py: {wanted}\n"
+
+
+@pytest.mark.parametrize(
+    "word, wanted",
+    [
         ("setting=8_32", "setting=8_32: expected one of 1x16, 1x2, 1x32, 1x8, 8x1"),
         ("data=7", "data=7: expected one of cifar10,"),
         ("norm=true", "norm=true: expected one of bkn,"),

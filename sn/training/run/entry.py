@@ -1,6 +1,7 @@
 """What the command line of every entrypoint does alike: one line for what is wrong, exit codes."""
 
 import atexit
+import dataclasses
 import gc
 import os
 import re
@@ -122,6 +123,7 @@ def start(main: Callable[[], None], root: str) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         say(help_text(root))
         return
+    keys_with_dashes(root)
     numbers_as_options()
     options_of_others(root)
     global _started
@@ -167,6 +169,15 @@ def say_wrong(text: str) -> None:
     text = re.sub(rf"\S{{{WORD + 1},}}", lambda word: short(word.group()), text)
     lines = [short(line, LINE) for line in text.splitlines()]
     say(f"{Path(sys.argv[0]).name}{rank}: " + "\n".join(lines), error=True)
+
+
+def keys_with_dashes(root: str) -> None:
+    """Refuse `--norm sn`, of which Hydra would say nothing but its own options."""
+    for word in (word for word in sys.argv[1:] if word.startswith("--")):
+        keys = {*choices(root), *(field.name for field in dataclasses.fields(schema_of(root)))}
+        key, _, value = word.removeprefix("--").partition("=")
+        if key.partition(".")[0] in keys:
+            end(f"{word}: keys have no dashes; write {key}={value or '...'}", 2)
 
 
 def numbers_as_options() -> None:
