@@ -1066,3 +1066,8 @@ def test_a_single_class_is_refused(tmp_path):
     shutil.rmtree(root / "train" / "a")
     with pytest.raises(FileNotFoundError, match="no folders of classes in .*train"):
         load_image_folder("x", str(root), image_size=8, resize=8)
+
+
+def test_a_key_of_other_data_is_named():
+    with pytest.raises(ValueError, match="image_size=8: digits has no image_size, only train_"):
+        build_data("digits", image_size=8)

@@ -349,7 +349,9 @@ def build_data(name: str, **options) -> ImageData:
     known = inspect.signature(loader).parameters
     for key in options:
         if key not in known:
-            raise ValueError(f"data.{key}={options[key]}: {name} has {', '.join(known)}")
+            raise ValueError(
+                f"data.{key}={options[key]}: {name} has no {key}, only {', '.join(known)}"
+            )
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             raise ValueError(f"data.{key} is not set; add data.{key}=... to the command")
