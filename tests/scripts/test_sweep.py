@@ -217,6 +217,8 @@ def test_a_signal_ends_the_runs_and_then_the_sweep(jobs, number, group, tmp_path
         ["bash", str(SWEEP), *map(str, arguments), "--jobs", str(jobs)],
         env=os.environ | {"PYTHON": str(fake)},
         start_new_session=True,
+        # a shell in the background has its commands ignore SIGINT, which bash cannot trap then
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
