@@ -33,6 +33,11 @@ def call(script, *arguments, cwd=None, env=(), timeout=280):
     )
 
 
+def hear_interrupts():
+    """For a child: a shell's background commands ignore SIGINT, and bash can then not trap it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def dry(*arguments, **options):
     """The commands of a dry run, split as a shell would."""
     result = call(SWEEP, "--dry-run", *arguments, **options)
@@ -217,8 +222,7 @@ def test_a_signal_ends_the_runs_and_then_the_sweep(jobs, number, group, tmp_path
         ["bash", str(SWEEP), *map(str, arguments), "--jobs", str(jobs)],
         env=os.environ | {"PYTHON": str(fake)},
         start_new_session=True,
-        # a shell in the background has its commands ignore SIGINT, which bash cannot trap then
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hear_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -354,6 +358,7 @@ def test_interrupted_sweep_continues(tmp_path):
         ["bash", str(SWEEP), *map(str, arguments), "--", *overrides],
         env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=hear_interrupts,
     )
     deadline = time.monotonic() + 120
     while not any(output.rglob("checkpoint.pt")) and time.monotonic() < deadline:
