@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             print(f"copied {target}")
             copied += 1
+            if found := unlike_seeds(run, target):
+                print(f"warning: {target}: {found}", file=sys.stderr)
     print(f"{copied} of {len(folders)} runs copied to {args.to}")
     if refused:
         fail(f"{refused} of {len(folders)} runs refused")
@@ -149,6 +151,25 @@ def occupied(run: Run, target: Path, force: bool) -> str | None:
         )
     if not force:
         return f"{target} holds a record that differs (--force overwrites it)"
+    return None
+
+
+def unlike_seeds(run: Run, target: Path) -> str | None:
+    """What the recipe differs in from that of a seed beside it; tables draw such runs apart."""
+    for folder in (path.parent for path in sorted(target.parent.glob("*/summary.json"))):
+        if folder != target:
+            try:
+                other = read_run(folder)
+            except ValueError:
+                continue
+            if other.diverged or run.diverged:  # after fewer steps
+                continue
+            if found := differences([other, run]):
+                return (
+                    f"another recipe than {folder.name} beside it ({describe_differences(found)}); "
+                    "if that was meant, a run_name= of its own keeps them apart"
+                )
+            return None
     return None
 
 

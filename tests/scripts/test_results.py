@@ -789,6 +789,18 @@ def test_two_runs_of_one_name_are_refused(script, tmp_path, capsys):
     assert [run.norm for run in results.load_runs(tmp_path / "kept")] == ["sn"]
 
 
+def test_a_seed_of_another_recipe_than_those_beside_it_is_warned_of(script, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    for seed, epochs in ((1, 2), (2, 2), (3, 10)):
+        write_run(tmp_path / f"outputs{seed}", "bn", "8x2", seed, epochs=epochs)
+        script("keep_records", tmp_path / f"outputs{seed}", "--to", kept)
+        error = capsys.readouterr().err
+        assert ("seed3: another recipe than seed1 beside it (epochs: 10 / 2)" in error) == (
+            seed == 3
+        )
+    assert len(results.load_runs(kept)) == 3
+
+
 def test_an_unlike_record_is_never_replaced(script, tmp_path, capsys):
     write_run(tmp_path / "short", "bn", "8x2", epochs=2, top1=50.0)
     write_run(tmp_path / "long", "bn", "8x2", epochs=10, top1=60.0)
