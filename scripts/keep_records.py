@@ -156,20 +156,23 @@ def occupied(run: Run, target: Path, force: bool) -> str | None:
 
 def unlike_seeds(run: Run, target: Path) -> str | None:
     """What the recipe differs in from that of a seed beside it; tables draw such runs apart."""
+    if run.diverged:  # after fewer steps
+        return None
     for folder in (path.parent for path in sorted(target.parent.glob("*/summary.json"))):
-        if folder != target:
-            try:
-                other = read_run(folder)
-            except ValueError:
-                continue
-            if other.diverged or run.diverged:  # after fewer steps
-                continue
-            if found := differences([other, run]):
-                return (
-                    f"another recipe than {folder.name} beside it ({describe_differences(found)}); "
-                    "if that was meant, a run_name= of its own keeps them apart"
-                )
+        if folder == target:
+            continue
+        try:
+            other = read_run(folder)
+        except ValueError:
+            continue
+        if other.diverged:
+            continue
+        if not (found := differences([other, run])):
             return None
+        return (
+            f"another recipe than {folder.name} beside it ({describe_differences(found)}); "
+            "if that was meant, a run_name= of its own keeps them apart"
+        )
     return None
 
 

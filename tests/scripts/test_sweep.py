@@ -239,6 +239,7 @@ def test_a_signal_ends_the_runs_and_then_the_sweep(jobs, number, group, tmp_path
         assert said.count("saved") == jobs == len((tmp_path / "saved").read_text().split())
         assert len(begun.read_text().split()) == jobs
     finally:
+        process.kill()  # first: it would begin further runs
         for pid in map(int, begun.read_text().split()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
