@@ -158,7 +158,7 @@ class Evolution:
 class CellSearchConfig(RunConfig):
     precision: str = option(choices=("fp32", "fp64"))
     device: str = option(choices=("cpu",), machine=True)
-    plan: bool = option(choices=(False,), machine=True, expected="false: it takes half a minute")
+    plan: bool = option(choices=(False,), machine=True, expected="false: it takes under a minute")
     table: str = option(machine=True)  # its hash stands in the summary
     dataset: str = option(choices=tuple(DATASETS))
     sampler: str = option(choices=("controller", "random", "evolution"))
