@@ -36,13 +36,13 @@ from sn.training.classification.data import (
 )
 from sn.training.classification.evaluation import evaluate
 from sn.training.classification.pretrained import (
+    find_facts,
     head_keys,
     network_of,
-    read_facts,
     restore_facts,
 )
 from sn.training.run import distributed, entry
-from sn.training.run.checkpoint import load_network, load_weights
+from sn.training.run.checkpoint import find_network, load_weights
 from sn.training.run.config import COUNT, SIZE, check_norm, check_open, short
 from sn.training.run.display import say
 from sn.training.run.images import BadImages
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace, told: Callable[[str], object] | None) -> tuple[nn.Module, dict]:
-    """The network with its weights, and the options of its data; `told` as in `load_network`.
+    """The network with its weights, and the options of its data; `told` as in `find_network`.
 
     Raises ValueError if the options are not known or the keys do not fit.
     """
@@ -99,9 +99,9 @@ def load(args: argparse.Namespace, told: Callable[[str], object] | None) -> tupl
         raise ValueError(f"{args.checkpoint} has no config.yaml beside it; give --model and --norm")
     if data.get("name") is None:
         raise ValueError("which data? give --data")
-    state = load_network(args.checkpoint, args.key, told)
+    state = find_network(content, args.checkpoint, args.key, told)
     try:
-        return build_and_load(build, norm, state, read_facts(args.checkpoint)), data
+        return build_and_load(build, norm, state, find_facts(content, args.checkpoint)), data
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{args.checkpoint} does not fit: {error}") from None
 

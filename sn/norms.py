@@ -121,6 +121,13 @@ class AutoGroupNorm(nn.GroupNorm):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            known = not isinstance(x, Proxy) and not torch.jit.is_tracing()
+            if known and (x.ndim < 2 or x.shape[1] != self.num_channels):
+                raise ValueError(
+                    f"AutoGroupNorm of {self.num_channels} channels expects input of shape "
+                    f"(N, {self.num_channels}, *spatial), got {tuple(x.shape)}"
+                )
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 

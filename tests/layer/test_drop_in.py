@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -123,6 +124,21 @@ def test_without_bias_in_groups_and_recurrent():
     torch.testing.assert_close(layer(x), twin(x))
     frozen = sn.FrozenBatchNorm(4, bias=False)
     assert set(frozen.state_dict()) == {"weight", "running_mean", "running_var"}
+
+
+def test_group_norm_names_a_shape_that_does_not_fit_and_stays_scriptable():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), sn.AutoGroupNorm(8))
+    x = torch.randn(2, 3, 4, 5)
+    wanted = nn.functional.group_norm(model[0](x), 8)
+    for tokens in (torch.randn(2, 197, 8), torch.randn(8)):  # a vision transformer's: (N, T, C)
+        with pytest.raises(ValueError, match=re.escape(str(tuple(tokens.shape)))):
+            model[1](tokens)
+    ways = {"script": torch.jit.script(model), "fx": fx.symbolic_trace(model)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        ways["trace"] = torch.jit.trace(model, x)
+    for way, other in ways.items():
+        torch.testing.assert_close(other(x), wanted, msg=way)
 
 
 def test_unbiased_is_known_to_every_switchable_layer():

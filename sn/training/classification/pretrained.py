@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sn
 from sn.modules import SwitchNormBase
 
-from ..run.checkpoint import load_network, load_weights
+from ..run.checkpoint import find_network, load_weights
 from ..run.config import short
 from .data import IMAGENET_MEAN, IMAGENET_STD
 from .models import batch_norm_model, build_model, fuse_activations
@@ -49,12 +49,11 @@ def network_facts(model: nn.Module, classes: int) -> dict[str, Any]:
     }
 
 
-def read_facts(path: str | Path) -> dict[str, Any]:
-    """The facts of a checkpoint of train_imagenet.py or convert_checkpoint.py; {} of others.
+def find_facts(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The facts in a checkpoint of train_imagenet.py or convert_checkpoint.py; {} of others.
 
-    Raises ValueError if they are not as `network_facts` has them.
+    Raises ValueError, naming the file, if they are not as `network_facts` has them.
     """
-    content = load_weights(path)
     found, norm = content.get("network"), content.get("norm")
     if isinstance(norm, dict):  # converted
         return {"unbiased": norm.get("unbiased") is True}
@@ -82,7 +81,7 @@ def pretrained_weights(
     """The classifier weights that a run starts from; None for "scratch".
 
     "checkpoint": a file, of train_imagenet.py or any state dict of a network that we build; `key`
-    and `told` as in `load_network`.
+    and `told` as in `find_network`.
     "torchvision", "timm": the library's own ImageNet weights of `model` (batch norm), which it
     downloads unless they are in its cache; of torchvision's those named `weights`, None: DEFAULT,
     the newest.
@@ -103,8 +102,9 @@ def pretrained_weights(
         if path is None:
             raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
         try:
-            tensors = load_network(path, key, told)
-            facts = read_facts(path)
+            content = load_weights(path)
+            tensors = find_network(content, path, key, told)
+            facts = find_facts(content, path)
             if any(name.startswith(PUBLISHED) for name in tensors):  # the only files that have them
                 facts["transform_input"] = True
             return Weights(_without_second_heads(tensors), facts)

@@ -200,14 +200,23 @@ def load_weights(path: str | Path) -> dict[str, Any]:
 def load_network(
     path: str | Path, key: str | None = None, told: Callable[[str], object] | None = None
 ) -> dict[str, Tensor]:
-    """A network's tensors in a file of weights, under their plain names.
+    """`find_network` in the file at `path`; raises as `load_weights`, too."""
+    return find_network(load_weights(path), path, key, told)
+
+
+def find_network(
+    content: Mapping[str, Any],
+    path: str | Path,
+    key: str | None = None,
+    told: Callable[[str], object] | None = None,
+) -> dict[str, Tensor]:
+    """A network's tensors in the content of the file at `path`, under their plain names.
 
     The file holds them by themselves, or under `key`; None: under the one of `NETWORKS` that it
     has, or the only group of tensors. A name that a training module has put before all of them
     (Lightning's `model.`) is left out. `told` gets a line that says where they were found. Raises
-    as `load_weights`, and ValueError if there are none, or several to choose from.
+    ValueError, naming the file, if there are none, or several to choose from.
     """
-    content = load_weights(path)
     groups = {name: group for name, value in content.items() if (group := _tensors(value))}
     if key is None and groups:
         known = [name for name in groups if name in NETWORKS] or list(groups)
