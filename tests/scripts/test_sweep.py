@@ -279,6 +279,16 @@ def test_runs_at_a_time_have_gpus_of_their_own(processes, tmp_path):
     assert set(used) == set(gpus) and len(used) == 6 * processes
 
 
+def fakes(folder: Path, commands: dict[str, str]) -> dict[str, str]:
+    """The environment of a Slurm job in `folder` with these commands; none of Slurm's own."""
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_NODELIST": "h"}
+    return env | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
 @pytest.mark.parametrize("tries, code", [(3, 0), (2, 73)])
 def test_slurm_waits_for_the_job_before(tries, code, tmp_path):
     """srun finds the folder in use twice: no requeue, another try; then the end, or code 73."""
@@ -287,17 +297,26 @@ def test_slurm_waits_for_the_job_before(tries, code, tmp_path):
         "sleep": "true",
         "scontrol": 'echo "$@" >> asked; echo host0',
     }
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    env = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_NTASKS": "1"}
-    env |= {"SLURM_JOB_NODELIST": "h", "TRIES": str(tries)}
-    env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = fakes(tmp_path, commands) | {"SLURM_NTASKS": "1", "TRIES": str(tries)}
     script = ROOT / "scripts/slurm/train.sbatch"
     result = call(script, "train_imagenet.py", cwd=tmp_path, env=env)
     assert result.returncode == code, result.stderr
     assert (tmp_path / "tries").read_text().count("x") == tries
     assert "requeue" not in (tmp_path / "asked").read_text()
+
+
+@pytest.mark.parametrize("per_node, local", [("4(x2)", "4"), ("3,1", "3"), ("", "1")])
+def test_slurm_tasks_know_their_place(per_node, local, tmp_path):
+    """What srun tells each task becomes what torch reads."""
+    names = "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"
+    commands = {"srun": '"$@"', "scontrol": "echo host0"}
+    commands["fake"] = f'echo {names} "$@" > {tmp_path}/said'
+    env = fakes(tmp_path, commands) | {"SLURM_NTASKS": "8", "PYTHON": str(tmp_path / "fake")}
+    env |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": per_node}
+    script = ROOT / "scripts/slurm/train.sbatch"
+    result = call(script, "enas.search", "seed=1", cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "said").read_text().split() == f"5 1 8 {local} -m enas.search seed=1".split()
 
 
 @pytest.mark.parametrize(
@@ -314,12 +333,7 @@ def test_slurm_tasks_have_their_cores_and_number(given, words, size, tmp_path):
         "srun": f'printf "%s\\n" "$WORLD_SIZE" "$@" > {tmp_path}/said',
         "scontrol": "echo host0",
     }
-    for name, body in commands.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    env |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "h"}
-    env |= given | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env = fakes(tmp_path, commands) | given
     script = ROOT / "scripts/slurm/train.sbatch"
     result = call(script, "train_imagenet.py", "note='two words'", cwd=tmp_path, env=env)
     assert result.returncode == 0, result.stderr
