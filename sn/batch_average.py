@@ -5,9 +5,10 @@ batch norm (Wu and Johnson, 2021): counts weight the batches, the variance is th
 """
 
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,46 +104,20 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     """
     if num_batches < 1:
         raise ValueError(f"num_batches={num_batches}; expected 1 or more")
-    layers = {n: m for n, m in batch_statistics_layers(model).items() if not is_frozen(m)}
+    layers = [m for m in batch_statistics_layers(model).values() if not is_frozen(m)]
     if not layers:
         return 0
-    modes = {module: module.training for module in model.modules()}
-    settings = {
-        layer: (layer.momentum, getattr(layer, "virtual_gpus", None)) for layer in layers.values()
-    }
-    before = {layer: [b.clone() for b in layer.buffers(recurse=False)] for layer in settings}
-    moments = {layer: _Moments(layer) for layer in settings}
-    hooks = [
-        layer.register_forward_hook(moments[layer].add, with_kwargs=True) for layer in settings
-    ]
-    first = next(iter(layers.values()))  # of a model without parameters
-    device = next(model.parameters(), first.running_mean).device
+    moments = {layer: _Moments(layer) for layer in layers}
+    device = next(model.parameters(), layers[0].running_mean).device  # there may be no parameters
     batches = 0
-    try:
-        model.eval()
-        for layer, (_, virtual_gpus) in settings.items():
-            layer.train()
-            layer.momentum = 1.0
-            for old, value in ((layer.running_mean, 0), (layer.running_var, 1)):
-                if not old.isfinite().all():  # momentum 1 would keep it
-                    old.fill_(value)
-            if virtual_gpus is not None:
-                layer.virtual_gpus = 1
+    with _buffers_kept(layers):
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # whose import takes seconds
-                # compiled, the network would be compiled anew for every batch: the hooks count
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for layer in settings:
-                if hasattr(layer, "batch_alone"):
-                    stack.enter_context(layer.batch_alone())
+            stack.enter_context(_each_batch_alone(model, layers))
+            for layer, collected in moments.items():
+                hook = layer.register_forward_hook(collected.add, with_kwargs=True)
+                stack.callback(hook.remove)
             for item in islice(loader, num_batches):
-                inputs = item[0] if isinstance(item, (tuple, list)) and item else item
-                if not isinstance(inputs, torch.Tensor):
-                    raise TypeError(
-                        f"batch_average got {type(item).__name__} from the loader; expected a "
-                        "tensor of inputs, or a tuple or list that starts with one"
-                    )
-                model(inputs.to(device))
+                model(_inputs(item).to(device))
                 batches += 1
         batches = sum_over_processes(torch.tensor(float(batches), device=device))
         for layer, collected in moments.items():
@@ -153,21 +128,63 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
             raise ValueError(
                 f"batch_average got no batch (num_batches={num_batches}); give a loader with images"
             )
-    except BaseException:
-        for layer, buffers in before.items():
-            for buffer, value in zip(layer.buffers(recurse=False), buffers):
-                buffer.copy_(value)
-        raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for layer, (momentum, virtual_gpus) in settings.items():
-            layer.momentum = momentum
-            if virtual_gpus is not None:
-                layer.virtual_gpus = virtual_gpus
-            for (name, buffer), value in zip(layer.named_buffers(recurse=False), before[layer]):
-                if name not in _RUNNING:
-                    buffer.copy_(value)
-        for module, mode in modes.items():
-            module.training = mode
     return int(batches)
+
+
+@contextmanager
+def _buffers_kept(layers: list[nn.Module]) -> Iterator[None]:
+    """Put the layers' buffers back: after an error all, otherwise those that are no statistics."""
+    before = [
+        (layer, name, buffer.clone())
+        for layer in layers
+        for name, buffer in layer.named_buffers(recurse=False)
+    ]
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for layer, name, value in before:
+            if failed or name not in _RUNNING:
+                layer.get_buffer(name).copy_(value)
+
+
+@contextmanager
+def _each_batch_alone(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Let `layers` normalise by the batch and keep its statistics, and all else evaluate."""
+    modes = [(module, module.training) for module in model.modules()]
+    meanwhile = {"momentum": 1.0, "virtual_gpus": 1}
+    own = [(m, key, getattr(m, key)) for m in layers for key in meanwhile if hasattr(m, key)]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.train()
+            for old, value in ((layer.running_mean, 0), (layer.running_var, 1)):
+                if not old.isfinite().all():  # momentum 1 would keep it
+                    old.fill_(value)
+        for layer, key, _ in own:
+            setattr(layer, key, meanwhile[key])
+        with ExitStack() as stack:
+            if "torch._dynamo" in sys.modules:  # whose import takes seconds
+                # compiled, the network would be compiled anew for every batch: the hooks count
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for layer in layers:
+                if hasattr(layer, "batch_alone"):
+                    stack.enter_context(layer.batch_alone())
+            yield
+    finally:
+        for layer, key, value in own:
+            setattr(layer, key, value)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _inputs(item: Any) -> Tensor:
+    """The batch of inputs in what a loader gives."""
+    inputs = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(inputs, Tensor):
+        raise TypeError(
+            f"batch_average got {type(item).__name__} from the loader; expected a tensor of "
+            "inputs, or a tuple or list that starts with one"
+        )
+    return inputs

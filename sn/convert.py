@@ -169,8 +169,29 @@ def _check_layer(where: str, layer: nn.Module) -> None:
 
 def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> nn.Module:
     where = f"{name or 'the model'} ({type(layer).__name__})"
-    fused = hasattr(layer, "act") or hasattr(layer, "drop")
     _check_layer(where, layer)
+    twin = _new_layer(layer, norm, dim, options)
+    if keep_outputs:
+        _check_keeps(where, layer, twin)
+    if isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad:
+        twin.requires_grad_(False)
+    with torch.no_grad():
+        _take_gain_and_shift(layer, twin)
+        if keep_outputs:
+            _take_statistics(layer, twin, gate_start)
+    act, drop = getattr(layer, "act", nn.Identity()), getattr(layer, "drop", nn.Identity())
+    if not (isinstance(act, nn.Identity) and isinstance(drop, nn.Identity)):
+        twin = NormAct(twin, drop, copy.copy(act))
+    for hooks in _HOOKS:  # the dictionaries themselves: handles stay valid
+        setattr(twin, hooks, getattr(layer, hooks))
+    _keep_what_users_set(layer, twin)
+    if is_frozen(layer):
+        freeze(twin)
+    return twin.train(layer.training)
+
+
+def _new_layer(layer: nn.Module, norm, dim: int, options: dict) -> nn.Module:
+    """A fresh `norm` that fits in the place of `layer`, on its device."""
     tensors = [t for t in (layer.running_mean, layer.weight) if t is not None]
     features = tensors[0].shape[0] if tensors else layer.num_features
     dim = next((d for kind, d in _DIMS.items() if isinstance(layer, kind)), dim)
@@ -181,14 +202,8 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         build = partial(build)
     if isinstance(build, partial) and build.func in _NORMS:
         given = options if isinstance(norm, str) else build.keywords
-        inherited = {"affine": layer.weight is not None, "eps": layer.eps}
-        inherited["bias"] = layer.bias is not None
-        if not issubclass(build.func, nn.modules.instancenorm._InstanceNorm):
-            inherited["track_running_stats"] = layer.running_mean is not None
-        for key in ("momentum", "process_group"):
-            if hasattr(layer, key):
-                inherited[key] = getattr(layer, key)
         known = set(_options(build.func)) - set(given)
+        inherited = _inherited(layer, build.func)
         twin = build(features, **{k: v for k, v in inherited.items() if k in known})
         if "virtual_gpus" not in given and hasattr(twin, "virtual_gpus"):
             twin.virtual_gpus = getattr(layer, "virtual_gpus", twin.virtual_gpus)
@@ -199,38 +214,45 @@ def _replacement(name, layer, norm, keep_outputs, gate_start, dim, options) -> n
         twin.bias = None  # torch's norms have the argument only since 2.12
     if tensors:
         twin.to(tensors[0].device, tensors[0].dtype)
-    if keep_outputs:
-        _check_keeps(where, layer, twin)
-    if isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad:
-        twin.requires_grad_(False)
-    with torch.no_grad():
-        for key in ("weight", "bias"):
-            old, value = getattr(layer, key), getattr(twin, key, None)
-            if old is None or value is None:
-                continue
-            both = isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter)
-            if both and old.shape == value.shape:
-                setattr(twin, key, old)
-            else:
-                value.copy_(old)
-        if keep_outputs and layer.running_mean is not None:
-            twin.running_mean.copy_(layer.running_mean)
-            twin.running_var.copy_(layer.running_var)
-            if hasattr(twin, "num_batches_tracked"):  # frozen layers do not count
-                twin.num_batches_tracked.copy_(getattr(layer, "num_batches_tracked", 1))
-        if keep_outputs and isinstance(twin, SwitchNormBase):
-            for control in (twin.mean_weight, twin.var_weight):
-                control.zero_()
-                control[twin.statistics.index("bn")] = gate_start
-    act, drop = getattr(layer, "act", nn.Identity()), getattr(layer, "drop", nn.Identity())
-    if fused and not (isinstance(act, nn.Identity) and isinstance(drop, nn.Identity)):
-        twin = NormAct(twin, drop, copy.copy(act))
-    for hooks in _HOOKS:  # the dictionaries themselves: handles stay valid
-        setattr(twin, hooks, getattr(layer, hooks))
-    _keep_what_users_set(layer, twin)
-    if is_frozen(layer):
-        freeze(twin)
-    return twin.train(layer.training)
+    return twin
+
+
+def _inherited(layer: nn.Module, kind: type[nn.Module]) -> dict:
+    """The arguments that a norm of this kind takes over from `layer`, where it knows them."""
+    affine, bias = layer.weight is not None, layer.bias is not None
+    inherited = {"affine": affine, "bias": bias, "eps": layer.eps}
+    for key in ("momentum", "process_group"):
+        if hasattr(layer, key):
+            inherited[key] = getattr(layer, key)
+    if not issubclass(kind, nn.modules.instancenorm._InstanceNorm):
+        inherited["track_running_stats"] = layer.running_mean is not None
+    return inherited
+
+
+def _take_gain_and_shift(layer: nn.Module, twin: nn.Module) -> None:
+    """Give `twin` the gain and shift of `layer`: the parameters themselves where both have them."""
+    for key in ("weight", "bias"):
+        old, value = getattr(layer, key), getattr(twin, key, None)
+        if old is None or value is None:
+            continue
+        both = isinstance(old, nn.Parameter) and isinstance(value, nn.Parameter)
+        if both and old.shape == value.shape:
+            setattr(twin, key, old)
+        else:
+            value.copy_(old)
+
+
+def _take_statistics(layer: nn.Module, twin: nn.Module, gate_start: float) -> None:
+    """Let `twin` evaluate as `layer`: its running statistics, switchable layers by bn's."""
+    if layer.running_mean is not None:
+        twin.running_mean.copy_(layer.running_mean)
+        twin.running_var.copy_(layer.running_var)
+        if hasattr(twin, "num_batches_tracked"):  # frozen layers do not count
+            twin.num_batches_tracked.copy_(getattr(layer, "num_batches_tracked", 1))
+    if isinstance(twin, SwitchNormBase):
+        for control in (twin.mean_weight, twin.var_weight):
+            control.zero_()
+            control[twin.statistics.index("bn")] = gate_start
 
 
 def _keep_what_users_set(layer: nn.Module, twin: nn.Module) -> None:
