@@ -99,11 +99,11 @@ def batch_average(model: nn.Module, loader: Iterable, num_batches: int = 200) ->
     that `sn.freeze` has frozen stay as they are. Returns the number of batches used by all ranks; a
     model without batch statistics is left alone (0).
 
-    Raises ValueError if no batch came or `num_batches` is below 1, TypeError for other items. The
-    model is unchanged after an error.
+    Raises ValueError if no batch came or `num_batches` is no whole number from 1 on, TypeError for
+    other items. The model is unchanged after an error.
     """
-    if num_batches < 1:
-        raise ValueError(f"num_batches={num_batches}; expected 1 or more")
+    if not hasattr(num_batches, "__index__") or num_batches < 1:
+        raise ValueError(f"num_batches={num_batches}; expected a whole number, 1 or more")
     layers = [m for m in batch_statistics_layers(model).values() if not is_frozen(m)]
     if not layers:
         return 0

@@ -17,7 +17,8 @@ from .norms import NORMS, FrozenBatchNorm, NoNorm, _options, make_norm
 from .running import RunningNorm
 
 _DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
-_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")  # torchvision's, timm's, Detectron2's
+# ours; torchvision's, Detectron2's; timm's
+_FROZEN = ("FrozenBatchNorm", "FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -58,15 +59,16 @@ def convert(
 ) -> nn.Module:
     """Return `model` with `norm` in place of every batch norm, in place below the top.
 
-    Batch norm is torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, our own, timm's fused
-    BatchNormAct2d (dropout and activation stay) and its synchronised form, and FrozenBatchNorm2d,
-    whose replacement learns. `norm` and `options` are those of `make_norm`, or a callable; eps,
-    momentum, process group and virtual GPUs are the replaced layer's unless given (a callable that
-    is none of our classes and not from `make_norm` gets the number of channels alone). Gain and
-    shift stay the same parameters, ties and an optimizer's reference included; a missing one,
-    device, dtype, mode, `freeze`, forward and backward hooks and what a user has set on the layer
-    are kept wherever the new norm has their like. Control parameters are new to an optimizer; they
-    do not learn if the layer's gain does not.
+    Batch norm is torch's BatchNorm1d, 2d, 3d and SyncBatchNorm, our GhostBatchNorm, timm's fused
+    BatchNormAct2d (dropout and activation stay) and its synchronised form, and the frozen ones,
+    FrozenBatchNorm2d and ours, whose replacement learns; not BRN and BKN. `norm` and `options` are
+    those of `make_norm`, or a callable; eps, momentum, process group and virtual GPUs are the
+    replaced layer's unless given (a callable that is none of our classes and not from `make_norm`
+    gets the number of channels alone). Gain and shift stay the same parameters, ties and an
+    optimizer's reference included; a missing one, device, dtype, mode, `freeze`, forward and
+    backward hooks and what a user has set on the layer are kept wherever the new norm has their
+    like. Control parameters are new to an optimizer; they do not learn if the layer's gain does
+    not.
 
     Args:
         keep_outputs: also keep the running statistics, and start switchable layers with bn's
@@ -79,15 +81,20 @@ def convert(
             deviation.
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
 
-    Raises TypeError for a `model` that is no module, ValueError, with `model` unchanged, if
-    keep_outputs cannot hold for the norm, for a gate_start without it or out of 0 to 100, and for a
-    batch norm that is lazy, of an unknown class, scripted, of a model in DistributedDataParallel or
-    FSDP (convert before), or with what would be lost: a parametrised, normalised or pruned gain,
-    further parameters, hooks of its state dict. Warns if there is no batch norm.
+    Raises TypeError for a `model` that is no module or a `norm` that is one, ValueError, with
+    `model` unchanged, if keep_outputs cannot hold for the norm, for a gate_start without it or out
+    of 0 to 100, and for a batch norm that is lazy, of an unknown class, scripted, of a model in
+    DistributedDataParallel or FSDP (convert before), or with what would be lost: a parametrised,
+    normalised or pruned gain, further parameters, hooks of its state dict. Warns if there is no
+    batch norm.
     """
     if not isinstance(model, nn.Module):
         got = getattr(model, "__name__", repr(model))
         raise TypeError(f"sn.convert got {got} ({type(model).__name__}); expected an nn.Module")
+    if isinstance(norm, nn.Module):
+        raise TypeError(
+            f"norm is a layer, {type(norm).__name__}; give its class, a name or make_norm(...)"
+        )
     if not 0 <= gate_start <= 100:
         raise ValueError(f"gate_start={gate_start}; expected a number, 0 to 100")
     if gate_start != 8.0 and not keep_outputs:
@@ -102,7 +109,7 @@ def convert(
     if not new:
         warnings.warn(
             f"sn.convert: {type(model).__name__} has no batch norm, nothing was converted; it "
-            "looks for BatchNorm1d, 2d, 3d, SyncBatchNorm, FrozenBatchNorm2d, timm's and our own",
+            "looks for BatchNorm1d, 2d, 3d, SyncBatchNorm, FrozenBatchNorm2d, timm's and ours",
             stacklevel=2,
         )
     for parent in list(model.modules()):

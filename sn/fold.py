@@ -38,7 +38,7 @@ def fold(model: nn.Module) -> nn.Module:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's own code raises on symbols
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"torch.fx cannot trace the model ({reason}); fold its parts") from error
     calls = [node for node in graph.nodes if node.op == "call_module"]
     uses = Counter(model.get_submodule(node.target) for node in calls)
@@ -54,8 +54,9 @@ def fold(model: nn.Module) -> nn.Module:
         plain = _is_plain(conv) and weight is not None and not {node.target, before.target} & read
         if plain and len(before.users) == 1 and uses[conv] == uses[norm] == owners[id(weight)] == 1:
             _absorb(conv, norm)
-            parent, _, name = node.target.rpartition(".")
-            model.get_submodule(parent)._modules[name] = NoNorm(weight.shape[0]).eval()
+            # the layer itself: the network may hold it under further names, or in a list
+            norm.__dict__ = NoNorm(weight.shape[0]).eval().__dict__
+            norm.__class__ = NoNorm
     return model
 
 

@@ -11,6 +11,8 @@ The attribute `trains_on_running` says that training forwards use the running st
 processes must agree on them after every step.
 """
 
+import inspect
+
 from torch import nn
 
 
@@ -32,6 +34,8 @@ def connect(model: nn.Module) -> nn.Module:
 
     To be called once on a finished network; without such layers nothing happens.
     """
-    for connect_layers in {m.connect for m in model.modules() if hasattr(m, "connect")}:
+    found = [inspect.getattr_static(layer, "connect", None) for layer in model.modules()]
+    # a network's own method of that name is something else
+    for connect_layers in {f.__func__ for f in found if isinstance(f, staticmethod)}:
         connect_layers(model)
     return model

@@ -424,14 +424,18 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
     """Let every batch-dependent layer treat a training batch as `virtual_gpus` groups.
 
-    Raises ValueError if one cannot, such as a plain nn.BatchNorm2d.
+    Frozen and synchronised switchable layers have no groups and stay as they are. Raises
+    ValueError if a layer cannot, such as a plain nn.BatchNorm2d.
     """
+    from .freezing import is_frozen  # which needs this module
+
     check_virtual_gpus(virtual_gpus)
     layers = [m for m in model.modules() if hasattr(m, "virtual_gpus")]
     foreign = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and not hasattr(layer, "virtual_gpus")
+        if isinstance(layer, _BatchNorm)
+        and not (hasattr(layer, "virtual_gpus") or is_frozen(layer))
     ]
     if foreign and virtual_gpus > 1:
         raise ValueError(

@@ -337,7 +337,7 @@ TIMED = [(BF16, True), (F32, False)]
 
 
 def examine(device: torch.device, cases: list[Case], timed: list[tuple]) -> dict:
-    """The verdict on `cases` (by default all) and the times of `timed`; prints where it is."""
+    """The verdict on `cases` and the times of `timed`; prints where it is."""
     from . import cuda
 
     try:  # no compiler, no driver, no memory: not the kernels' doing

@@ -306,13 +306,13 @@ def unfreeze_gates(model: nn.Module, share: float | None = None) -> list[str]:
     """Let settled sparse layers learn again, from radius 0; return their names.
 
     The importance weights restart with `share` for the choice and the rest in equal parts; None:
-    all equal.
+    all equal. Layers that `sn.freeze` has frozen stay as they are.
     """
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share={share}; expected a number between 0 and 1, or None")
     thawed = []
     for name, layer in named_layers(model):
-        if not isinstance(layer, SparseSwitchNormBase):
+        if not isinstance(layer, SparseSwitchNormBase) or is_frozen(layer):
             continue
         layer.radius.zero_()
         pairs = ((layer.mean_weight, layer.mean_choice), (layer.var_weight, layer.var_choice))

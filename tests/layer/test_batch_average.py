@@ -171,7 +171,7 @@ def test_no_batch(norm, loader):
 def test_what_is_no_batch_is_named(item, number):
     model = network("sn")
     before = state(model)
-    kind = "num_batches=0; expected 1" if number == 0 else f"got {type(item).__name__} from the"
+    kind = "num_batches=0; expected a whole number" if number == 0 else f"got {type(item).__name__} from the"
     with pytest.raises((TypeError, ValueError), match=kind):
         batch_average(model, [item], number)
     for name, value in before[2].items():
@@ -318,3 +318,9 @@ def test_sparse_layers_do_not_choose():
         layer.mean_weight.copy_(torch.tensor([3.0, 0.0, 0.0]))
     batch_average(layer, [torch.randn(4, 3, 5, 5)], 1)
     assert layer.mean_choice.sum() == 0 and layer.running_mean.abs().sum() > 0
+
+
+@pytest.mark.parametrize("count", [2.5, None])
+def test_the_number_of_batches_is_whole(count):
+    with pytest.raises(ValueError, match=f"num_batches={count}"):
+        sn.batch_average(nn.BatchNorm2d(3), [torch.randn(2, 3, 4, 4)], count)

@@ -332,3 +332,19 @@ def test_another_train_method_is_no_freeze():
     layer.train = lambda mode=True: layer
     converted = sn.convert(nn.Sequential(layer), "sn")[0]
     assert all(p.requires_grad for p in converted.parameters())
+
+
+def test_our_frozen_batch_norm_is_converted_with_its_outputs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), sn.FrozenBatchNorm(4)).double()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(model[1], name).copy_(torch.rand(4) + 0.5)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    wanted = model(x)
+    twin = sn.convert(model, "sn", keep_outputs=True, gate_start=50).eval()
+    assert type(twin[1]) is sn.SwitchNorm2d
+    torch.testing.assert_close(twin(x), wanted)
+
+
+def test_a_layer_instead_of_its_class_is_refused():
+    with pytest.raises(TypeError, match="SwitchNorm2d"):
+        sn.convert(nn.Sequential(nn.BatchNorm2d(4)), sn.SwitchNorm2d(4))

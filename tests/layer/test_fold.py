@@ -176,3 +176,36 @@ def test_what_a_layer_does_beside_is_not_lost(make):
     assert count(folded, sn.NoNorm) == 0
     x = oracle.values((2, 3, 6, 6))
     torch.testing.assert_close(folded(x), model(x))
+
+
+class Aliased(nn.Module):
+    """Holds its norm twice: by name, and in a Sequential or a plain list."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.steps = kind([self.conv, self.bn])
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [list, nn.ModuleList])
+def test_norms_that_the_network_holds_twice_are_applied_once(kind):
+    model = randomised(Aliased(kind))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    folded = sn.fold(model)
+    assert type(folded.bn) is sn.norms.NoNorm and folded.steps[1] is folded.bn
+    torch.testing.assert_close(copy.deepcopy(folded)(x), model(x))
+    assert type(model.bn) is nn.BatchNorm2d
+
+
+def test_a_network_that_refuses_symbols_without_a_word_is_named():
+    class Refuses(nn.Module):
+        def forward(self, x):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"cannot trace the model \(NotImplementedError\)"):
+        sn.fold(Refuses())

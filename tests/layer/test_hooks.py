@@ -75,3 +75,15 @@ def test_a_statistic_that_no_kernel_knows_is_left_to_the_formula(monkeypatch):
     tensors = (torch.randn(2, 3, 4, 4), weights, weights, None, None, None, None)
     assert (kernels.switch_norm_act(tensors, options) == 7).all()
     assert calls == [("in", "pixel")]
+
+
+def test_a_method_of_the_networks_own_called_connect_is_left_alone():
+    class Client(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(4)
+
+        def connect(self, host):
+            raise AssertionError(host)
+
+    assert isinstance(sn.convert(Client()).bn, sn.SwitchNorm2d)

@@ -328,3 +328,17 @@ def test_gates_that_are_not_finite_give_what_is_not_finite(value):
     assert all(math.isnan(weight) for weight in weights["mean"].values())
     assert sum(weights["var"].values()) == pytest.approx(1)
     assert layer.mean_choice.sum() == 0
+
+
+def test_frozen_layers_stay_settled():
+    model = nn.Sequential(sn.SparseSwitchNorm2d(4), sn.SparseSwitchNorm2d(4))
+    with torch.no_grad():
+        for layer in model:
+            layer.mean_weight.copy_(torch.tensor([0.1, 0.7, 0.2]))
+    sn.begin_step(model, 1.0)
+    model(torch.randn(2, 4, 3, 3))
+    sn.freeze(model[0])
+    x = torch.randn(2, 4, 3, 3)
+    before = model[0](x)
+    assert sn.unfreeze_gates(model) == ["1"]
+    assert torch.equal(model[0](x), before)

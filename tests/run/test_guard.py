@@ -118,3 +118,12 @@ def test_what_counts_as_waiting(synchronisations):
     with synchronisations() as found:
         torch.where(one > 0, one, one + 1).sum()
     assert not found
+
+
+@pytest.mark.parametrize("values, what", [
+    ([0.5, float("inf"), 3.0], "loss"), ([0.5, 1.0, float("inf")], "gradient"),
+    ([float("nan")], "loss"),
+])  # fmt: skip
+def test_any_of_several_losses_is_called_a_loss(values, what):
+    with pytest.raises(FloatingPointError, match=f"^{what} is not finite"):
+        FiniteGuard().allows(torch.tensor(values), nn.Linear(2, 2), "step 3")

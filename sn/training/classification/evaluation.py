@@ -18,7 +18,7 @@ from .task import Task
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[str, float]:
-    """Return {"loss", "top1", "top5"}, the last two in percent; the model's mode is restored.
+    """Return {"loss", "top1", "top5"}, the last two in percent; all modes are restored.
 
     `batches` holds this process's share of the images, `to_device` moves images or labels; an image
     with a negative label does not count. Raises ValueError if none counts. Warns about layers whose
@@ -31,24 +31,27 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
             f"variance 1), first {untrained[0]!r}; train a step or call sn.batch_average",
             stacklevel=2,
         )
-    training = model.training
-    model.eval()
     totals = None
-    for images, labels in batches:
-        labels = to_device(labels)
-        logits = model(to_device(images)).double()
-        logits, labels = logits[labels >= 0], labels[labels >= 0]
-        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        batch = torch.stack(
-            [
-                F.cross_entropy(logits, labels, reduction="sum"),
-                ranks[:, 0].sum().double(),
-                ranks.any(1).sum().double(),
-                torch.tensor(float(len(labels)), device=logits.device, dtype=torch.float64),
-            ]
-        )
-        totals = batch if totals is None else totals + batch
-    model.train(training)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for images, labels in batches:
+            labels = to_device(labels)
+            logits = model(to_device(images)).double()
+            logits, labels = logits[labels >= 0], labels[labels >= 0]
+            ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            batch = torch.stack(
+                [
+                    F.cross_entropy(logits, labels, reduction="sum"),
+                    ranks[:, 0].sum().double(),
+                    ranks.any(1).sum().double(),
+                    torch.tensor(float(len(labels)), device=logits.device, dtype=torch.float64),
+                ]
+            )
+            totals = batch if totals is None else totals + batch
+    finally:
+        for module, mode in modes:
+            module.training = mode
     if totals is None:  # more processes than images
         totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     loss, top1, top5, count = sum_over_processes(totals).tolist()

@@ -154,8 +154,13 @@ def describe(
     again: Callable | None = None,
     norms: Tensor | None = None,
 ) -> str:
-    """What is not finite, and the first place that can be found."""
-    what = "loss" if not torch.isfinite(values.flatten()[0]) else "gradient"
+    """What is not finite, and the first place that can be found.
+
+    The last of several `values` is the gradients' norm, the others are losses.
+    """
+    values = values.flatten()
+    losses = values[:-1] if len(values) > 1 else values
+    what = "gradient" if torch.isfinite(losses).all() else "loss"
     bad = _first_bad_tensor(model.named_buffers()) or _first_bad_tensor(model.named_parameters())
     if bad is None and again is not None:
         layer = first_bad_layer(model, again)

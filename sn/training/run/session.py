@@ -511,8 +511,10 @@ class Session:
         layer gone bad, if none of these is left; `again` repeats the forward pass to find it.
         """
         values = losses.detach().double().view(-1)
+        norm = values.new_zeros(1)
         if not self.scaler.is_enabled():  # which sees to infinite gradients itself
-            values = torch.cat([values, gradient_norm(model).to(values).view(1)])
+            norm = gradient_norm(model).to(values).view(1)
+        values = torch.cat([values, norm])
         allowed = self.guard.allows(values, model, self.where, again)
         if not allowed:
             self._say_skipped(self.where)
