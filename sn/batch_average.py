@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .freezing import is_frozen
+from .freezing import is_frozen, modes_kept
 from .modules import SwitchNormBase
 from .running import RunningNorm
 
@@ -152,31 +152,24 @@ def _buffers_kept(layers: list[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _each_batch_alone(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
     """Let `layers` normalise by the batch and keep its statistics, and all else evaluate."""
-    modes = [(module, module.training) for module in model.modules()]
     meanwhile = {"momentum": 1.0, "virtual_gpus": 1}
-    own = [(m, key, getattr(m, key)) for m in layers for key in meanwhile if hasattr(m, key)]
-    try:
+    with modes_kept(model), ExitStack() as stack:
         model.eval()
         for layer in layers:
             layer.train()
+            for key, value in meanwhile.items():
+                if hasattr(layer, key):
+                    stack.callback(setattr, layer, key, getattr(layer, key))
+                    setattr(layer, key, value)
             for old, value in ((layer.running_mean, 0), (layer.running_var, 1)):
                 if not old.isfinite().all():  # momentum 1 would keep it
                     old.fill_(value)
-        for layer, key, _ in own:
-            setattr(layer, key, meanwhile[key])
-        with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # whose import takes seconds
-                # compiled, the network would be compiled anew for every batch: the hooks count
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for layer in layers:
-                if hasattr(layer, "batch_alone"):
-                    stack.enter_context(layer.batch_alone())
-            yield
-    finally:
-        for layer, key, value in own:
-            setattr(layer, key, value)
-        for module, mode in modes:
-            module.training = mode
+            if hasattr(layer, "batch_alone"):
+                stack.enter_context(layer.batch_alone())
+        if "torch._dynamo" in sys.modules:  # whose import takes seconds
+            # compiled, the network would be compiled anew for every batch: the hooks count
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def _inputs(item: Any) -> Tensor:

@@ -1,5 +1,7 @@
 """Freeze a network or a part of it, running statistics included."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from torch import nn
@@ -46,3 +48,14 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _stay_in_evaluation(layer: nn.Module, mode: bool = True) -> nn.Module:
     """`layer.train(mode)` of a frozen layer; children (an activation) stay in evaluation too."""
     return type(layer).train(layer, False)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` back into its mode at the end, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

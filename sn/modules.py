@@ -424,8 +424,8 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
     """Let every batch-dependent layer treat a training batch as `virtual_gpus` groups.
 
-    Frozen and synchronised switchable layers have no groups and stay as they are. Raises
-    ValueError if a layer cannot, such as a plain nn.BatchNorm2d.
+    It has no effect on synchronised switchable layers. Raises ValueError if a layer that is not
+    frozen cannot, such as a plain nn.BatchNorm2d.
     """
     from .freezing import is_frozen  # which needs this module
 

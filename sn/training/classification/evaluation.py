@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...batch_average import batch_average, batch_statistics_layers
+from ...freezing import modes_kept
 from ..run.distributed import sum_over_processes, untrained_statistics
 from ..run.session import Session
 from .data import TransformedImages, batch_average_batches, make_loader
@@ -32,9 +33,8 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
             stacklevel=2,
         )
     totals = None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         for images, labels in batches:
             labels = to_device(labels)
             logits = model(to_device(images)).double()
@@ -49,9 +49,6 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
                 ]
             )
             totals = batch if totals is None else totals + batch
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if totals is None:  # more processes than images
         totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     loss, top1, top5, count = sum_over_processes(totals).tolist()

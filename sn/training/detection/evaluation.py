@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+from ...freezing import modes_kept
 from ..run.distributed import in_group
 from .data import CocoImages
 from .detectors import image_masks
@@ -39,19 +40,18 @@ def detect(
     before. The model resizes the images itself and is in evaluation mode meanwhile. Images of one
     batch are padded to a common size, which norms over space see: one at a time is what users get.
     """
-    training = model.training
-    model.eval()
     results = []
     images.unread = set()
-    for indices in batches:
-        read = {images.images[index]["id"]: images.picture(index) for index in indices}
-        pictures = {id: picture for id, picture in read.items() if picture is not None}
-        images.unread |= read.keys() - pictures.keys()
-        inputs = [to_device(picture.float() / 255) for picture in pictures.values()]
-        for id, found in zip(pictures, model(inputs) if inputs else []):
-            masks = image_masks(found, *pictures[id].shape[1:])
-            results += coco_results(found, id, images.file.category_ids, masks)
-    model.train(training)
+    with modes_kept(model):
+        model.eval()
+        for indices in batches:
+            read = {images.images[index]["id"]: images.picture(index) for index in indices}
+            pictures = {id: picture for id, picture in read.items() if picture is not None}
+            images.unread |= read.keys() - pictures.keys()
+            inputs = [to_device(picture.float() / 255) for picture in pictures.values()]
+            for id, found in zip(pictures, model(inputs) if inputs else []):
+                masks = image_masks(found, *pictures[id].shape[1:])
+                results += coco_results(found, id, images.file.category_ids, masks)
     return results
 
 

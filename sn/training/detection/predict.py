@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from ...freezing import modes_kept
 from ..run import distributed
 from ..run.checkpoint import load_weights, plain_names
 from ..run.display import say
@@ -172,12 +173,10 @@ def read_picture(path: Path, max_size: int) -> Tensor:
 
 @torch.no_grad()
 def find(model: nn.Module, picture: Tensor, precision: Precision) -> dict[str, Tensor]:
-    """Detections on one uint8 picture (3, H, W), on the CPU; the model's mode is restored."""
-    training = model.training
-    model.eval()
-    with precision.autocast():
+    """Detections on one uint8 picture (3, H, W), on the CPU; all modes are restored."""
+    with modes_kept(model), precision.autocast():
+        model.eval()
         (found,) = model([precision.to_device(picture.float() / 255)])
-    model.train(training)
     return {key: value.cpu() for key, value in found.items()}
 
 
