@@ -47,6 +47,20 @@ def check_num_groups(num_groups: int | None, num_features: int) -> None:
         )
 
 
+def check_channels(layer: str, x: Tensor, num_features: int) -> None:
+    """Raise ValueError unless `x` (N, C, ...) has the channels of `layer`, the class's name."""
+    if x.shape[1] != num_features:
+        raise ValueError(
+            f"{layer}(num_features={num_features}) got input of shape {tuple(x.shape)} with "
+            f"{x.shape[1]} channels"
+        )
+
+
+def groups_of_vector(size: int) -> int:
+    """The most groups, up to 8, that have a multiple of 4 entries each; 1 if there are none."""
+    return max(g for g in range(1, 9) if size % (4 * g) == 0 or g == 1)
+
+
 def check_virtual_gpus(virtual_gpus: int, batch: int = 0) -> None:
     """Raise ValueError unless a batch splits into `virtual_gpus` equal groups."""
     if not isinstance(virtual_gpus, Integral) or virtual_gpus < 1:
@@ -121,8 +135,9 @@ def switch_norm(
     All variances are biased; an instance of one value has variance 0. Statistics, importance
     weights and the division are computed in at least float32; the output has the dtype of `x`.
 
-    Raises ValueError for a wrong dimension, a wrong number of channels or control parameters, one
-    running statistic alone, no momentum for them, or a batch that does not split.
+    Raises ValueError for an unknown statistic, groups that do not divide, an x that is not of
+    floating point or has less than two dimensions, a wrong number of channels or control
+    parameters, one running statistic alone, no momentum for them, or a batch that does not split.
 
     Source: equations 2 to 4. Differs: layer, group and batch variances use the law of total
     variance instead of the paper's mean(var + mean^2) - mean^2: the same number, without

@@ -11,7 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 from . import functional
-from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
+from .functional import (
+    canonical_statistics,
+    check_channels,
+    check_num_groups,
+    check_virtual_gpus,
+    groups_of_vector,
+)
 from .kernels import Options, switch_norm_act
 from .running import CountsBatches, count_batch, warn_of_update_bn
 from .tracing import Proxy, Traceable
@@ -197,11 +203,7 @@ class SwitchNormBase(Traceable, CountsBatches):
                 f"{type(self).__name__} expects input of shape {self.input_shape}, "
                 f"got {x.dim()}-D input of shape {tuple(x.shape)}"
             )
-        if x.shape[1] != self.num_features:
-            raise ValueError(
-                f"{type(self).__name__}(num_features={self.num_features}) got input of shape "
-                f"{tuple(x.shape)} with {x.shape[1]} channels"
-            )
+        check_channels(type(self).__name__, x, self.num_features)
         if self.training and "bn" in self.statistics:
             check_virtual_gpus(self.virtual_gpus, x.shape[0])
 
@@ -340,7 +342,10 @@ class SwitchNormRecurrent(SwitchNormBase):
     """LN + GN for the vectors (B, D) of a recurrent network; B may be 1.
 
     No batch statistics, so training and evaluation are the same function. `num_groups`, for gn,
-    must divide D. Source: section 4.4 (the ENAS controller).
+    must divide D; None is the most up to 8 that have a multiple of 4 entries each. Source: section
+    4.4 (the ENAS controller).
+
+    Raises ValueError for groups that do not divide or are not used, and for another statistic.
     """
 
     input_dims = (2,)
@@ -364,6 +369,8 @@ class SwitchNormRecurrent(SwitchNormBase):
                 f"SwitchNormRecurrent has no {foreign[0]!r} statistic; "
                 f"choose a non-empty subset of ('ln', 'gn')"
             )
+        if num_groups is None and "gn" in statistics:
+            num_groups = groups_of_vector(num_features)
         super().__init__(
             num_features,
             eps,
@@ -372,7 +379,7 @@ class SwitchNormRecurrent(SwitchNormBase):
             dtype=dtype,
             bias=bias,
             statistics=statistics,
-            num_groups=num_groups if "gn" in statistics else None,
+            num_groups=num_groups,
         )
 
 
@@ -427,16 +434,9 @@ def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
     It has no effect on synchronised switchable layers. Raises ValueError if a layer that is not
     frozen cannot, such as a plain nn.BatchNorm2d.
     """
-    from .freezing import is_frozen  # which needs this module
-
     check_virtual_gpus(virtual_gpus)
     layers = [m for m in model.modules() if hasattr(m, "virtual_gpus")]
-    foreign = [
-        name
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm)
-        and not (hasattr(layer, "virtual_gpus") or is_frozen(layer))
-    ]
+    foreign = layers_without_groups(model)
     if foreign and virtual_gpus > 1:
         raise ValueError(
             f"{foreign[0]!r} takes batch statistics but does not know virtual GPUs; "
@@ -444,6 +444,18 @@ def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
         )
     for layer in layers:
         layer.virtual_gpus = virtual_gpus
+
+
+def layers_without_groups(model: nn.Module) -> list[str]:
+    """Names of the layers that train on batch statistics, but do not know virtual GPUs."""
+    from .freezing import is_frozen  # which needs this module
+
+    return [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, _BatchNorm)
+        and not (hasattr(layer, "virtual_gpus") or is_frozen(layer))
+    ]
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
@@ -482,7 +494,7 @@ def parameter_groups(
     numbers = {"lr": lr, "weight_decay": weight_decay}
     numbers |= {"gate_lr_factor": gate_lr_factor, "gate_weight_decay": gate_weight_decay}
     for name, value in numbers.items():
-        if not value >= 0:
+        if value is None or not value >= 0:
             raise ValueError(f"{name}={value}; expected 0 or more")
     common = {"params": trainable, "lr": lr, "weight_decay": weight_decay, "lr_factor": 1.0}
     if gate_lr_factor == 1.0 and gate_weight_decay == weight_decay:

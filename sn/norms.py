@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import canonical_statistics, check_num_groups, check_virtual_gpus
+from .functional import (
+    canonical_statistics,
+    check_channels,
+    check_num_groups,
+    check_virtual_gpus,
+)
 from .kernels import batch_norm
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from .running import count_batch, like_in_memory
@@ -41,8 +46,8 @@ class _VirtualGPUs(Traceable):
             return super().forward(x)
         self._check_input_dim(x)
         check_virtual_gpus(groups, x.shape[0])
-        fits = x.shape[1] == self.num_features
-        found = batch_norm(x, self.weight, self.bias, self.eps, groups) if fits else None
+        check_channels(type(self).__name__, x, self.num_features)
+        found = batch_norm(x, self.weight, self.bias, self.eps, groups)
         if found is not None:
             if self.track_running_stats:
                 self._update_running_stats(*found[1:])
@@ -231,11 +236,11 @@ def make_norm(name: str, *, dim: int = 2, **options) -> Callable[[int], nn.Modul
     layers, defaults = NORMS[name]
     if dim not in layers:
         raise ValueError(f"dim={dim} for norm {name!r}; choose one of {sorted(layers)}")
-    options = {**defaults, **options}
-    valid = _options(layers[dim])
+    valid = [option for option in _options(layers[dim]) if (name, option) != ("ln", "num_groups")]
     for option in options:
         if option not in valid:
             raise TypeError(f"norm {name!r} has no option {option!r}; choose from {valid}")
+    options = {**defaults, **options}
     for option in ("r_images", "d_images"):  # a config's list
         if option in options:
             options[option] = tuple(options[option])

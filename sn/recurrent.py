@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import check_num_groups
+from .functional import check_num_groups, groups_of_vector
 from .modules import SwitchNormRecurrent
 from .norms import AutoGroupNorm, NoNorm
 from .tracing import Proxy, Traceable
@@ -164,6 +164,7 @@ class SwitchNormLSTM(Traceable, nn.LSTM):
         x = input if batched else input[:, None]
         x = x.transpose(0, 1) if batched and self.batch_first else x
         if hx is not None and not batched:
+            _check_states(*hx, (len(self.norms), self.hidden_size))
             hx = (hx[0][:, None], hx[1][:, None])
         length, batch = x.shape[:2]
         if length == 0:
@@ -231,7 +232,7 @@ def _place_norms(norm, hidden_size, num_groups, places, per_gate, eps, factory) 
     if norm == "none":
         return nn.ModuleDict()
     if num_groups is None:
-        num_groups = max(g for g in range(1, 9) if hidden_size % (4 * g) == 0 or g == 1)
+        num_groups = groups_of_vector(hidden_size)
     check_num_groups(num_groups, hidden_size)
 
     def make(size: int) -> nn.Module:

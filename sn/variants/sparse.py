@@ -41,9 +41,13 @@ def sparsestmax(z: Tensor, radius: Tensor | float) -> Tensor:
     Radius 0 is sparsemax; from sqrt((K - 1) / K) on the result is one-hot. Equal weights have no
     direction to move in and stay equal. No branch depends on a value.
 
+    Raises ValueError if `z` is not a vector.
+
     Source: section 3.2. Differs: the official code divides by zero at equal weights, or takes the
     direction of a rounding error.
     """
+    if z.dim() != 1:
+        raise ValueError(f"expected z of shape (K,), got {tuple(z.shape)}")
     point, before = z, None
     tie = (16 * torch.finfo(z.dtype).eps) ** 2  # nearer to the middle is rounding
     square = torch.as_tensor(radius, dtype=z.dtype, device=z.device).square()

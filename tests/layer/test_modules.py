@@ -432,6 +432,10 @@ def test_recurrent_construction():
         "var_weight",
     }
     assert sn.SwitchNormRecurrent(8, 4, eps=1e-3).eps == 1e-3
+    for size, groups in ((64, 8), (40, 5), (24, 6), (12, 3), (8, 2), (4, 1), (6, 1)):  # of 4 k each
+        assert sn.SwitchNormRecurrent(size).num_groups == groups
+    with pytest.raises(ValueError, match="num_groups=4 needs 'gn'"):
+        sn.SwitchNormRecurrent(8, 4, statistics="ln")
     with pytest.raises(ValueError, match=r"(?s)(?=.*\b3\b)(?=.*1, 2, 4,? (or |and )?8)"):
         sn.SwitchNormRecurrent(8, 3)
     for name in ("in", "bn", "xn"):
@@ -727,6 +731,8 @@ def test_parameter_groups_refuse_what_optimizers_do(name, value):
     arguments = {"lr": 0.1, "weight_decay": 1e-4, name: value}
     with pytest.raises(ValueError, match=f"{name}={value}; expected 0 or more"):
         sn.parameter_groups(sn.SwitchNorm2d(2), **arguments)
+    with pytest.raises(ValueError, match="weight_decay=None; expected 0 or more"):
+        sn.parameter_groups(sn.SwitchNorm2d(2), 0.1, None)
 
 
 def test_parameter_groups_of_a_shared_layer_hold_it_once():

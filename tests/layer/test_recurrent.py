@@ -299,6 +299,9 @@ def test_bad_input_is_named():
         cell(torch.randn(3, 5), (torch.randn(3, 8), torch.randn(2, 8)))
     with pytest.raises(ValueError, match=r"\(L, B, D\).*D=5"):
         layer(torch.randn(4, 3, 6))
+    states = (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))  # of a batch
+    with pytest.raises(ValueError, match=r"h of shape \(1, 8\), got \(1, 2, 8\)"):
+        layer(torch.randn(4, 5), states)
     packed = nn.utils.rnn.pack_sequence([torch.randn(4, 6), torch.randn(2, 6)])
     with pytest.raises(ValueError, match="PackedSequence.*D=5"):
         layer(packed)

@@ -84,6 +84,11 @@ def test_sparsemax_is_the_projection():
     torch.testing.assert_close(sparsemax(tied), torch.tensor([0.5, 0.5, 0.0]))
 
 
+def test_sparsestmax_is_of_vectors():
+    with pytest.raises(ValueError, match=r"\(K,\), got \(2, 3\)"):
+        sn.sparsestmax(torch.ones(2, 3), 0.5)
+
+
 @pytest.mark.parametrize("radius", [0.0, 0.3, 0.5, 0.65])
 def test_gradients_of_sparsestmax(radius):
     rng = np.random.default_rng(3)

@@ -128,6 +128,17 @@ def test_synchronised_norm_is_refused(emulation):
     assert prepare_setting(model, 8, 2, emulation, 8) == ("none", 1)
 
 
+def test_frozen_foreign_layers_are_no_matter_and_batches_without_a_running_mean_are():
+    frozen = nn.Sequential(sn.freeze(nn.BatchNorm2d(4)), sn.freeze(nn.SyncBatchNorm(4)))
+    model = nn.Sequential(frozen, sn.SwitchNorm2d(4))
+    assert prepare_setting(model, 8, 2, "auto", 2) == ("grouped", 1)
+    assert model[1].virtual_gpus == 4
+    model[0] = nn.BatchNorm2d(4, track_running_stats=False)
+    assert prepare_setting(model, 8, 2, "auto", 2) == ("accumulated", 4)
+    with pytest.raises(ValueError, match="0 takes batch statistics"):
+        prepare_setting(model, 8, 2, "grouped", 2)
+
+
 def test_foreign_batch_norm_is_accumulated():
     model = nn.Sequential(nn.BatchNorm2d(4))
     assert prepare_setting(model, 8, 2, "auto", 2) == ("accumulated", 4)

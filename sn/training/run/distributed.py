@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ... import kernels
 from ...batch_average import batch_statistics_layers, sum_over_processes
 from ...kernels import check
-from ...modules import SwitchNormBase, set_virtual_gpus
+from ...modules import SwitchNormBase, layers_without_groups, set_virtual_gpus
 from .lock import Busy
 
 TORCHRUN = "start it with torchrun (scripts/launch.sh), or unset that"
@@ -239,17 +239,13 @@ def prepare_setting(
     virtual_gpus = gpus // world_size
     if virtual_gpus == 1:
         return "none", 1
-    synchronised = [n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    ungrouped = layers_without_groups(model)
+    synchronised = [n for n in ungrouped if isinstance(model.get_submodule(n), nn.SyncBatchNorm)]
     if synchronised:
         raise ValueError(
             f"{synchronised[0]} is a synchronised norm; it needs one process per GPU "
             f"({gpus} processes, not {world_size}), neither groups nor accumulation emulate it"
         )
-    ungrouped = [
-        name
-        for name, layer in batch_statistics_layers(model).items()
-        if not hasattr(layer, "virtual_gpus")
-    ]
     if emulation == "grouped" and ungrouped:
         raise ValueError(
             f"{ungrouped[0]} takes batch statistics but does not know virtual GPUs; "
