@@ -62,7 +62,7 @@ def train(config: StyleConfig) -> dict:
         need = run.warn_of(lambda: needs(task, run))
         run.begin(
             parts={"model": task.model, "optimizer": task.optimizer, "scaler": run.scaler},
-            identity={"identity": task.identity()},
+            identity={"identity": task.identity() | task.length()},
             facts=task.facts,
             headline=("loss",),
             steps=config.schedule.steps,

@@ -220,28 +220,30 @@ def train_controller(task: SearchTask, run: Session, epoch: int) -> None:
         entropy, log_prob = samples.entropy.item(), samples.log_prob.item()
         reward = accuracy + options.entropy_weight * entropy
         progress.baseline = baseline.update(reward)
-        norm = 0.0
+        norm: float | None = 0.0
         if task.controller is not None:
             norm = controller_step(task, run, samples, reward, progress.baseline)
         progress.add(accuracy=accuracy, reward=reward, entropy=entropy, log_prob=log_prob)
-        progress.add(gradient_norm=norm)
+        if norm is not None:
+            progress.add(gradient_norm=norm, updates_made=1)
         progress.images_scored += len(labels)
         run.step_done(reward=reward, accuracy=accuracy, entropy=entropy)
 
 
 def controller_step(
     task: SearchTask, run: Session, samples: Samples, reward: float, baseline: float
-) -> float:
-    """One REINFORCE update; return the gradient's norm before clipping."""
+) -> float | None:
+    """One REINFORCE update; return the gradient's norm before clipping, None if it was skipped."""
     controller, grad_clip = task.controller, task.config.controller.grad_clip
     task.controller_optimizer.zero_grad(set_to_none=True)
     loss = reinforce_loss(samples, reward, baseline)
     loss.backward()
     norm = gradient_norm(controller).item()
-    if run.allows(loss, controller):
-        if grad_clip is not None:
-            nn.utils.clip_grad_norm_(controller.parameters(), grad_clip)
-        task.controller_optimizer.step()
+    if not run.allows(loss, controller):
+        return None
+    if grad_clip is not None:
+        nn.utils.clip_grad_norm_(controller.parameters(), grad_clip)
+    task.controller_optimizer.step()
     return norm
 
 

@@ -89,11 +89,13 @@ class SearchTask:
     def epoch_metrics(self, run: Session) -> dict:
         """The epoch's means over its child steps and controller updates."""
         progress, updates = run.progress, self.config.controller.updates
-        sums, means = progress.sums, ("accuracy", "reward", "entropy", "log_prob", "gradient_norm")
+        sums, means = progress.sums, ("accuracy", "reward", "entropy", "log_prob")
+        made = sums.get("updates_made", updates)  # older checkpoints do not say
         return {
             **training_metrics(run, self.steps, self.child_optimizer.param_groups[0]["lr"]),
             "controller/baseline": progress.baseline,
             **{f"controller/{name}": sums[name] / updates for name in means},
+            "controller/gradient_norm": sums.get("gradient_norm", 0.0) / max(made, 1),
         }
 
     def announce(self, run: Session) -> None:

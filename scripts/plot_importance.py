@@ -85,14 +85,17 @@ def main(argv: list[str] | None = None) -> None:
         cells = {setting: cells[setting] for setting in sort_settings(cells, FIGURE_SETTINGS)}
         settings = chosen_settings(args.settings, cells)
         gone = diverged_like([run for run in classifiers if run.norm == args.norm], runs)
-        shown = captions([run for setting in settings for run in cells[setting]]) + lines
-        shown += left_out([run for run in gone if run.setting in settings])
         default = (args.weights, args.average) == ("both", "layers")
         choice = "" if default else f"_{args.weights}_{args.average}"
         end = f"{name}{'' if args.norm == 'sn' else f'_{args.norm}'}"
         path = out / f"importance_by_setting_{end}{choice}.{args.format}"
         said = captions(runs) + lines + left_out(gone)
         draw_by_setting(cells, args.weights, args.average, paper["fig_2"], path, said)
+        if not settings:
+            figures.warn(f"no runs of {', '.join(args.settings)} in {name}: blocks not drawn")
+            continue
+        shown = captions([run for setting in settings for run in cells[setting]]) + lines
+        shown += left_out([run for run in gone if run.setting in settings])
         path = out / f"importance_by_block_{end}.{args.format}"
         draw_by_block(cells, settings, paper["fig_3"], path, shown)
         path = out / f"importance_over_epochs_{end}.{args.format}"
@@ -165,7 +168,7 @@ def choose(runs: list[Run], args: argparse.Namespace) -> dict[str, list[Run]]:
 def chosen_settings(wanted: list[str] | None, cells: dict[str, list[Run]]) -> list[str]:
     """Fig 3's settings: those asked for, or (8,32) and (8,2), or the first and the last."""
     found = [setting for setting in dict.fromkeys(wanted or ("8x32", "8x2")) if setting in cells]
-    if found and (wanted or len(found) == 2):
+    if wanted or len(found) == 2:
         return found
     return list(dict.fromkeys([list(cells)[0], list(cells)[-1]]))
 

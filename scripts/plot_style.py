@@ -102,21 +102,32 @@ def order(norms) -> list[str]:
     return sorted(norms, key=lambda norm: (NORMS.index(norm) if norm in NORMS else 9, norm))
 
 
-def curve(run: Run, part: str) -> list[float]:
-    """The recorded losses of every step."""
-    values = [line.get(f"train/{part}") for line in run.metrics]
-    return [value for value in values if value is not None]
+def curve(run: Run, part: str) -> dict[int, float]:
+    """Step -> recorded loss; a step that was skipped has none."""
+    values = {line["step"]: line.get(f"train/{part}") for line in run.metrics}
+    return {step: value for step, value in values.items() if value is not None}
 
 
-def windows(values: list[float], size: int) -> list[tuple[int, float]]:
+def length(run: Run) -> int:
+    """The steps that the records are of, skipped ones included."""
+    return max(line["step"] for line in run.metrics)
+
+
+def windows(run: Run, size: int, part: str = "loss") -> list[tuple[int, float]]:
     """(last step, mean) of consecutive windows of `size` steps; a rest is left out."""
-    ends = range(size, len(values) + 1, size)
-    return [(end, sum(values[end - size : end]) / size) for end in ends]
+    values = curve(run, part)
+    points = [(end, _mean(values, end, size)) for end in range(size, length(run) + 1, size)]
+    return [(end, value) for end, value in points if value is not None]
+
+
+def _mean(values: dict[int, float], step: int, window: int) -> float | None:
+    known = [values[s] for s in range(step - window + 1, step + 1) if s in values]
+    return sum(known) / len(known) if known else None
 
 
 def fitting(cells: dict[str, list[Run]], window: int) -> int:
     """The window, or a quarter of runs that are shorter than two of them."""
-    longest = max(len(curve(run, "loss")) for runs in cells.values() for run in runs)
+    longest = max(length(run) for runs in cells.values() for run in runs)
     return window if longest >= 2 * window else max(1, longest // 4)
 
 
@@ -126,7 +137,7 @@ def draw_curves(cells, window: int, paper: dict, path: Path, lines: list[str]) -
     rows = []
     for panel, (part, title) in zip(panels, LOSSES.items()):
         for norm, runs in cells.items():
-            found = {(run.seed, run.path): windows(curve(run, part), window) for run in runs}
+            found = {(run.seed, run.path): windows(run, window, part) for run in runs}
             for (seed, _), points in found.items():
                 rows += [["ours", norm, seed, title, s, f"{value:.6g}"] for s, value in points]
             found = {key: points for key, points in found.items() if points}
@@ -283,19 +294,19 @@ def markdown(groups: dict, window: int, notes: str, folder: Path) -> list[str]:
 
 def common_steps(cells: dict[str, list[Run]], window: int) -> list[int]:
     """Some steps that at least one run of every norm has passed, spread by doubling."""
-    last = min(max(len(curve(run, "loss")) for run in runs) for runs in cells.values())
+    last = min(max(length(run) for run in runs) for runs in cells.values())
     marks = [window * 2**k for k in range(12) if window * 2**k < last]
-    ends = {len(curve(run, "loss")) // window * window for runs in cells.values() for run in runs}
+    ends = {length(run) // window * window for runs in cells.values() for run in runs}
     return sorted({*marks, *(end for end in ends if 0 < end <= last)})
 
 
 def at_step(run: Run, step: int, window: int, part: str = "loss") -> float | None:
-    values = curve(run, part)
-    return sum(values[step - window : step]) / window if len(values) >= step else None
+    """The mean of the recorded losses of the `window` steps up to `step`; None without any."""
+    return _mean(curve(run, part), step, window) if length(run) >= step else None
 
 
 def table_row(norm: str, run: Run, marks: list[int], window: int, folder: Path) -> list:
-    summary, last = run.summary, len(curve(run, "loss"))
+    summary, last = run.summary, length(run)
     cells = [at_step(run, step, window) for step in marks]
     cells = ["" if value is None else f"{value:.3g}" for value in cells]
     parts = [at_step(run, last, min(window, last), part) for part in ("content", "style")]

@@ -533,7 +533,7 @@ def _norms_of(run: Run) -> tuple:
 
 
 def _norm_options(run: Run) -> dict[str, Any]:
-    """The options of a run's norms as flat keys, such as `norm.momentum`."""
+    """The options of a run's norms as flat keys, such as `norm.momentum`; and bn's start."""
     options: dict[str, Any] = {}
     rest = [(key, run.config[key]) for key in ("norm", "parts") if key in run.config]
     while rest:
@@ -542,6 +542,8 @@ def _norm_options(run: Run) -> dict[str, Any]:
             rest += [(f"{key}.{name}", item) for name, item in value.items()]
         elif key.rpartition(".")[2] not in NOT_RECIPE:
             options[key] = value
+    if start := (run.config.get("init") or {}).get("gate_start"):
+        options["init.gate_start"] = start
     return options
 
 
@@ -552,6 +554,9 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
     recipe |= {f"data.{key}": data.get(key) for key in ("train_images", "val_images", "sha256")}
     if one_cell:
         recipe |= {key: summary.get(key) for key in ("norm", "statistics", "lr")}
+    if one_cell or summary["task"] == "imagenet":  # elsewhere a cell's name says it
+        # not which weights: those of a checkpoint may be of the same seed
+        recipe["init.name"] = (summary.get("init") or {}).get("name", "scratch")
 
     def flatten(values: dict, prefix: str = "") -> None:
         for key, value in values.items():

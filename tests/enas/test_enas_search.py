@@ -433,6 +433,24 @@ def test_skips_bad_steps_up_to_the_limit(tmp_path, monkeypatch):
     assert all(torch.isfinite(value).all() for value in state["child"].values())
 
 
+def test_a_skipped_update_of_the_controller_is_not_in_the_mean(tmp_path, monkeypatch):
+    norms, losses = [], iter((1.0, math.inf))
+    loss, norm = search_module.reinforce_loss, search_module.gradient_norm
+
+    def recorded(model):
+        norms.append(norm(model))
+        return norms[-1]
+
+    monkeypatch.setattr(search_module, "reinforce_loss", lambda *a: loss(*a) * next(losses, 1.0))
+    monkeypatch.setattr(search_module, "gradient_norm", recorded)
+    assert run(tmp_path, "max_skipped_steps=1")["skipped_steps"] == 1
+    first, *_ = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["controller/gradient_norm"] == pytest.approx(
+        sum(norms[at].item() for at in (0, 2, 3)) / 3
+    )
+    assert not norms[1].isfinite()
+
+
 @pytest.mark.parametrize(
     "overrides, wanted",
     [

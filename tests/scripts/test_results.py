@@ -267,6 +267,35 @@ def test_unlike_recipes_are_found(tmp_path):
     assert "epochs: 2 / 3" in results.describe_differences(found)
 
 
+def test_fine_tuned_runs_are_of_another_recipe(script, tmp_path, capsys):
+    for norm, setting in (("bn", "8x32"), ("bn", "8x2"), ("sn", "8x32")):
+        write_run(tmp_path, norm, setting)
+    init = {"name": "checkpoint", "gate_start": 0.0}
+    weights = {"name": "checkpoint", "sha256": "cd" * 32}
+    write_run(tmp_path, "sn", "8x2", config={"init": init}, init=weights)
+    runs = results.load_runs(tmp_path)
+    found = results.differences(runs, one_cell=False)
+    assert found == {"init.name": ["checkpoint", "scratch"]}
+    assert sorted(map(len, results.recipes(runs, lambda run: (run.norm, run.setting)))) == [1, 3]
+    script("make_tables", "--runs", tmp_path, "--print")
+    assert "init.name: checkpoint / scratch" in capsys.readouterr().out
+    # BN from a classifier with BN, SN from one with SN are one recipe; gates from elsewhere are not
+    bn = results.read_run(
+        write_run(
+            tmp_path / "a", "bn", "8x2", config={"init": init}, init=weights | {"sha256": "e"}
+        )
+    )
+    sn = next(run for run in runs if run.summary.get("init"))
+    assert results.differences([bn, sn], one_cell=False) == {}
+    init = {"init": init | {"gate_start": 2.0}}
+    other = results.read_run(write_run(tmp_path / "b", "sn", "8x2", 1, config=init, init=weights))
+    assert results.differences([sn, other]) == {"init.gate_start": ["0.0", "2.0"]}
+    for run in (sn, other):
+        run.config["norm"] = {"name": "sn", "momentum": 0.1}
+    assert results.differences([sn, other], False) == {"init.gate_start": ["(not set)", "2.0"]}
+    assert results.differences([bn, other], False) == {}  # BN has no gates
+
+
 def test_options_of_a_norm_may_differ_between_norms_alone(tmp_path):
     """SN without BN at one image per GPU is another norm than SN, whatever its name."""
 
@@ -452,6 +481,21 @@ def test_choices_of_the_plots(script, tmp_path, capsys):
     assert float(bn["value"]) == pytest.approx((0.7 + 1 / 3) / 2, abs=1e-6)
     assert (figures / "accuracy_by_setting_digits_resnet20_batch_average.png").is_file()
     assert str(figures) in capsys.readouterr().out
+
+
+def test_settings_that_a_group_lacks_are_not_replaced(script, tmp_path, capsys):
+    weights = {"in": 0.1, "ln": 0.2, "bn": 0.7}
+    for setting in ("8x8", "8x2"):
+        write_run(tmp_path, "sn", setting, weights=weights)
+        other = setting.replace("8x8", "8x4")
+        write_run(tmp_path, "sn", other, model="resnet8", weights=weights)
+    script("plot_importance", "--runs", tmp_path, "--settings", "8x8")
+    assert "no runs of 8x8 in cifar10_resnet8" in capsys.readouterr().err
+    figures = tmp_path / "figures"
+    rows = read_csv(figures / "importance_by_block_cifar10_resnet20.csv")
+    assert {row["setting"] for row in rows if row["source"] == "ours"} == {"8x8"}
+    assert (figures / "importance_by_setting_cifar10_resnet8.csv").is_file()
+    assert not (figures / "importance_by_block_cifar10_resnet8.csv").exists()
 
 
 def test_norms_may_have_lrs_of_their_own(script, tmp_path, capsys):

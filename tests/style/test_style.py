@@ -271,6 +271,23 @@ def test_state_dicts_that_are_no_vgg16(vgg16):
             load_features(features, content, "a.pth")
 
 
+def test_conversions_of_the_original_file_get_bgr(vgg16, tmp_path):
+    """A BGR network is the RGB one with the first filters' channels in the other order."""
+    state = {key: value.clone() for key, value in vgg16.features.state_dict().items()}
+    save_file(state, rgb := tmp_path / "rgb.safetensors", {"input": "caffe"})
+    state["0.weight"] = state["0.weight"].flip(1).contiguous()
+    torch.save(state, bgr := tmp_path / "vgg16-00b39a1b.pth")
+    x, layers = images(2, 3, 20, 16).double(), ["relu1_1", "relu3_3"]
+    found, wanted = (load_loss_network(str(path)) for path in (bgr, rgb))
+    for network in (found, wanted):
+        network.features.double()
+    assert (found.input, wanted.input) == ("caffe_bgr", "caffe")
+    for layer in layers:
+        torch.testing.assert_close(found(x, layers)[layer], wanted(x, layers)[layer])
+    with pytest.raises(ValueError, match="vgg.input=caffe, but .* is made for caffe_bgr input"):
+        load_loss_network(str(bgr), "caffe")
+
+
 def test_files_that_are_no_weights(vgg16, tmp_path):
     broken, silent = tmp_path / "broken.pth", tmp_path / "silent.pth"
     broken.write_bytes(b"not a checkpoint")
@@ -299,6 +316,8 @@ def test_input_conventions():
     assert input_convention("caffe") == "caffe" and input_convention("Torchvision") == "torchvision"
     text = "RGB in [0, 1], mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225"
     assert input_convention(text) == "torchvision"
+    text = "BGR, 0..255, minus 103.939, 116.779, 123.68"
+    assert input_convention(text) == input_convention("caffe_bgr") == "caffe_bgr"
     assert input_convention("") is None and input_convention(None) is None
     assert style.INPUTS.keys() == style.LOSS_WEIGHTS.keys()
 

@@ -192,6 +192,24 @@ def test_unlike_runs_are_drawn_apart(load_script, runs, capsys):
     assert {row["seed"] for row in rows if row["source"] == "ours"} == {"0", "1"}
 
 
+def test_a_skipped_step_moves_nothing(load_script, runs):
+    """Neither the steps after it nor the end; a window's mean is of the others."""
+    folder = runs / "style_transfer/folder_wave_96px/in_b2/seed1"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for step in (2, 8):
+        lines[step - 1] = dict.fromkeys(lines[0]) | {"step": step}
+    lines[2]["train/loss"] = 6.0  # of 3, 3, 3 beside it
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    load_script("plot_style").main(["--runs", str(runs), "--window", "4"])
+    rows = read_csv(runs / "figures" / "style_loss_folder_wave_96px_b2.csv")
+    points = {
+        row["step"]: float(row["value"])
+        for row in rows
+        if (row["source"], row["norm"], row["seed"], row["loss"]) == ("ours", "in", "1", "total")
+    }
+    assert points == {"4": 4.0, "8": 5.0}
+
+
 def test_peer_is_the_same_network(load_script):
     """With our parameters in their order the examples' architecture gives the same picture."""
     peer, ours = load_script("bench_style").PeerNet(), build_style_net(sn.make_norm("in"))

@@ -325,6 +325,13 @@ def test_more_steps_continue_a_finished_run(tmp_path, train, whole):
     assert_same(ours, theirs)
 
 
+def test_more_steps_are_another_run_where_a_norm_follows_the_share_done(tmp_path, train):
+    train(tmp_path, "norm=ssn", "schedule.steps=2")
+    with pytest.raises(ValueError, match="other .*schedule.steps 2 there, 3 now"):
+        train(tmp_path, "norm=ssn", "schedule.steps=3")
+    assert train(tmp_path, "norm=ssn", "schedule.steps=2")["steps"] == 2
+
+
 def test_a_checkpoint_from_before_the_session(tmp_path, train, whole):
     """Its progress does not say how many images were seen, its optimizer has no lr factor."""
     shutil.copytree(whole, tmp_path / "run")
@@ -607,7 +614,7 @@ def test_same_names_do_not_overwrite_one_another(tmp_path):
         ("precision=fp8", "precision=fp8; expected one of fp32, bf16, fp16, fp64"),
         ("compile=maybe", "compile=maybe; expected true or false"),
         ("run_name=../x", "run_name=../x; expected a name without /"),
-        ("vgg.input=bgr", "vgg.input=bgr; expected one of caffe, torchvision, or null"),
+        ("vgg.input=bgr", "vgg.input=bgr; expected one of caffe, torchvision, caffe_bgr, or null"),
         ("mode=paint", "mode=paint; expected one of train, stylize, export"),
         ("device=tpu", "device=tpu; expected one of auto, cpu, cuda"),
         ("mode=stylize", "mode=stylize needs a run's checkpoint; add stylize.checkpoint=... to"),

@@ -138,7 +138,7 @@ def fitting(path: str | Path) -> Iterator[None]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"checkpoint {path} does not fit this run: {reason[:300]}; "
-            "choose another output_dir=, or delete it to start anew"
+            f"choose another output_dir=, or delete {Path(path).parent} to start anew"
         ) from None
 
 

@@ -326,7 +326,10 @@ class Session:
         prefix = f"{epoch}, " if self.unit == "epoch" else ""
         done = getattr(self.progress, counter)
         if done > total:
-            raise ValueError(f"{self.path} has done {done} {what}s of {total}; delete it")
+            raise ValueError(
+                f"{self.path} has done {done} {what}s of {total}; "
+                f"delete {Path(self.path).parent} to start anew"
+            )
         self._counter, self._total = counter, total
         if self.pace is not None:
             self.pace.total = total

@@ -28,16 +28,19 @@ RELUS = {
     for stage, places in enumerate(((1, 3), (6, 8), (11, 13, 15), (18, 20, 22), (25, 27, 29)), 1)
     for conv, place in enumerate(places, 1)
 }
-# convention of VGG's input -> (scale, mean, std) of RGB in [0, 1]: (scale * x - mean) / std
+# convention of VGG's input -> (scale, mean, std) of RGB in [0, 1]: (scale * x - mean) / std,
+# whose channels go in as BGR in the last
 INPUTS = {
     "caffe": (255.0, (123.68, 116.779, 103.939), (1.0, 1.0, 1.0)),
     "torchvision": (1.0, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "caffe_bgr": (255.0, (123.68, 116.779, 103.939), (1.0, 1.0, 1.0)),
 }
 PARTS = ("content", "style", "tv")  # of the loss; tv: total variation
 # of these parts; features of the two conventions differ in scale.
 # Source: caffe as the authors' code, where 1e-6 of TV is another gradient (`total_variation`);
 # torchvision as the PyTorch examples.
 LOSS_WEIGHTS = {"caffe": (1.0, 5.0, 1e-6), "torchvision": (1e5, 1e10, 0.0)}
+LOSS_WEIGHTS["caffe_bgr"] = LOSS_WEIGHTS["caffe"]
 TORCHVISION_WEIGHTS = {"IMAGENET1K_V1": "torchvision", "IMAGENET1K_FEATURES": "caffe"}
 
 
@@ -164,7 +167,7 @@ class LossNetwork:
     """VGG16's convolutions, fixed, with what is to be said about their origin."""
 
     features: nn.Sequential
-    input: str  # "caffe" or "torchvision"
+    input: str  # of `INPUTS`
     weights: str  # a torchvision name, "random" or a file's name
     sha256: str
 
@@ -177,6 +180,7 @@ class LossNetwork:
         # filled there, not copied from the host, which would wait for the device
         mean, std = (torch.cat([images.new_full((1, 1, 1), c) for c in v]) for v in (mean, std))
         x, found = (scale * images - mean) / std, {}
+        x = x.flip(1) if self.input == "caffe_bgr" else x
         wanted = {RELUS[layer]: layer for layer in layers}
         for place, module in enumerate(self.features[: max(wanted) + 1]):
             x = module(x)
@@ -191,7 +195,9 @@ def load_loss_network(weights: str, input: str | None = None) -> LossNetwork:
     Args:
         weights: IMAGENET1K_V1 or IMAGENET1K_FEATURES (torchvision's, from its cache or the net),
             "random", or a file: torchvision's state dict (.pth), or safetensors.
-        input: "caffe" (0..255 minus the mean) or "torchvision"; None takes what the weights say.
+        input: "caffe" (0..255 minus the mean, RGB), "caffe_bgr" (the same as BGR, what exact
+            conversions of the original file expect) or "torchvision"; None takes what the weights
+            say.
 
     Raises FileNotFoundError or ValueError, saying what to do, if the weights are not to be had or
     do not say their input convention.
@@ -213,7 +219,8 @@ def load_loss_network(weights: str, input: str | None = None) -> LossNetwork:
     if not (input or known):
         raise ValueError(
             f"{weights} does not say what input it is made for; add vgg.input=torchvision (RGB in "
-            "[0, 1], ImageNet mean and std) or vgg.input=caffe (0..255 minus the mean)"
+            "[0, 1], ImageNet mean and std), vgg.input=caffe (RGB, 0..255 minus the mean) or "
+            "vgg.input=caffe_bgr (the same in BGR order, as the original Caffe file)"
         )
     features.requires_grad_(False).eval()
     sha256 = hashlib.sha256()
@@ -250,7 +257,12 @@ def _from_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
         with safe_open(path, "pt") as file:
             return state, input_convention((file.metadata() or {}).get("input"))
-    return state, "torchvision" if path.name.startswith("vgg16-397923af") else None
+    known = (kind for start, kind in _PUBLISHED.items() if path.name.startswith(start))
+    return state, next(known, None)
+
+
+# torchvision's; Johnson's conversion of Simonyan's Caffe file
+_PUBLISHED = {"vgg16-397923af": "torchvision", "vgg16-00b39a1b": "caffe_bgr"}
 
 
 def input_convention(text: str | None) -> str | None:
@@ -259,7 +271,7 @@ def input_convention(text: str | None) -> str | None:
     if text in INPUTS:
         return text
     if "255" in text and "123.68" in text:
-        return "caffe"
+        return "caffe_bgr" if "bgr" in text else "caffe"
     if "0.485" in text and "0.229" in text:
         return "torchvision"
     return None

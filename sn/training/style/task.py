@@ -40,6 +40,11 @@ class Task:
             "vgg": self.vgg.describe(),
         }
 
+    def length(self) -> dict:
+        """The steps, where a layer depends on the share of the training done (`sn.begin_step`)."""
+        depends = any(hasattr(layer, "begin_step") for layer in self.model.modules())
+        return {"schedule.steps": self.config.schedule.steps} if depends else {}
+
     def facts(self) -> dict:
         """The run's part of summary.json: what was trained, on what."""
         config, photos, style, vgg = self.config, *self.identity().values()
