@@ -42,6 +42,8 @@ PARTS = ("content", "style", "tv")  # of the loss; tv: total variation
 LOSS_WEIGHTS = {"caffe": (1.0, 5.0, 1e-6), "torchvision": (1e5, 1e10, 0.0)}
 LOSS_WEIGHTS["caffe_bgr"] = LOSS_WEIGHTS["caffe"]
 TORCHVISION_WEIGHTS = {"IMAGENET1K_V1": "torchvision", "IMAGENET1K_FEATURES": "caffe"}
+# files known by how their names begin: torchvision's; Johnson's conversion of Simonyan's Caffe file
+FILES = {"vgg16-397923af": "torchvision", "vgg16-00b39a1b": "caffe_bgr"}
 
 
 class ConvNorm(nn.Module):
@@ -257,12 +259,8 @@ def _from_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
         with safe_open(path, "pt") as file:
             return state, input_convention((file.metadata() or {}).get("input"))
-    known = (kind for start, kind in _PUBLISHED.items() if path.name.startswith(start))
+    known = (kind for start, kind in FILES.items() if path.name.startswith(start))
     return state, next(known, None)
-
-
-# torchvision's; Johnson's conversion of Simonyan's Caffe file
-_PUBLISHED = {"vgg16-397923af": "torchvision", "vgg16-00b39a1b": "caffe_bgr"}
 
 
 def input_convention(text: str | None) -> str | None:
