@@ -34,7 +34,7 @@ from sn.training.classification.data import (
     is_image_folder,
     make_loader,
 )
-from sn.training.classification.evaluation import evaluate
+from sn.training.classification.evaluation import evaluate, is_synchronised
 from sn.training.classification.pretrained import (
     find_facts,
     head_keys,
@@ -153,12 +153,14 @@ def evaluate_both(model: nn.Module, data: ImageData, args, processes) -> dict[st
 
     results = figures("_moving_average")
     if batch_statistics_layers(model):
+        together = is_synchronised(model)
         batches = batch_average_batches(
-            len(data.train), args.batch_size, args.batches, args.seed, *where
+            len(data.train), args.batch_size, args.batches, args.seed, *where, together
         )
         augmentation = data.augmentation if args.augment else data.evaluation
         loader = (to_device(x) for x, _ in images(data.train, batches, augmentation))
-        results["batches"] = sn.batch_average(model, loader, max(len(batches), 1))
+        found = sn.batch_average(model, loader, max(len(batches), 1))
+        results["batches"] = len(batches) if together else found
         results |= figures("_batch_average")
     return results
 

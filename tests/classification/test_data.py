@@ -379,6 +379,20 @@ def test_batch_average_batches(images, size, count, expected, world_size):
         assert [index for _, index in whole[0]] != list(range(size))
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_batches_shared_by_synchronised_layers(world_size):
+    """Each process has a part of every batch, or all of one that is too small; none has none."""
+    shares = [
+        batch_average_batches(100, 7, 5, 0, rank, world_size, together=True)
+        for rank in range(world_size)
+    ]
+    for whole, *parts in zip(batch_average_batches(100, 7, 5, 0), *shares, strict=True):
+        if world_size > 7:
+            assert parts == [whole] * world_size
+        else:
+            assert all(parts) and sorted(key for part in parts for key in part) == sorted(whole)
+
+
 # --- digits
 
 

@@ -357,6 +357,15 @@ def test_resume_of_two_processes_after_one_was_killed(tmp_path):
     assert_same(record(out), record(tmp_path / "whole"), "two processes")
 
 
+def test_batch_average_of_synchronised_layers(tmp_path):
+    """Of three batches on two processes: as many of one as of the other."""
+    options = ["norm=sync_sn", "schedule.epochs=1"]
+    options += [f"evaluation.batch_average.{key}" for key in ("batch_size=9", "batches=3")]
+    run_in_group(2, _train_tiny, (*TINY, *options, f"output_dir={tmp_path}"), timeout=60)
+    summary = record(tmp_path)["summary"]
+    assert summary["status"] == "finished" and summary["batch_average_images"] == 27
+
+
 def _train_and_die(rank, overrides):
     """The same, but rank 1 is killed in step 2 of epoch 2."""
     step, calls = train_imagenet.train_step, 0

@@ -262,26 +262,31 @@ def test_evaluating_checkpoints(norm, tmp_path):
     assert lost.returncode == 2 and "--data" in lost.stderr
 
 
-def evaluated_share(rank, checkpoint):
-    """scripts/evaluate_checkpoint.py as one process of several, with one batch for all of them."""
+def evaluated_share(rank, checkpoint, norm, *options):
+    """scripts/evaluate_checkpoint.py as one process of several."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import evaluate_checkpoint
 
-    sys.argv = ["evaluate_checkpoint.py", checkpoint, "--device", "cpu", "--batches", "1"]
-    sys.argv += ["--model", "resnet8", "--source", "cifar", "--norm", "sn", "--data", "digits"]
+    sys.argv = ["evaluate_checkpoint.py", checkpoint, "--device", "cpu", "--norm", norm, *options]
+    sys.argv += ["--model", "resnet8", "--source", "cifar", "--data", "digits"]
     with open(f"{checkpoint}.{rank}", "w") as file, contextlib.redirect_stdout(file):
         evaluate_checkpoint.main()
 
 
-def test_evaluating_with_more_processes_than_batches(tmp_path):
+@pytest.mark.parametrize(
+    "norm, batches, size", [("sn", 1, 256), ("sync_sn", 3, 75), ("sync_sn", 3, 1)]
+)
+def test_evaluating_with_uneven_shares_of_batches(norm, batches, size, tmp_path):
+    """As one process does; synchronised layers wait for one another in every batch."""
     torch.manual_seed(0)
-    model = build_model(num_classes=10, norm=sn.make_norm("sn"), name="resnet8", source="cifar")
+    model = build_model(num_classes=10, norm=sn.make_norm(norm), name="resnet8", source="cifar")
     torch.save({"model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    options = (str(tmp_path / "checkpoint.pt"), norm, "--batches", str(batches))
     results = []
     for processes in (2, 1):
-        run_in_group(processes, evaluated_share, str(tmp_path / "checkpoint.pt"))
+        run_in_group(processes, evaluated_share, *options, "--batch-size", str(size))
         results.append(json.loads((tmp_path / "checkpoint.pt.0").read_text()))
-    assert results[0] == results[1] and results[0]["batches"] == 1
+    assert results[0] == results[1] and results[0]["batches"] == batches
 
 
 def image_folder(root, classes=3):

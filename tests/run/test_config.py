@@ -350,6 +350,11 @@ def test_experiment_files_are_checked(root, content, message, tmp_path):
         ("==", ["=="]),
         ("note=a=b", ["note=a=b: not an override", "quotes"]),
         ("note=(", ["note=(: not an override", "quotes"]),
+        (
+            "output_root=~/runs",
+            ["output_root=~/runs: ~ is not expanded", "write output_root=$HOME/runs"],
+        ),
+        ("output_root=~you", ["~ is not expanded", "the path in full"]),
         ("~seed", ["seed"]),
     ],
 )

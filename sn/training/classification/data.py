@@ -301,19 +301,28 @@ def evaluation_batches(
 
 
 def batch_average_batches(
-    num_images: int, batch_size: int, batches: int, seed: int, rank: int = 0, world_size: int = 1
+    num_images: int,
+    batch_size: int,
+    batches: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    together: bool = False,
 ) -> list[list[tuple[int, int]]]:
     """This process's share of up to `batches` random full batches, capped by the data.
 
-    With fewer images than `batch_size` there is one batch of them all.
+    With fewer images than `batch_size` there is one batch of them all. `together`: for synchronised
+    layers, which need as many batches in every process: each takes a share of every batch's images,
+    or all of a batch that has too few to share, which has the same statistics.
     """
     generator = torch.Generator().manual_seed(mix_seed(seed, num_images))
     order = torch.randperm(num_images, generator=generator).tolist()
     batch_size = min(batch_size, num_images)
     count = min(batches, num_images // batch_size)
+    own = range(count) if together else range(rank, count, world_size)
+    images = slice(rank, None, world_size) if together and batch_size >= world_size else slice(None)
     return [
-        [(0, index) for index in order[b * batch_size : (b + 1) * batch_size]]
-        for b in range(rank, count, world_size)
+        [(0, index) for index in order[b * batch_size : (b + 1) * batch_size][images]] for b in own
     ]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...batch_average import batch_average, batch_statistics_layers
 from ...freezing import modes_kept
+from ...variants.sync import SyncSwitchNormBase
 from ..run.distributed import sum_over_processes, untrained_statistics
 from ..run.session import Session
 from .data import TransformedImages, batch_average_batches, make_loader
@@ -84,6 +85,12 @@ def line_of(metrics: dict[str, float]) -> str:
     )
 
 
+def is_synchronised(model: nn.Module) -> bool:
+    """Whether layers of `model` take the statistics of all processes' images together."""
+    kinds = (nn.SyncBatchNorm, SyncSwitchNormBase)
+    return any(isinstance(layer, kinds) for layer in model.modules())
+
+
 @contextmanager
 def batch_averaged(model: nn.Module, images: Iterable) -> Iterator[dict]:
     """Inside, the model has the batch average of `images` for its running statistics.
@@ -111,7 +118,7 @@ def evaluate_both_ways(
     results["bad_images"] = len(task.bad_images.lines())
     if not batch_statistics_layers(model):  # nothing to average: the same model
         return results | {"top1_batch_average": moving["top1"], "batch_average_images": 0}
-    where = (run.processes.rank, run.processes.world_size)
+    where = (run.processes.rank, run.processes.world_size, is_synchronised(model))
     batches = batch_average_batches(
         len(data.train), options.batch_size, options.batches, task.config.seed, *where
     )
