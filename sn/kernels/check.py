@@ -322,6 +322,7 @@ CASES = [
     Case((3, 10, 7, 5), F16, False, ("in", "ln"), act="relu"),
     Case((4, 8, 5, 7), BF16, True, act="residual"),
     Case((4, 8, 5, 7), BF16, False, parameters=BF16, training=False),
+    Case((5, 6, 3, 5), F32, False, ("in", "ln"), virtual_gpus=3),
     Case((6, 33), F32, False, ("ln", "bn"), virtual_gpus=3),
     Case((3, 33, 61, 67), F32, True, offset=1e3),
     Case((3, 33, 61, 67), F32, False, virtual_gpus=3),

@@ -88,7 +88,8 @@ class _Plan:
         self.length = length = math.prod(shape[2:])
         has_gn = "gn" in options.statistics
         self.num_groups = options.num_groups if has_gn else 1
-        self.groups = options.virtual_gpus if options.training else 1
+        has_bn = "bn" in options.statistics  # without, a batch need not split into groups
+        self.groups = options.virtual_gpus if options.training and has_bn else 1
         place = {s: options.statistics.index(s) for s in options.statistics}
         self.places = {
             "K": len(options.statistics),
@@ -383,6 +384,7 @@ class _SwitchNorm(torch.autograd.Function):
 def sync_forward(inputs, options: Options, relu: bool, reduce: Reduce):
     """Output, what the backward pass needs (tensors, more), and bn's moments: `join_moments`."""
     *inputs, residual = _with_both_or_none(inputs)
+    options = _python_numbers(options)
     x, last = dense_in_layout(inputs[0])
     residual = None if residual is None else like_layout(residual, last)
     joined = []
@@ -457,7 +459,18 @@ def triton_switch_norm(
     if torch.compiler.is_compiling():
         return _compiled(*inputs, options, relu)
     with torch.cuda.device_of(inputs[0]):
-        return _SwitchNorm.apply(*inputs, options, relu)
+        return _SwitchNorm.apply(*inputs, _python_numbers(options), relu)
+
+
+def _python_numbers(options: Options) -> Options:
+    """The options without NumPy's numbers, which the launcher refuses and the layer takes."""
+    groups = None if options.num_groups is None else int(options.num_groups)
+    return options._replace(
+        num_groups=groups,
+        momentum=float(options.momentum),
+        eps=float(options.eps),
+        virtual_gpus=int(options.virtual_gpus),
+    )
 
 
 def _dense(*parameters: Tensor | None) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_kernels import ALL, LAYOUTS, MODES, SUBSETS, compare, lay_out, values
@@ -29,8 +30,8 @@ on_cuda = pytest.mark.skipif(not CUDA or INTERPRET, reason="needs a GPU")
 
 @pytest.mark.skipif(CUDA or INTERPRET, reason="the tests run here")
 def test_under_the_interpreter():
-    numpy, version = pytest.importorskip("numpy"), sys.modules["triton"].__version__
-    if version < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+    version = sys.modules["triton"].__version__
+    if version < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
     files = [__file__, str(Path(__file__).with_name("test_check.py"))]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
@@ -85,6 +86,47 @@ def test_synchronised(layout, fused, monkeypatch):
 def test_every_statistic_and_mode(statistics, training, virtual_gpus):
     layout = "channels_last" if training else "contiguous"
     check((4, 6, 3, 5), statistics, layout=layout, training=training, virtual_gpus=virtual_gpus)
+
+
+@runs
+@pytest.mark.parametrize("virtual_gpus", [3, 8])
+def test_batches_that_do_not_split_without_bn(virtual_gpus):
+    """Only bn has groups: every image of a last batch of four counts in every gradient."""
+    check((4, 6, 3, 5), ("in", "ln"), virtual_gpus=virtual_gpus)
+
+
+@runs
+def test_numbers_are_pythons(monkeypatch):
+    """A launcher takes no number of NumPy's but float64, the interpreter does; the layer takes all."""
+    from sn.kernels import cuda
+
+    given = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                given.extend([*args, *constants.values()])
+                return self.kernel[grid](*args, **constants)
+
+            return launch
+
+    for name in ("moments_kernel", "pool_kernel", "apply_kernel"):
+        monkeypatch.setattr(cuda.kernels, name, Recorded(getattr(cuda.kernels, name)))
+    layer = sn.SwitchNorm2d(
+        6,
+        momentum=np.float32(0.1),
+        eps=np.float32(1e-5),
+        statistics=ALL,
+        num_groups=np.int64(2),
+        virtual_gpus=np.int64(2),
+    )
+    with sn.backend("triton"):
+        layer.to(DEVICE)(torch.randn(4, 6, 3, 5, device=DEVICE))
+    kinds = {type(value) for value in given if not isinstance(value, torch.Tensor)}
+    assert given and kinds <= {int, float, bool}, kinds
 
 
 @runs
