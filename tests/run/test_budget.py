@@ -8,7 +8,7 @@ import torch
 from faults import RUNS
 from torch import nn
 from torch.utils.data import DataLoader
-from workers import config
+from workers import config, run_in_group
 
 import sn
 from sn.training.run import budget
@@ -163,6 +163,23 @@ def test_counts_of_a_plan(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"  training: 6 steps of .* \(6 measured\); \S+ s x 4 = ", printed)
     assert re.search(r"  validation: 2 steps of .* x 5 = ", printed)
+
+
+def test_plan_of_a_process_without_images_to_evaluate(tmp_path):
+    """As with fewer validation images than processes: the others do not take it for a signal."""
+    _, *overrides = RUNS["imagenet"]
+    run_in_group(2, _plan_without_images, (*overrides, f"output_dir={tmp_path}/run"), timeout=60)
+
+
+def _plan_without_images(rank, overrides):
+    train_imagenet = importlib.import_module("train_imagenet")
+    if rank:
+        train_imagenet.evaluation_batches = lambda *_: []
+    try:
+        found = train_imagenet.train(config(*overrides, "device=cpu", "plan=true"))
+    finally:
+        train_imagenet.distributed.stop()
+    assert "validation_step_s" in found and "run_s" in found
 
 
 def test_what_does_not_fit_is_not_measured(tmp_path, monkeypatch, capsys):

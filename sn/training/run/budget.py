@@ -48,7 +48,13 @@ class Pace:
         if self.steps == 1 and self.total != 1:  # it warms up
             self.began = self.last
         long = self.last - self.began > SECONDS and self.steps > LEAST_STEPS
-        enough = long or self.steps > MOST_STEPS or self.steps == self.total
+        self._end_if(long or self.steps > MOST_STEPS or self.steps == self.total)
+
+    def end(self) -> None:
+        """The loop is over in this process, and with it in all."""
+        self._end_if(True)
+
+    def _end_if(self, enough: bool) -> None:
         if distributed.any_process(enough, self.device):
             self.workers = workers_memory()
             raise Enough

@@ -621,6 +621,8 @@ class Session:
                 self.pace.step()
             if self.stop.requested:
                 break
+        if self.pace is not None and not self.stop.requested:
+            self.pace.end()  # without a batch, as with fewer images than processes
         if distributed.any_process(self.stop.requested, self.device):
             raise Preempted(f"stopped by a signal at {where}; the same command goes on")
         self._begin_pace()
