@@ -123,6 +123,7 @@ class SearchConfig(RunConfig):
     names: Names = option(Names)
 
     def check(self) -> None:
+        _check_places(self.controller)
         _check_lrs(self.optimizer)
 
 
@@ -169,6 +170,7 @@ class CellSearchConfig(RunConfig):
     names: CellSearchNames = option(CellSearchNames)
 
     def check(self) -> None:
+        _check_places(self.controller)
         rising = all(a < b for a, b in zip(self.points, self.points[1:]))
         if not rising or self.points[-1:] != [self.cells]:
             raise ValueError(
@@ -225,12 +227,28 @@ class DartsConfig(RunConfig):
     def check(self) -> None:
         check_norm(self.norm)
         _check_lrs(self.optimizer)
+        name, why = self.norm["name"], {
+            "bkn": "it cannot follow the sums of operations",
+            "frozen_bn": "it would stay the identity",
+        }  # fmt: skip
+        if name in why:
+            raise ValueError(f"norm={name}: {why[name]}; choose another norm")
+        if "affine" in self.norm:
+            raise ValueError("norm.affine: norms of the supernet have no gain and shift (affine)")
         for key in ("operations", "gates"):
             if getattr(self, key) == "bilevel" and self.precision == "bf16":
                 raise ValueError(
                     f"{key}=bilevel takes differences of nearby losses, too small for "
                     f"precision=bf16; use fp32, or {key}=bilevel_first"
                 )
+
+
+def _check_places(controller: ControllerKeys) -> None:
+    if not controller.places and controller.norm != "none":
+        raise ValueError(
+            f"controller.places=[] with controller.norm={controller.norm}: it would be nowhere; "
+            "use controller.norm=none"
+        )
 
 
 def _check_lrs(optimizer: ChildOptimizer | DartsOptimizer) -> None:

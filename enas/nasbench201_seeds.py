@@ -93,6 +93,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.seeds < 2 or args.first_seed < 0:
         parser.error(f"--seeds {args.seeds} --first-seed {args.first_seed}; expected 2 or more, "
                      "from 0 or more on")  # fmt: skip
+    own = {"sampler"} | {text.partition("=")[0] for arm in args.arms for text in ARMS[arm]}
+    for text in args.set:
+        if text.lstrip("+~").partition("=")[0] in own:
+            parser.error(f"--set {text}: that is what the arms {', '.join(args.arms)} differ in")
     return args
 
 

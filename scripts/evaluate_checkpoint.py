@@ -1,13 +1,15 @@
 """Evaluate any checkpoint with its running statistics and with the batch average.
 
-    python scripts/evaluate_checkpoint.py outputs/imagenet/.../seed0/checkpoint.pt    # a run's
+    python scripts/evaluate_checkpoint.py outputs/imagenet/.../seed0/checkpoint.pt \\
+        --root /data/imagenet
     python scripts/evaluate_checkpoint.py converted.pt --data imagenet --root /data/imagenet
     python scripts/evaluate_checkpoint.py resnet50.pth --model resnet50 --norm bn \\
         --data imagenet --root /data/imagenet
     torchrun --nproc_per_node=8 scripts/evaluate_checkpoint.py ...
 
-A run's network, norm and data come from the config.yaml beside it, a converted checkpoint's from
-itself. Prints one line of JSON. The file is left as it is.
+A run's network, norm and data come from the config.yaml beside it, but for the folder of the data
+(--root; digits need none); a converted checkpoint's network and norm from itself. A bare state with
+--norm bn is of the library's own batch norms. Prints one line of JSON. The file is left as it is.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 from common.records import read_config
-from torch import Tensor, nn
+from torch import nn
 
 import sn
 from sn.batch_average import batch_statistics_layers
@@ -35,14 +37,19 @@ from sn.training.classification.data import (
     make_loader,
 )
 from sn.training.classification.evaluation import evaluate, is_synchronised
+from sn.training.classification.models import batch_norm_model
 from sn.training.classification.pretrained import (
-    find_facts,
+    Weights,
+    converted_network,
     head_keys,
+    load_state,
     network_of,
     restore_facts,
+    sketched,
+    weights_in,
 )
 from sn.training.run import distributed, entry
-from sn.training.run.checkpoint import find_network, load_weights
+from sn.training.run.checkpoint import load_weights, metadata
 from sn.training.run.config import COUNT, SIZE, check_norm, check_open, short
 from sn.training.run.display import say
 from sn.training.run.images import BadImages
@@ -84,7 +91,7 @@ def load(args: argparse.Namespace, told: Callable[[str], object] | None) -> tupl
     """
     content = load_weights(args.checkpoint)
     config = args.checkpoint.with_name("config.yaml")
-    data = {"name": args.data}
+    data, alone = {"name": args.data}, False
     if {"build", "norm", "model"} <= content.keys():
         build, norm = content["build"], content["norm"]
     elif args.model is None and config.exists() and "model" in content:
@@ -95,23 +102,22 @@ def load(args: argparse.Namespace, told: Callable[[str], object] | None) -> tupl
             data = own
     elif args.model is not None:
         build, norm = {"name": args.model, "source": args.source}, {"name": args.norm}
+        alone = args.norm == "bn"
     else:
         raise ValueError(f"{args.checkpoint} has no config.yaml beside it; give --model and --norm")
     if data.get("name") is None:
         raise ValueError("which data? give --data")
-    state = find_network(content, args.checkpoint, args.key, told)
+    state = weights_in(content, args.checkpoint, args.key, told)
     try:
-        return build_and_load(build, norm, state, find_facts(content, args.checkpoint)), data
+        return build_and_load(build, norm, state, alone), data
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{args.checkpoint} does not fit: {error}") from None
 
 
-def build_and_load(
-    build: Any, norm: Any, state: dict[str, Tensor], facts: dict[str, Any]
-) -> nn.Module:
+def build_and_load(build: Any, norm: Any, state: Weights, alone: bool = False) -> nn.Module:
     """The network of these options with this state; it is held to the state before it is made.
 
-    `facts` as in `Weights`.
+    alone: nothing says how it was built; with its library's own batch norms, if these fit.
 
     Raises ValueError, TypeError or RuntimeError if it does not fit.
     """
@@ -120,18 +126,30 @@ def build_and_load(
             raise ValueError(f"{key}={short(values)}; expected options by name")
     check_open(build, "model", Model)
     check_norm(norm)
+    kinds = [partial(network_of, norm), partial(converted_network, norm)]
+    errors = []
+    for kind in [batch_norm_model] * alone + kinds:
+        try:
+            return _loaded(kind, build, norm, state)
+        except (RuntimeError, TypeError, ValueError) as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _loaded(kind: Callable[..., nn.Module], build: dict, norm: dict, state: Weights) -> nn.Module:
     if "num_classes" not in build:
-        heads = head_keys(lambda n: network_of(norm, **build | {"num_classes": n}), 2)
+        heads = head_keys(lambda n: kind(**build | {"num_classes": n}), 2)
         counts = {len(state[key]) for key in heads if key in state}
         if len(counts) != 1:
             raise ValueError(f"the state has no {' and '.join(heads)} to tell the classes from")
         build = build | {"num_classes": counts.pop()}
-    with torch.device("meta"):  # takes no memory, whatever the file asks for
-        sketch = network_of(norm, **build)
-    sketch.load_state_dict({key: value.to("meta") for key, value in state.items()})
-    model = network_of(norm, **build)
-    model.load_state_dict(state)
-    restore_facts(model, facts, norm)
+    # takes no memory, whatever the file asks for
+    sketch = sketched(lambda: kind(**build))
+    like = {key: value.to("meta") for key, value in state.items()}
+    load_state(sketch.to("meta"), like, metadata(state))
+    model = kind(**build)
+    load_state(model, state, metadata(state))
+    restore_facts(model, state.facts, norm)
     return model
 
 
@@ -176,6 +194,8 @@ def main() -> None:
         model, options = load(args, partial(say, error=True) if processes.is_main else None)
         if args.root is not None:
             options["root"] = args.root
+        elif "root" not in options and options["name"] != "digits":
+            raise ValueError(f"--root is not set; expected the folder of {options['name']}")
         options = {k: v for k, v in options.items() if k not in ("workers", "max_bad_images")}
         with tempfile.TemporaryDirectory() as folder:  # each process reads a share of its own
             if is_image_folder(options["name"]):

@@ -406,6 +406,57 @@ def test_the_batch_average_may_be_of_augmented_images(load_script):
     assert not torch.allclose(made["own", False], made["own", True], rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "source, name, size",
+    [("torchvision", "mobilenet_v3_small", 64), ("torchvision", "googlenet", 64),
+     ("torchvision", "regnet_y_400mf", 64), ("timm", "efficientnet_b0", 64)],
+)  # fmt: skip
+def test_a_librarys_own_state_is_of_its_own_batch_norms(source, name, size, load, tmp_path):
+    """Their eps, GoogLeNet's second heads and shifted input, timm's fused layers."""
+    if source == "timm":
+        import timm
+
+        theirs = timm.create_model(name, num_classes=10).eval()
+    else:
+        more = {"transform_input": True, "init_weights": False} if name == "googlenet" else {}
+        theirs = torchvision.models.get_model(name, num_classes=10, **more).eval()
+    for key, tensor in theirs.state_dict().items():
+        if "running_var" in key:
+            tensor.uniform_(0.01, 0.1)  # beside which eps counts
+    torch.save(theirs.state_dict(), tmp_path / "c.pth")
+    ours = load(tmp_path / "c.pth", model=name, source=source, norm="bn").eval()
+    x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_fine_tuned_network_whose_norm_layer_is_another(load, tmp_path):
+    plain = batch_norm_model("visformer_tiny", "timm", 10)
+    model = sn.convert(plain, "sn", keep_outputs=True)
+    torch.save(
+        {"model": model.state_dict(), "network": network_facts(model, 10)}, tmp_path / "c.pt"
+    )
+    config = {"model": {"name": "visformer_tiny", "source": "timm"}, "norm": {"name": "sn"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config | {"data": {"name": "digits"}}))
+    assert load(tmp_path / "c.pt").state_dict().keys() == model.state_dict().keys()
+
+
+def test_statistics_of_another_layer_are_refused(load, tmp_path):
+    norm = sn.make_norm("sn", statistics=("in", "gn", "bn"), num_groups=8)
+    model = build_model("resnet8", "cifar", 10, norm)
+    torch.save(
+        {"model": model.state_dict(), "network": network_facts(model, 10)}, tmp_path / "c.pt"
+    )
+    with pytest.raises(ValueError, match=r"c.pt does not fit: .*\('in', 'gn', 'bn'\)"):
+        load(tmp_path / "c.pt", model="resnet8")
+
+
+def test_the_folder_of_a_runs_data_is_asked_for(tmp_path, call, capsys):
+    torch.save(a_checkpoint()[0], tmp_path / "c.pt")
+    with pytest.raises(SystemExit) as error:
+        call("evaluate_checkpoint", tmp_path / "c.pt", "--data", "birds", "--device", "cpu")
+    assert error.value.code == 2 and "--root is not set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])
 def test_wrapped_networks_are_evaluated(prefix, load, tmp_path):
     content, model = a_checkpoint(prefix)

@@ -192,7 +192,56 @@ def test_what_a_network_computes_beside_its_tensors_is_kept(tmp_path):
         pretrained_model(weights, {"name": "sn", "unbiased": False}, 10, **SMALL)
 
 
-@pytest.mark.parametrize("bad", [{"eps": 1}, {"eps": {"bn1": "x"}}, {"classes": "7"}])
+def test_groups_and_statistics_of_a_checkpoint(tmp_path):
+    """Control parameters are those of the file's statistics; groups are as many as there."""
+    own = build_model(**SMALL, num_classes=10, norm=sn.make_norm("gn", num_groups=2)).eval()
+    weights = saved(own, tmp_path / "a.pt", 10)
+    for groups in (None, 2):
+        model, _ = pretrained_model(weights, {"name": "gn", "num_groups": groups}, 10, **SMALL)
+        torch.testing.assert_close(model.eval()(IMAGES), own(IMAGES))
+    with pytest.raises(ValueError, match="norm.num_groups=4: the pretrained network has 2 in bn1"):
+        pretrained_model(weights, {"name": "gn", "num_groups": 4}, 10, **SMALL)
+
+    norm = {"name": "sn", "statistics": ["in", "gn", "bn"], "num_groups": 2}
+    own = build_model(**SMALL, num_classes=10, norm=sn.make_norm(**norm)).eval()
+    weights = saved(own, tmp_path / "b.pt", 10)
+    model, _ = pretrained_model(weights, norm, 10, **SMALL)
+    torch.testing.assert_close(model.eval()(IMAGES), own(IMAGES))
+    with pytest.raises(ValueError, match=r"bn1.mean_weight .* of the statistics \('in', 'gn', 'bn"):
+        pretrained_model(weights, {"name": "sn"}, 10, **SMALL)
+
+
+def test_networks_that_know_their_version_or_read_their_weights():
+    """torchvision's MNASNet asks a state dict for its version, RegNet cannot be built on meta."""
+    for name in ("mnasnet0_5", "regnet_y_400mf"):
+        named = {"name": name, "source": "torchvision"}
+        theirs = torchvision.models.get_model(name, num_classes=5).eval()
+        for state in (theirs.state_dict(), dict(theirs.state_dict())):  # with and without notes
+            model, how = pretrained_model(state, {"name": "bn"}, 5, **named)
+            assert "kept: 5 classes" in how
+            x = torch.randn(1, 3, 64, 64)
+            torch.testing.assert_close(model.eval()(x), theirs(x), rtol=1e-4, atol=1e-4)
+        _, how = pretrained_model(state, {"name": "sn"}, 7, **named)
+        assert "starts anew: 7 classes" in how
+
+
+def test_networks_whose_norm_layer_is_another(tmp_path):
+    """timm's visformer_tiny takes it for some layers alone; what init= made loads again."""
+    import timm
+
+    named = {"name": "visformer_tiny", "source": "timm"}
+    theirs = timm.create_model("visformer_tiny", num_classes=5)
+    ours, _ = pretrained_model(theirs.state_dict(), {"name": "sn"}, 5, 2.0, **named)
+    weights = saved(ours, tmp_path / "c.pt", 5)
+    again, how = pretrained_model(weights, {"name": "sn"}, 5, **named)
+    assert "sn layers as they were" in how
+    x = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(again.eval()(x), ours.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"eps": 1}, {"groups": {"bn1": 0}}, {"eps": {"bn1": "x"}}, {"classes": "7"}]
+)
 def test_damaged_facts_are_refused(bad, tmp_path):
     torch.save({"model": network().state_dict(), "network": bad}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match="c.pt: its 'network' is not what train_imagenet.py wri"):

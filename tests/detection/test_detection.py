@@ -574,10 +574,13 @@ def test_names_of_predicted_pictures(trained, digits, tmp_path):
     """a.png and a.jpg get one each, and no image is written over."""
     folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
-    for name in ("a.png", "a.jpg", "b.jpg"):
+    for name in ("a.png", "a.jpg", "b.jpg", "c_jpg.png"):
         Image.open(digits / "val2017" / "000001.png").save(folder / name)
     predicted(trained, folder, out)
-    assert {path.name for path in out.glob("*.png")} == {"a_png.png", "a_jpg.png", "b.png"}
+    names = {path.name for path in out.glob("*.png")}
+    assert names == {"a_png.png", "a_jpg.png", "b.png", "c_jpg.png"}
+    files = [folder / name for name in ("a.jpg", "a.png", "a_jpg.png", "b.JPG")]
+    assert predict.picture_names(files) == ["a_jpg", "a_png", "a_jpg_png", "b_JPG"]
     with pytest.raises(ValueError, match="is where the images are; choose another folder"):
         predicted(trained, folder, folder)
 

@@ -246,6 +246,15 @@ def test_one_part_alone():
     assert {m.num_groups for m in fpn.modules() if isinstance(m, sn.AutoGroupNorm)} == {8}
 
 
+def test_batch_renorm_counts_images():
+    """In a head it would count RoIs: only without a schedule."""
+    with pytest.raises(ValueError, match=r"parts.box_head: brn counts the RoIs .*r_images=\[0,0\]"):
+        complete("norm@parts.box_head=brn")
+    spans = [f"++parts.box_head.{key}=[0,0]" for key in ("r_images", "d_images")]
+    complete("norm@parts.box_head=brn", *spans)
+    complete("norm@parts.backbone=brn")
+
+
 def test_command_line_beats_the_experiment():
     overrides = ("norm@parts.fpn=gn", "schedule=detection_1x", "model.freeze_at=0")
     cfg = complete("experiment=detection/mask_sn_sn", *overrides)

@@ -1,5 +1,7 @@
 """Detectors equal torchvision's own with the same weights; parts, freezing, pretraining, groups."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from workers import slow_but
 
 import sn
 from sn.training.classification.models import build_model
-from sn.training.classification.pretrained import pretrained_weights
+from sn.training.classification.pretrained import network_facts, pretrained_weights
 from sn.training.detection import detectors
 from sn.training.detection.detectors import build_detector
 
@@ -32,6 +34,9 @@ SMALL = {  # a detector that a core can run
     "max_size": 96,
     "zero_init_residual": False,
 }
+
+
+MLP = {"box_head": "mlp"}
 
 
 def norms(backbone="bn", fpn=None, box_head=None, mask_head=None):
@@ -247,6 +252,16 @@ def test_frozen_stages_stay_frozen_recursively():
     assert any(k.startswith("backbone.body.layer2") for k in moved)
 
 
+def test_frozen_stages_do_not_choose():
+    """The radius of sparse layers changes their outputs: it stays in frozen stages."""
+    model = build_detector("faster_rcnn_fpn", 5, norms("ssn"), freeze_at=2, **SMALL | MLP)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    sn.begin_step(model.train(), 0.9)
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    stages = {key.split(".")[2] for key in moved}
+    assert stages == {"layer2", "layer3", "layer4"} and all("radius" in key for key in moved)
+
+
 def test_parts_table_says_what_is_frozen():
     with torch.device("meta"):
         model = build_detector("mask_rcnn_fpn", 80, norms("sn", "gn", "gn", "gn"), freeze_at=2)
@@ -296,6 +311,67 @@ def test_weights_of_a_classifier(norm, name, width, tmp_path):
     expected = {k: v for k, v in classifier.state_dict().items() if not k.startswith("fc")}
     assert body.keys() == expected.keys()
     assert all(torch.equal(body[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn", "sn"])
+def test_counts_of_batches_may_be_missing(norm):
+    """As in files from before torch 0.4.1, or of frozen layers."""
+    kind = "sn" if norm == "sn" else "bn"
+    weights = torchvision.models.resnet18(norm_layer=sn.make_norm(kind)).state_dict()
+    weights = {k: torch.rand_like(v) for k, v in weights.items() if not k.endswith("tracked")}
+    model = build_detector(
+        "faster_rcnn_fpn", 5, norms(norm), weights=weights, **SMALL | {"box_head": "mlp"}
+    )
+    for key, value in model.backbone.body.state_dict().items():
+        assert key.endswith("tracked") or torch.equal(value, weights[key]), key
+
+
+@pytest.mark.parametrize(
+    "norm, options",
+    [("bn", {"eps": 0.01}), ("sn", {"unbiased": True}), ("gn", {"num_groups": 2})],
+)
+@pytest.mark.parametrize("architecture", ["faster_rcnn_fpn", "faster_rcnn_c4"])
+def test_what_a_checkpoint_says_of_the_norms(norm, options, architecture, tmp_path):
+    """A backbone computes as the classifier does, or is refused."""
+    torch.manual_seed(0)
+    classifier = build_model("resnet10", "thin", 10, sn.make_norm(norm, **options), width=16)
+    for name, tensor in classifier.state_dict().items():
+        if "running" in name:
+            tensor.uniform_(0.001, 0.1)
+    torch.save(
+        {"model": classifier.state_dict(), "network": network_facts(classifier, 10)},
+        tmp_path / "c.pt",
+    )
+    weights = pretrained_weights("checkpoint", "resnet10", str(tmp_path / "c.pt"))
+
+    def body(**options):
+        own = sn.make_norm(norm, **options)
+        parts = dict.fromkeys(("backbone", "fpn", "box_head", "mask_head"))
+        parts |= {"backbone": own} | ({"box_head": own} if "c4" in architecture else {})
+        small = SMALL | {"box_head": "mlp", "backbone": "resnet10", "backbone_width": 16}
+        model = build_detector(architecture, 5, parts, weights=weights, **small).eval()
+        return model.backbone.body if "fpn" in architecture else model.backbone
+
+    ((name, value),) = options.items()
+    wanted = re.escape(f"++parts.backbone.{name}={str(value).lower()}")
+    with pytest.raises(ValueError, match=wanted):
+        body()
+    x = torch.randn(2, 3, 64, 64)
+    expected = classifier.eval().relu(classifier.bn1(classifier.conv1(x)))
+    expected = classifier.layer3(classifier.layer2(classifier.layer1(classifier.maxpool(expected))))
+    found = body(**options)(x)["2" if "fpn" in architecture else "0"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_control_parameters_of_other_statistics(tmp_path):
+    """Of as many and of the same shape: the file says which they are."""
+    theirs = sn.make_norm("sn", statistics=("in", "ln"))
+    ours = sn.make_norm("sn", statistics=("ln", "gn"), num_groups=4)
+    torch.save(torchvision.models.resnet18(norm_layer=theirs).state_dict(), tmp_path / "w.pth")
+    weights = pretrained_weights("checkpoint", "resnet18", str(tmp_path / "w.pth"))
+    parts = norms() | {"backbone": ours}
+    with pytest.raises(ValueError, match=r"bn1.mean_weight .* \('in', 'ln'\), .* 19 more"):
+        build_detector("faster_rcnn_fpn", 5, parts, weights=weights, **SMALL | {"box_head": "mlp"})
 
 
 def test_timms_resnet_has_the_same_names():

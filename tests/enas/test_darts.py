@@ -413,6 +413,9 @@ def test_resumed_run_equals_unbroken_one(name, call, operations, gates, tmp_path
         (["operations=both"], ["operations=both", "bilevel_first"]),
         (["gates=bilevel", "norm=bn"], ["gates=bilevel", "control parameters", "bn"]),
         (["norm=none"], ["none", "affine"]),
+        (["norm=bkn"], ["norm=bkn", "choose another norm"]),
+        (["norm=frozen_bn"], ["norm=frozen_bn", "identity"]),
+        (["+norm.affine=true"], ["norm.affine", "no gain and shift"]),
         (["operations=bilevel", "precision=bf16"], ["operations=bilevel", "precision=bf16"]),
         (
             ["operations=joint", "gates=bilevel", "precision=bf16"],

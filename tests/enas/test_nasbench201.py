@@ -376,6 +376,22 @@ def test_record_of_many_seeds(path, tmp_path, table, capsys):
     assert error.value.code == 2 and "sn with other config" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("override", ["controller.norm=ln", "sampler=evolution"])
+def test_what_arms_differ_in_is_theirs(override, path, tmp_path, capsys):
+    """A line of the record would name one thing and be of another."""
+    out = tmp_path / "cifar10.jsonl"
+    arguments = [str(path), "--out", str(out), "--seeds", "2", "--arms", "sn", "random", "--set"]
+    with pytest.raises(SystemExit) as error:
+        nasbench201_seeds.main([*arguments, override])
+    assert error.value.code == 2 and f"--set {override}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_norm_is_somewhere():
+    with pytest.raises(ValueError, match=r"controller.places=\[\].*use controller.norm=none"):
+        nasbench201_seeds.compose_config("t.csv", "cifar10", ["controller.places=[]"])
+
+
 @pytest.mark.parametrize("arm", nasbench201_seeds.ARMS)
 def test_arms_compose(arm):
     config = nasbench201_seeds.compose_config("t.csv", "cifar10", nasbench201_seeds.ARMS[arm])

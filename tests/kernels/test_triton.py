@@ -97,7 +97,7 @@ def test_batches_that_do_not_split_without_bn(virtual_gpus):
 
 @runs
 def test_numbers_are_pythons(monkeypatch):
-    """A launcher takes no number of NumPy's but float64, the interpreter does; the layer takes all."""
+    """The layer takes NumPy's; a launcher, unlike the interpreter, none but float64."""
     from sn.kernels import cuda
 
     given = []

@@ -1,5 +1,6 @@
 """Checkpoints survive an interrupted write, a broken file, and hold no code."""
 
+import argparse
 import multiprocessing
 import os
 import pickle
@@ -10,10 +11,12 @@ import signal
 import time
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
+import sn
 from sn.training.run import checkpoint
 from sn.training.run.checkpoint import (
     fitting,
@@ -21,6 +24,7 @@ from sn.training.run.checkpoint import (
     load_checkpoint,
     load_network,
     load_weights,
+    metadata,
     plain_names,
     restore,
     save_checkpoint,
@@ -446,6 +450,37 @@ def test_names_are_those_of_the_wrapped_network():
         assert plain_names(state) == state
     with pytest.raises(ValueError, match="_orig_mod.a is a without its wrappers"):
         plain_names({"a": 1, "_orig_mod.a": 2})
+
+
+def test_what_layers_note_beside_their_tensors_is_kept(path):
+    """As torch saves it, such as SN's statistics, under the names that the tensors get."""
+    network = torch.nn.Sequential(sn.SwitchNorm2d(2, statistics=("in", "ln")), torch.nn.ReLU())
+    own = metadata(network.state_dict())
+    assert own["0"]["statistics"] == ("in", "ln")
+    wrapped = torch.nn.Module()
+    wrapped.model = torch.compile(torch.nn.DataParallel(network))
+    torch.save({"state_dict": wrapped.state_dict(), "epoch": 3}, path)
+    found = load_network(path)
+    assert list(found) == list(network.state_dict()) and metadata(found) == own
+    other = torch.nn.Sequential(sn.SwitchNorm2d(2, statistics=("in", "bn")))
+    with pytest.raises(RuntimeError, match=r"of the statistics \('in', 'ln'\)"):
+        other.load_state_dict(found)
+    torch.save(NETWORK, path)  # a plain dict has none
+    assert metadata(load_network(path)) == {}
+
+
+def test_options_of_training_scripts_are_read_over(path):
+    """torchvision's references and timm save argparse's beside the weights; no other object."""
+    content = {
+        "model": NETWORK,
+        "optimizer": OPTIMIZER,
+        "args": argparse.Namespace(lr=0.1, amp=None),
+    }
+    torch.save(content, path)
+    assert load_network(path).keys() == NETWORK.keys()
+    torch.save(content | {"args": argparse.Namespace(device=Path("x"))}, path)
+    with pytest.raises(ValueError, match="it holds pathlib.*expected plain tensors"):
+        load_network(path)
 
 
 @pytest.mark.parametrize("around", ["model", "state_dict", None])

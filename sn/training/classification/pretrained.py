@@ -1,7 +1,8 @@
 """Pretrained classifiers: where their weights come from, and how they get another norm."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sn
 from sn.modules import SwitchNormBase
 
-from ..run.checkpoint import find_network, load_weights
+from ..run.checkpoint import State, find_network, load_weights, metadata
 from ..run.config import short
 from .data import IMAGENET_MEAN, IMAGENET_STD
 from .models import batch_norm_model, build_model, fuse_activations
@@ -22,31 +23,41 @@ PUBLISHED = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvisio
 INITS = ("scratch", "checkpoint", "torchvision", "timm")
 
 
-class Weights(dict[str, Tensor]):
+class Weights(State):
     """A network's tensors by name, and what else it computes with.
 
-    facts: "classes", how many; "eps", those of its layers by name; "unbiased", whether its
-    variances are; "transform_input", whether it shifts the input (GoogLeNet, Inception); "mean" and
-    "std", of the images that timm's weights expect. Each may be missing.
+    facts: "classes", how many; "eps" and "groups", those of its layers by name; "unbiased", whether
+    its variances are; "transform_input", whether it shifts the input (GoogLeNet, Inception); "mean"
+    and "std", of the images that timm's weights expect. Each may be missing.
     """
 
     facts: dict[str, Any]
 
     def __init__(self, tensors: Mapping[str, Tensor], facts: dict[str, Any] | None = None):
-        super().__init__(tensors)
+        super().__init__(tensors, metadata(tensors))
         self.facts = facts or {}
 
 
 def network_facts(model: nn.Module, classes: int) -> dict[str, Any]:
     """What a checkpoint says of a network beyond its tensors: the `facts` of `Weights`."""
-    layers = {name: getattr(layer, "eps", None) for name, layer in model.named_modules()}
-    unbiased = [layer.unbiased for layer in model.modules() if isinstance(layer, SwitchNormBase)]
+    layers = dict(model.named_modules())
+    eps = {name: getattr(layer, "eps", None) for name, layer in layers.items()}
+    groups = {name: groups_of(layer) for name, layer in layers.items()}
+    unbiased = [layer.unbiased for layer in layers.values() if isinstance(layer, SwitchNormBase)]
     return {
         "classes": classes,
-        "eps": {name: eps for name, eps in layers.items() if isinstance(eps, float)},
+        "eps": {name: value for name, value in eps.items() if isinstance(value, float)},
+        "groups": {name: count for name, count in groups.items() if count is not None},
         "unbiased": any(unbiased),
         "transform_input": getattr(model, "transform_input", False) is True,
     }
+
+
+def groups_of(layer: nn.Module) -> int | None:
+    """Of a layer that normalises groups of channels, their number."""
+    has = isinstance(layer, nn.GroupNorm)
+    has = has or isinstance(layer, SwitchNormBase) and "gn" in layer.statistics
+    return int(layer.num_groups) if has else None
 
 
 def find_facts(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -59,15 +70,20 @@ def find_facts(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
         return {"unbiased": norm.get("unbiased") is True}
     if not isinstance(found, dict):
         return {}
-    eps = found.get("eps", {})
-    good = isinstance(eps, dict) and all(
-        isinstance(name, str) and type(value) is float and 0 < value < 1
-        for name, value in eps.items()
-    )
+
+    def by_name(key: str, kind: type, fits: Callable[[Any], bool]) -> bool:
+        values = found.get(key, {})
+        return isinstance(values, dict) and all(
+            isinstance(name, str) and type(value) is kind and fits(value)
+            for name, value in values.items()
+        )
+
+    good = by_name("eps", float, lambda value: 0 < value < 1)
+    good = good and by_name("groups", int, lambda value: value > 0)
     kinds = {"classes": int, "unbiased": bool, "transform_input": bool}
     if not good or any(type(found.get(key, kind())) is not kind for key, kind in kinds.items()):
         raise ValueError(f"{path}: its 'network' is not what train_imagenet.py writes")
-    return {key: found[key] for key in ("eps", *kinds) if key in found}
+    return {key: found[key] for key in ("eps", "groups", *kinds) if key in found}
 
 
 def pretrained_weights(
@@ -102,12 +118,7 @@ def pretrained_weights(
         if path is None:
             raise ValueError("init=checkpoint needs init.path=..., a classifier's checkpoint")
         try:
-            content = load_weights(path)
-            tensors = find_network(content, path, key, told)
-            facts = find_facts(content, path)
-            if any(name.startswith(PUBLISHED) for name in tensors):  # the only files that have them
-                facts["transform_input"] = True
-            return Weights(_without_second_heads(tensors), facts)
+            return weights_in(load_weights(path), path, key, told)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"init.path: {error}") from None
     weights = weights or "DEFAULT"
@@ -126,6 +137,23 @@ def pretrained_weights(
         ) from None
 
 
+def weights_in(
+    content: Mapping[str, Any],
+    path: str | Path,
+    key: str | None = None,
+    told: Callable[[str], object] | None = None,
+) -> Weights:
+    """A classifier's weights in the content of the file at `path`, as `find_network`.
+
+    Raises ValueError, naming the file.
+    """
+    tensors = find_network(content, path, key, told)
+    facts = find_facts(content, path)
+    if any(name.startswith(PUBLISHED) for name in tensors):  # the only files that have them
+        facts["transform_input"] = True
+    return Weights(without_second_heads(tensors), facts)
+
+
 def torchvision_weights(model: str) -> list[str]:
     """The names of torchvision's weights of `model`, DEFAULT for the newest; [] if it is unknown.
 
@@ -141,11 +169,12 @@ def torchvision_weights(model: str) -> list[str]:
 def _of_torchvision(model: str, weights: str) -> Weights:
     network = torchvision.models.get_model(model, weights=weights)
     facts = {"transform_input": getattr(network, "transform_input", False)}
-    return Weights(_without_second_heads(network.state_dict()), facts)
+    return Weights(without_second_heads(network.state_dict()), facts)
 
 
-def _without_second_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in tensors.items() if not name.startswith(PUBLISHED)}
+def without_second_heads(tensors: Mapping[str, Tensor]) -> State:
+    own = {name: value for name, value in tensors.items() if not name.startswith(PUBLISHED)}
+    return State(own, metadata(tensors))
 
 
 def _of_timm(model: str) -> Weights:
@@ -215,19 +244,27 @@ def pretrained_model(
     def with_norm(classes: int) -> nn.Module:
         return network_of(norm, num_classes=classes, **options)
 
+    def as_converted(classes: int) -> nn.Module:
+        return converted_network(norm, num_classes=classes, **source)
+
     plain = with_batch_norm(num_classes)
     head, wrong = _load(plain, weights, head_keys(with_batch_norm, num_classes))
     if not wrong:
         restore_facts(plain, facts, {})
         model, how = _converted(plain, norm, gate_start)
     else:
-        try:
-            model = with_norm(num_classes)
-        except ValueError:  # neither takes the norm nor has batch norm
-            model, wrong_too = plain, wrong
-        else:
-            head, wrong_too = _load(model, weights, head_keys(with_norm, num_classes))
-            restore_facts(model, facts, norm)
+        model, wrong_too = plain, wrong
+        for build in (with_norm, as_converted):
+            try:
+                candidate = build(num_classes)
+            except ValueError:  # it takes no norm, or has no batch norm
+                continue
+            head, lists = _load(candidate, weights, head_keys(build, num_classes))
+            if not lists or model is plain:
+                model, wrong_too = candidate, lists
+            if not lists:
+                restore_facts(model, facts, norm)
+                break
         if wrong_too:
             nearest, lists = ("batch norm", wrong) if _of_batch_norm(weights) else (
                 f"norm={norm['name']}", wrong_too)  # fmt: skip
@@ -252,45 +289,86 @@ def network_of(norm: Mapping[str, Any], **options: Any) -> nn.Module:
     """`build_model`; of a network that takes no norm the one that conversion makes of it."""
     try:
         return build_model(**options, norm=sn.make_norm(**norm))
-    except ValueError:
-        keys = ("name", "source", "num_classes", "dropout", "width")
-        plain = batch_norm_model(**{key: options[key] for key in keys if key in options})
-        if not any(isinstance(layer, _BatchNorm) for layer in plain.modules()):
-            raise
-        own = {key: value for key, value in norm.items() if key != "name"}
-        return sn.convert(plain, norm["name"], **own)
+    except ValueError as error:
+        try:
+            return converted_network(norm, **options)
+        except ValueError:
+            raise error from None
+
+
+def converted_network(norm: Mapping[str, Any], **options: Any) -> nn.Module:
+    """The network as `init=` makes it of batch-norm weights: converted, whatever it takes itself.
+
+    Some networks of timm's take a norm for other layers than those that have batch norm. Raises
+    ValueError if none has, or for options that `build_model` refuses.
+    """
+    others = ("zero_init_residual", "fused_activation")  # of `build_model` alone
+    plain = batch_norm_model(**{k: v for k, v in options.items() if k not in others})
+    if not any(isinstance(layer, _BatchNorm) for layer in plain.modules()):
+        raise ValueError(f"{options['name']} has no batch norm")
+    return sn.convert(plain, norm["name"], **{k: v for k, v in norm.items() if k != "name"})
+
+
+def sketched(build: Callable[[], nn.Module]) -> nn.Module:
+    """A network without memory for its tensors; with it if that fails (torchvision's RegNets)."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except NotImplementedError:  # it reads its weights
+        return build()
 
 
 def head_keys(build: Callable[[int], nn.Module], classes: int) -> list[str]:
     """The parameters whose shape is that of the classes, of all heads if there are several."""
-    with torch.device("meta"):  # takes no memory
-        ours, others = (build(n).state_dict() for n in (classes, classes + 1))
+    ours, others = (
+        sketched(partial(build, count)).state_dict() for count in (classes, classes + 1)
+    )
     return [key for key in ours if ours[key].shape != others[key].shape]
 
 
 def restore_facts(model: nn.Module, facts: Mapping[str, Any], norm: Mapping[str, Any]) -> None:
     """Let `model` compute as the network that the weights are of; see `Weights`.
 
-    Raises ValueError if `norm` asks for another eps, or other variances.
+    Raises ValueError if `norm` asks for another eps or number of groups, or other variances.
     """
-    eps, unbiased = facts.get("eps", {}), facts.get("unbiased")
-    for name, layer in model.named_modules():
-        if name in eps and hasattr(layer, "eps"):
-            if norm.get("eps", eps[name]) != eps[name]:
-                raise ValueError(
-                    f"norm.eps={norm['eps']}: the pretrained network has {eps[name]:g} in {name}; "
-                    "~norm.eps on the command line keeps that"
-                )
-            layer.eps = eps[name]
-        if isinstance(layer, SwitchNormBase) and unbiased is not None:
-            if norm.get("unbiased", unbiased) != unbiased:
-                raise ValueError(
-                    f"norm.unbiased={norm['unbiased']}: the pretrained network has {unbiased}; "
-                    "~norm.unbiased on the command line keeps that"
-                )
-            layer.unbiased = unbiased
+    for name, layer, option, theirs, _ in differences(model, facts):
+        if norm.get(option) not in (None, theirs):
+            raise ValueError(
+                f"norm.{option}={norm[option]}: the pretrained network has {theirs} in {name}; "
+                f"~norm.{option} on the command line keeps that"
+            )
+        setattr(layer, option, theirs)
     if hasattr(model, "transform_input") and "transform_input" in facts:
         model.transform_input = facts["transform_input"]
+
+
+def differences(
+    model: nn.Module, facts: Mapping[str, Any]
+) -> Iterator[tuple[str, nn.Module, str, Any, Any]]:
+    """(name, layer, option, theirs, ours) wherever a layer of `model` is not as `facts` have it."""
+    for name, layer in model.named_modules():
+        switchable = isinstance(layer, SwitchNormBase)
+        known = [
+            ("eps", facts.get("eps", {}).get(name), getattr(layer, "eps", None)),
+            ("num_groups", facts.get("groups", {}).get(name), groups_of(layer)),
+            ("unbiased", facts.get("unbiased"), layer.unbiased if switchable else None),
+        ]
+        for option, theirs, ours in known:
+            if None not in (theirs, ours) and theirs != ours:
+                yield name, layer, option, theirs, ours
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
+    """Load `state` with what `noted`, metadata of weights, says of the layers.
+
+    Raises ValueError if it does not fit, such as control parameters of other statistics.
+    """
+    try:
+        model.load_state_dict(State(state, metadata(model.state_dict()) | dict(noted)))
+    except (RuntimeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        first, *more = lines[1:] or lines  # under torch's "Error(s) in loading"
+        raise ValueError(first + (f", and so {len(more)} more" if more else "")) from None
 
 
 def _of_batch_norm(weights: Mapping[str, Tensor]) -> bool:
@@ -321,7 +399,7 @@ def _load(
     wrong = misfits(compared(ours), compared(weights))
     if not wrong:
         known = {key: value for key, value in weights.items() if key in ours and key not in own}
-        model.load_state_dict(ours | known)
+        load_state(model, ours | known, metadata(weights))
     if anew:
         new, old = sizes[0]
         start = "start" if word == "heads" else "starts"

@@ -223,6 +223,16 @@ class DetectionConfig(RunConfig):
             norms = {part: options["name"] for part, options in self.own_parts.items()}
             architecture = self.model.architecture
             check_frozen(architecture, norms, self.init.name, self.model.freeze_at)
+            for part in ("box_head", "mask_head"):
+                options = self.own_parts.get(part, {})
+                spans = [*options.get("r_images", [1]), *options.get("d_images", [1])]
+                if options.get("name") == "brn" and any(spans):
+                    raise ValueError(
+                        f"parts.{part}: brn counts the RoIs of a head as images, so that its "
+                        f"r_images and d_images would be reached hundreds of times too soon; use "
+                        f"++parts.{part}.r_images=[0,0] ++parts.{part}.d_images=[0,0], or "
+                        "another norm"
+                    )
             if self.init.name == "checkpoint" and self.init.path is None:
                 raise ValueError("init.path is not set; add init.path=... to the command")
 

@@ -27,10 +27,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+import sn
 from sn import NoNorm, connect_bkn, gates
 
 from ..classification.models import build_model
-from ..classification.pretrained import misfits
+from ..classification.pretrained import Weights, differences, load_state, misfits
+from ..run.checkpoint import metadata
+from ..run.config import as_yaml
 
 Norm = Callable[[int], nn.Module]
 
@@ -204,7 +207,8 @@ def build_detector(
             box head is conv5.
         backbone: a torchvision ResNet.
         backbone_width: channels of its first stage; None: torchvision's own.
-        weights: what its state dict starts from, `fc` ignored; None: random weights.
+        weights: what its state dict starts from, `fc` ignored; None: random weights. Of `Weights`
+            (a classifier's checkpoint) the norms must compute as the classifier's.
         freeze_at: how many of stem, layer1, ..., layer4 are fixed, as in Detectron.
         fpn_channels: width of FPN, box head and mask head.
         box_head: "mlp" (two linear layers, no norm) or "conv" (four 3x3 convolutions and a linear
@@ -328,21 +332,34 @@ def _resnet(name: str, width: int | None, norm: Norm, zero_init_residual: bool) 
 
 
 def load_backbone(resnet: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load a classifier's state dict but for `fc`; ValueError lists the keys that do not fit."""
-    ours = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
-    frozen = {k.rpartition(".")[0] for k in ours if k.endswith(".running_mean")}
-    frozen = {name for name in frozen if f"{name}.num_batches_tracked" not in ours}
-    theirs = {
-        key: value
-        for key, value in weights.items()
-        if not key.startswith("fc.")
-        and not (key.endswith(".num_batches_tracked") and key.rpartition(".")[0] in frozen)
-    }
-    if wrong := misfits(ours, theirs):
+    """Load a classifier's state dict but for `fc`.
+
+    Raises ValueError that lists the keys that do not fit, or says what the classifier's norms
+    compute with and these do not (`Weights.facts`): an evaluation later knows only the options.
+    """
+
+    def compared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Without the head, and what counts batches: older files and frozen layers do not."""
+        left_out = ("fc.", "num_batches_tracked")
+        return {
+            key: value
+            for key, value in state.items()
+            if not (key.startswith(left_out[0]) or key.endswith(left_out[1]))
+        }
+
+    ours = resnet.state_dict()
+    if wrong := misfits(compared(ours), compared(weights)):
         raise ValueError(
             f"the pretrained weights do not fit this backbone and its norm: {'; '.join(wrong)}"
         )
-    resnet.load_state_dict(resnet.state_dict() | theirs)
+    facts = weights.facts if isinstance(weights, Weights) else {}
+    for name, _, option, theirs, own in differences(resnet, facts):
+        raise ValueError(
+            f"the pretrained network has {option}={theirs} in {name}, this backbone {own}; give "
+            f"its norm that: ++parts.backbone.{option}={as_yaml(theirs)} (C4's conv5: box_head)"
+        )
+    theirs = {key: v for key, v in weights.items() if key in ours and not key.startswith("fc.")}
+    load_state(resnet, ours | theirs, metadata(weights))
 
 
 def check_frozen(architecture: str, norms: Mapping[str, str], init: str, freeze_at: int) -> None:
@@ -383,10 +400,13 @@ def frozen_modules(model: FasterRCNN) -> list[nn.Module]:
 
 
 def freeze(model: FasterRCNN, freeze_at: int) -> None:
-    """Fix the first `freeze_at` of stem, layer1, ... for good: no gradients, evaluation mode."""
+    """Fix the first `freeze_at` of stem, layer1, ... for good: no gradients, evaluation mode.
+
+    Nor do the choices of sparse layers move with the progress of training.
+    """
     model.freeze_at = freeze_at
     for module in frozen_modules(model):
-        module.requires_grad_(False)
+        sn.freeze(module)
     model.train(model.training)
 
 

@@ -105,6 +105,14 @@ def evaluate_checkpoint(config: DetectionConfig) -> dict:
     return metrics
 
 
+def picture_names(files: list[Path]) -> list[str]:
+    """A name of its own for each: its stem, beside a.png and a.jpg a_png and a_jpg."""
+    stems = Counter(path.stem for path in files)
+    long = [f"{path.stem}_{path.suffix[1:]}" for path in files]
+    names = [path.stem if stems[path.stem] == 1 else name for path, name in zip(files, long)]
+    return names if len(set(names)) == len(names) else long  # there is an a_jpg.png, too
+
+
 def predict(config: DetectionConfig) -> list[dict]:
     """mode=predict: pictures with detections, and predictions.json, for an image or a folder.
 
@@ -120,7 +128,7 @@ def predict(config: DetectionConfig) -> list[dict]:
     if out.resolve() == files[0].parent.resolve():
         raise ValueError(f"predict.out={out} is where the images are; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    stems = Counter(path.stem for path in files)
+    names = picture_names(files)
     results, errors = [], []
     for index in range(processes.rank, len(files), processes.world_size):
         try:
@@ -131,9 +139,7 @@ def predict(config: DetectionConfig) -> list[dict]:
             continue
         found = find(model, picture, precision)
         drawn = draw_detections(picture, found, state["classes"], config.evaluation.threshold)
-        stem, suffix = files[index].stem, files[index].suffix
-        name = stem if stems[stem] == 1 else f"{stem}_{suffix[1:]}"  # beside a.png: a_jpg.png
-        save_picture(drawn, out / f"{name}.png")
+        save_picture(drawn, out / f"{names[index]}.png")
         masks = image_masks(found, *picture.shape[1:])
         rows = coco_results(found, index, state["category_ids"], masks)
         labels = found["labels"].tolist()

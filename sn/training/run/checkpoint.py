@@ -1,12 +1,13 @@
 """Checkpoints: written atomically, plain tensors and numbers, loaded with weights_only=True."""
 
+import argparse
 import os
 import pickle
 import re
 import shutil
 import sys
 import zipfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,7 +178,8 @@ def _as_built(optimizer: Optimizer, state: dict) -> dict:
 def load_weights(path: str | Path) -> dict[str, Any]:
     """What a file of weights holds, on the CPU: safetensors, or plain tensors saved by torch.
 
-    Raises FileNotFoundError, or ValueError for a damaged file, one that would unpack to more than
+    The options of argparse that many training scripts save beside them are allowed, too. Raises
+    FileNotFoundError, or ValueError for a damaged file, one that would unpack to more than
     it is, and one with other objects.
     """
     path = Path(path)
@@ -190,7 +192,8 @@ def load_weights(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
         _check_names(content)
     except Exception as error:  # a damaged or hostile file can raise anything
         raise ValueError(f"cannot read weights from {path}: {_reason(error)}") from None
@@ -239,7 +242,7 @@ def find_network(
     firsts = {name.partition(".")[0] for name in tensors if "." in name}
     around = firsts.pop() if len(firsts) == 1 and all("." in name for name in tensors) else ""
     if around in ("model", "net", "network"):
-        tensors = {name.partition(".")[2]: value for name, value in tensors.items()}
+        tensors = renamed(tensors, lambda path: path[1:] if path[0] == around else path)
     else:
         around = ""
     if told is not None and (key is not None or around):
@@ -252,7 +255,41 @@ def _tensors(value: Any) -> dict[str, Tensor]:
     """The tensors by name in a part of a file; none in what is no mapping."""
     if not isinstance(value, Mapping):
         return {}
-    return {name: tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+    found = {name: tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
+    return State(found, metadata(value))
+
+
+class State(OrderedDict):
+    """A state dict with what layers have noted beside their tensors, as torch's own: `metadata`."""
+
+    def __init__(self, tensors: Mapping[str, Any], notes: dict[str, Any]):
+        super().__init__(tensors)
+        self._metadata = notes
+
+
+def metadata(state: Any) -> dict[str, Any]:
+    """By the path of a module what it has noted in a state dict, such as its version; {}: none."""
+    found = getattr(state, "_metadata", None)
+    if not isinstance(found, Mapping):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Mapping)}
+
+
+def renamed(state: Mapping[str, Any], plain: Callable[[list[str]], list[str]]) -> State:
+    """A state dict, and its metadata, with `plain` of each path in place of the path.
+
+    Raises ValueError for two keys of one name.
+    """
+    named: dict[str, Any] = {}
+    for key, value in state.items():
+        name = ".".join(plain(key.split(".")))
+        if name in named:
+            raise ValueError(f"{key} is {name} without its wrappers, which is there already")
+        named[name] = value
+    notes = {}  # of a wrapper and what it wraps the latter's, which come later
+    for path, noted in metadata(state).items():
+        notes[".".join(plain(path.split(".")))] = noted
+    return State(named, notes)
 
 
 def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,24 +301,25 @@ def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
     keys of one name.
     """
     _check_names(state)
-    paths = {key: [part for part in key.split(".") if part not in WRAPPERS] for key in state}
     inside = defaultdict(set)  # the names beside one another
-    for path in paths.values():
+    for key in state:
+        path = [part for part in key.split(".") if part not in WRAPPERS]
         for depth, part in enumerate(path):
             leaf = depth == len(path) - 1
             if not (leaf and part == "n_averaged"):
                 inside[tuple(path[:depth])].add((part, leaf))
     wrapped = {place for place, names in inside.items() if names == {("module", False)}}
-    plain: dict[str, Any] = {}
-    for key, path in paths.items():
-        if path[-1] == "n_averaged" and tuple(path[:-1]) in wrapped:
-            continue
-        kept = [part for depth, part in enumerate(path) if tuple(path[:depth]) not in wrapped]
-        name = ".".join(kept)
-        if name in plain:
-            raise ValueError(f"{key} is {name} without its wrappers, which is there already")
-        plain[name] = state[key]
-    return plain
+
+    def plain(path: list[str]) -> list[str]:
+        path = [part for part in path if part not in WRAPPERS]
+        return [part for depth, part in enumerate(path) if tuple(path[:depth]) not in wrapped]
+
+    def is_counter(key: str) -> bool:
+        path = [part for part in key.split(".") if part not in WRAPPERS]
+        return path[-1:] == ["n_averaged"] and tuple(path[:-1]) in wrapped
+
+    own = {key: value for key, value in state.items() if not is_counter(key)}
+    return renamed(State(own, metadata(state)), plain)
 
 
 def sync_folder(folder: Path) -> None:

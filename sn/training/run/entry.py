@@ -219,9 +219,9 @@ def explain(error: BaseException, root: str) -> str:
     """What Hydra refused of a root config, in one line: key, value, what is expected."""
     if isinstance(error, OverrideParseException):
         reason = str(error.message).splitlines()[0]
-        key, _, value = str(error.override).partition("=")
-        if value[:1] == "~":  # a shell expands it in few places, this one not among them
-            home = f"{key}=$HOME{value[1:]}" if value[1:2] in ("", "/") else "the path in full"
+        given, _, path = str(error.override).partition("=")
+        if path[:1] == "~":  # a shell expands it in few places, this one not among them
+            home = f"{given}=$HOME{path[1:]}" if path[1:2] in ("", "/") else "the path in full"
             return f"{short(error.override)}: ~ is not expanded here; write {home}"
         return (
             f"{short(error.override)}: not an override ({reason}); a value with = ( ) , or spaces "
