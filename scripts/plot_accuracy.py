@@ -92,7 +92,8 @@ def draw_runs(panel, runs: list[Run], metric: str) -> None:
                 means[-1] = spread.mean
                 if len(values) > 1:
                     panel.plot([x + shift] * len(values), [v for _, v in values], ".",
-                               color=figures.color(norm), alpha=0.5)  # fmt: skip
+                               color=figures.color(norm),
+                               alpha=0.5 * figures.ink(len(values)))  # fmt: skip
                 if spread.half is not None:
                     panel.errorbar(x + shift, spread.mean, spread.half, color=figures.color(norm),
                                    linewidth=1.2, capsize=3, alpha=0.7)  # fmt: skip

@@ -388,8 +388,13 @@ def draw_bars(
                       edgecolor="white")  # fmt: skip
             if len(values) > 1:
                 dots += [weight for _, weight in values]
-                panel.plot([at] * len(values), [weight for _, weight in values], "o", color="white",
-                           markeredgecolor="black", markersize=3)  # fmt: skip
+                few = len(values) <= figures.FEW
+                step = 0 if few else 0.8 * width / (len(values) - 1)  # side by side, by seed
+                places = [at + step * (k - (len(values) - 1) / 2) for k in range(len(values))]
+                look = {"color": "white", "markeredgecolor": "black", "markersize": 3}
+                if not few:
+                    look = {"color": "black", "markersize": 1, "alpha": 0.5}
+                panel.plot(places, [weight for _, weight in values], "o", **look)
             if spread.half is not None:
                 panel.errorbar(at, spread.mean, spread.half, color="0.25", linewidth=1)
     low, high = figures.reach_of(spreads, dots)

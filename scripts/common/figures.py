@@ -44,6 +44,7 @@ COLORS |= {"brn": "#999999", "bkn": "#CC79A7"}
 PARTS = {"mean": "mean weights", "var": "variance weights"}
 STYLES = {"mean": "-", "var": "--"}
 INTERVAL = "whiskers and bands: 95 % t intervals of the mean over seeds, cut at the axis"
+FEW = 12  # runs whose dots and lines can be told apart
 
 
 def color(norm: str) -> str:
@@ -163,7 +164,8 @@ def draw_seeds(panel, curves: dict, line_color: str, style: str = "-", width: fl
     at = defaultdict(list)
     for (seed, _), points in curves.items():
         if len(curves) > 1:
-            panel.plot(*zip(*points), style, color=line_color, alpha=0.35, linewidth=0.8)
+            alpha = 0.35 * ink(len(curves))
+            panel.plot(*zip(*points), style, color=line_color, alpha=alpha, linewidth=0.8)
         for x, y in points:
             at[x].append((seed, y))
     means = [(x, over_seeds(found)) for x, found in sorted(at.items()) if len(found) == len(curves)]
@@ -175,6 +177,11 @@ def draw_seeds(panel, curves: dict, line_color: str, style: str = "-", width: fl
     if found[0].half is not None:
         low, high = zip(*((s.mean - s.half, s.mean + s.half) for s in found))
         panel.fill_between(xs, low, high, color=line_color, alpha=0.1, linewidth=0)
+
+
+def ink(count: int) -> float:
+    """Opacity of one of `count` runs beside that of one of a few: together they hide nothing."""
+    return max(0.15, min(1.0, FEW / count))
 
 
 def clear(panel, axis: str = "both") -> None:
