@@ -101,6 +101,8 @@ def build(config: DetectionConfig, run: Session) -> Task:
     data = load_data(config)
     init, backbone = config.init, config.model.backbone
     weights = pretrained_weights(init.name, backbone, init.path, init.key, run.say, init.weights)
+    if weights is not None and Path(config.output_dir, "checkpoint.pt").is_file():
+        weights.facts = {}  # its own are loaded over them; it goes on as it began
     torch.manual_seed(config.seed)
     model = detectors.build_detector(
         num_classes=len(data.names), weights=weights, **config.detector()

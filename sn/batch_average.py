@@ -77,7 +77,8 @@ class _Moments:
         freedom = self.count - 1 if self.unbiased else self.count
         layer.running_mean.copy_(self.mean)
         layer.running_var.copy_(self.deviation / max(freedom, 1))
-        layer.num_batches_tracked.fill_(batches)
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.fill_(batches)
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

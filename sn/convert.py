@@ -255,7 +255,8 @@ def _take_statistics(layer: nn.Module, twin: nn.Module, gate_start: float) -> No
         twin.running_mean.copy_(layer.running_mean)
         twin.running_var.copy_(layer.running_var)
         if hasattr(twin, "num_batches_tracked"):  # frozen layers do not count
-            twin.num_batches_tracked.copy_(getattr(layer, "num_batches_tracked", 1))
+            count = getattr(layer, "num_batches_tracked", None)
+            twin.num_batches_tracked.copy_(torch.ones(()) if count is None else count)
     if isinstance(twin, SwitchNormBase):
         for control in (twin.mean_weight, twin.var_weight):
             control.zero_()

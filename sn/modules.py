@@ -73,10 +73,11 @@ class SwitchNormBase(Traceable, CountsBatches):
             self.default_statistics if statistics is None else statistics
         )
         self.num_groups = num_groups
-        self.virtual_gpus = virtual_gpus
+        self.virtual_gpus = int(virtual_gpus)
         self.track_running_stats = track_running_stats and "bn" in self.statistics
         if "gn" in self.statistics:
             check_num_groups(num_groups, num_features)
+            self.num_groups = int(num_groups)  # type: ignore[arg-type]
         elif num_groups is not None:
             raise ValueError(
                 f"num_groups={num_groups} needs 'gn' in statistics, got {self.statistics}"
@@ -443,7 +444,7 @@ def set_virtual_gpus(model: nn.Module, virtual_gpus: int) -> None:
             "build the model with norm_layer=sn.make_norm('bn'), or accumulate micro-batches"
         )
     for layer in layers:
-        layer.virtual_gpus = virtual_gpus
+        layer.virtual_gpus = int(virtual_gpus)
 
 
 def layers_without_groups(model: nn.Module) -> list[str]:

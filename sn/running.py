@@ -53,8 +53,11 @@ class CountsBatches(nn.Module):
 def count_batch(layer: nn.Module) -> float:
     """Count a training batch in `layer`; return its share in the running statistics.
 
-    momentum None is the cumulative average, as in torch's BatchNorm.
+    momentum None is the cumulative average, as in torch's BatchNorm; without a count nothing, as
+    there.
     """
+    if layer.num_batches_tracked is None:
+        return layer.momentum or 0.0
     layer.num_batches_tracked.add_(1)
     if layer.momentum is None:
         return 1.0 / float(layer.num_batches_tracked)
@@ -100,7 +103,7 @@ class RunningNorm(Traceable, CountsBatches):
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = True
-        self.virtual_gpus = virtual_gpus
+        self.virtual_gpus = int(virtual_gpus)
         factory = {"device": device, "dtype": dtype}
         for name, wanted in (("weight", affine), ("bias", affine and bias)):
             value = nn.Parameter(torch.empty(num_features, **factory)) if wanted else None

@@ -417,6 +417,7 @@ def sync_backward(
     """Gradients of x, of the four parameters, and of a residual."""
     given = inputs
     inputs = _with_both_or_none(inputs)
+    options = _python_numbers(options)
     x, dy = (like_layout(t, last) for t in (inputs[0].detach(), dy))
     y = y if y is None else like_layout(y, last)
     place = options.statistics.index("bn")
@@ -589,10 +590,10 @@ def _compiled(*arguments):
     y, _, _, _, batch = torch.ops.sn.switch_norm(
         *inputs,
         " ".join(options.statistics),
-        options.num_groups or 1,
+        int(options.num_groups or 1),
         options.training,
-        options.eps,
-        options.virtual_gpus,
+        float(options.eps),
+        int(options.virtual_gpus),
         relu,
     )
     if options.training and running_mean is not None and "bn" in options.statistics:

@@ -208,3 +208,33 @@ def test_processes_equal_virtual_gpus(tmp_path):
         states.append(torch.load(path, weights_only=True)["model"])
     for key, value in states[0].items():
         torch.testing.assert_close(value, states[1][key], rtol=0, atol=1e-7, msg=key)
+
+
+def test_second_order_has_the_same_dropout_in_all_of_its_losses():
+    """The gradient through the whole step, by autograd: differences of other masks are far off."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 6, 3), sn.SwitchNorm2d(6), nn.Tanh(), nn.AdaptiveAvgPool2d(1))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(6, 2)).double()
+    x, held = oracle.values((8, 2, 5, 5)), oracle.values((8, 2, 5, 5), 1)
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    gates = sn.gates(model)
+    values = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in values.items()}
+    weights = [p for p in values.values() if id(p) not in set(map(id, gates))]
+
+    def loss(values, x):
+        logits = torch.func.functional_call(model, values, (x,))
+        return nn.functional.cross_entropy(logits, labels)
+
+    with sn.backend("reference"):
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(loss(values, x), weights, create_graph=True)
+        ahead = values | {names[id(w)]: w - 0.2 * grad for w, grad in zip(weights, grads)}
+        exact = torch.autograd.grad(loss(ahead, held), gates)
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(sn.parameter_groups(model, 0.2, 0.0), lr=0.2)
+    losses = (lambda: loss(values, x)), (lambda: loss(values, held))
+    found = gate_gradients(*losses, gates, weights, optimizer, model)
+    torch.testing.assert_close(found, list(exact), rtol=1e-3, atol=1e-7)
+    assert torch.equal(torch.get_rng_state(), after)  # the probes draw nothing more

@@ -429,6 +429,26 @@ def test_a_librarys_own_state_is_of_its_own_batch_norms(source, name, size, load
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_googlenet_that_torchvisions_script_trained(load, tmp_path):
+    """With second heads, too, but without the shift of the input."""
+    theirs = torchvision.models.get_model("googlenet", num_classes=10, init_weights=False).eval()
+    assert not theirs.transform_input
+    content = {"model": theirs.state_dict(), "epoch": 1, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "c.pth")
+    ours = load(tmp_path / "c.pth", model="googlenet", source="torchvision", norm="bn").eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["bn", "sn"])
+def test_states_without_counts_of_batches(norm, load, tmp_path):
+    model = build_model("resnet8", "cifar", 10, sn.make_norm(norm))
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("batches_tracked")}
+    torch.save(state, tmp_path / "c.pth")
+    ours = load(tmp_path / "c.pth", model="resnet8", norm=norm).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in state.items())
+
+
 def test_a_fine_tuned_network_whose_norm_layer_is_another(load, tmp_path):
     plain = batch_norm_model("visformer_tiny", "timm", 10)
     model = sn.convert(plain, "sn", keep_outputs=True)

@@ -199,7 +199,8 @@ def test_groups_and_statistics_of_a_checkpoint(tmp_path):
     for groups in (None, 2):
         model, _ = pretrained_model(weights, {"name": "gn", "num_groups": groups}, 10, **SMALL)
         torch.testing.assert_close(model.eval()(IMAGES), own(IMAGES))
-    with pytest.raises(ValueError, match="norm.num_groups=4: the pretrained network has 2 in bn1"):
+    wanted = "norm.num_groups=4: the pretrained network has 2 in bn1; norm.num_groups=2 keeps that"
+    with pytest.raises(ValueError, match=wanted):
         pretrained_model(weights, {"name": "gn", "num_groups": 4}, 10, **SMALL)
 
     norm = {"name": "sn", "statistics": ["in", "gn", "bn"], "num_groups": 2}
@@ -209,6 +210,10 @@ def test_groups_and_statistics_of_a_checkpoint(tmp_path):
     torch.testing.assert_close(model.eval()(IMAGES), own(IMAGES))
     with pytest.raises(ValueError, match=r"bn1.mean_weight .* of the statistics \('in', 'gn', 'bn"):
         pretrained_model(weights, {"name": "sn"}, 10, **SMALL)
+    with pytest.raises(ValueError, match=wanted):
+        pretrained_model(weights, norm | {"num_groups": 4}, 10, **SMALL)
+    with pytest.raises(ValueError, match="with norm=sn: the statistic 'gn' needs num_groups"):
+        pretrained_model(weights, norm | {"num_groups": None}, 10, **SMALL)
 
 
 def test_networks_that_know_their_version_or_read_their_weights():

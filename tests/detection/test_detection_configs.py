@@ -253,6 +253,9 @@ def test_batch_renorm_counts_images():
     spans = [f"++parts.box_head.{key}=[0,0]" for key in ("r_images", "d_images")]
     complete("norm@parts.box_head=brn", *spans)
     complete("norm@parts.backbone=brn")
+    for spans in (["++parts.mask_head.r_images=[0,0]"], ["++parts.mask_head.d_images=[0,0]"]):
+        with pytest.raises(ValueError, match="parts.mask_head: brn counts"):
+            complete("norm@parts.mask_head=brn", "model=mask_rcnn_r50_fpn", *spans)
 
 
 def test_command_line_beats_the_experiment():

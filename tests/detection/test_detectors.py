@@ -328,13 +328,21 @@ def test_counts_of_batches_may_be_missing(norm):
 
 @pytest.mark.parametrize(
     "norm, options",
-    [("bn", {"eps": 0.01}), ("sn", {"unbiased": True}), ("gn", {"num_groups": 2})],
+    [
+        ("bn", {"eps": 0.01}),
+        ("sn", {"unbiased": True}),
+        ("gn", {"num_groups": 2}),
+        ("sn_gn", {"num_groups": 2}),
+    ],
 )
 @pytest.mark.parametrize("architecture", ["faster_rcnn_fpn", "faster_rcnn_c4"])
 def test_what_a_checkpoint_says_of_the_norms(norm, options, architecture, tmp_path):
     """A backbone computes as the classifier does, or is refused."""
     torch.manual_seed(0)
-    classifier = build_model("resnet10", "thin", 10, sn.make_norm(norm, **options), width=16)
+    kind = {"name": norm}
+    if norm == "sn_gn":
+        kind = {"name": "sn", "statistics": ("in", "gn", "bn"), "num_groups": 4}
+    classifier = build_model("resnet10", "thin", 10, sn.make_norm(**kind | options), width=16)
     for name, tensor in classifier.state_dict().items():
         if "running" in name:
             tensor.uniform_(0.001, 0.1)
@@ -345,7 +353,7 @@ def test_what_a_checkpoint_says_of_the_norms(norm, options, architecture, tmp_pa
     weights = pretrained_weights("checkpoint", "resnet10", str(tmp_path / "c.pt"))
 
     def body(**options):
-        own = sn.make_norm(norm, **options)
+        own = sn.make_norm(**kind | options)
         parts = dict.fromkeys(("backbone", "fpn", "box_head", "mask_head"))
         parts |= {"backbone": own} | ({"box_head": own} if "c4" in architecture else {})
         small = SMALL | {"box_head": "mlp", "backbone": "resnet10", "backbone_width": 16}
@@ -361,6 +369,18 @@ def test_what_a_checkpoint_says_of_the_norms(norm, options, architecture, tmp_pa
     expected = classifier.layer3(classifier.layer2(classifier.layer1(classifier.maxpool(expected))))
     found = body(**options)(x)["2" if "fpn" in architecture else "0"]
     torch.testing.assert_close(found, expected)
+
+
+def test_eps_of_a_librarys_weights(monkeypatch):
+    """Those of init=torchvision are of batch norms with an eps, too."""
+    theirs = torchvision.models.resnet18()
+    monkeypatch.setattr(torchvision.models, "get_model", lambda *_, **__: theirs)
+    weights = pretrained_weights("torchvision", "resnet18", None)
+    monkeypatch.undo()
+    build_detector("faster_rcnn_fpn", 5, norms("bn"), weights=weights, **SMALL | MLP)
+    parts = norms() | {"backbone": sn.make_norm("bn", eps=0.01)}
+    with pytest.raises(ValueError, match=re.escape("++parts.backbone.eps=1.0e-05")):
+        build_detector("faster_rcnn_fpn", 5, parts, weights=weights, **SMALL | MLP)
 
 
 def test_control_parameters_of_other_statistics(tmp_path):

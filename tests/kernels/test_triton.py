@@ -96,7 +96,8 @@ def test_batches_that_do_not_split_without_bn(virtual_gpus):
 
 
 @runs
-def test_numbers_are_pythons(monkeypatch):
+@pytest.mark.parametrize("kind", ["plain", "synchronised", "compiled"])
+def test_numbers_are_pythons(kind, monkeypatch):
     """The layer takes NumPy's; a launcher, unlike the interpreter, none but float64."""
     from sn.kernels import cuda
 
@@ -113,20 +114,23 @@ def test_numbers_are_pythons(monkeypatch):
 
             return launch
 
-    for name in ("moments_kernel", "pool_kernel", "apply_kernel"):
+    names = [name for name in vars(cuda.kernels) if name.endswith("_kernel")]
+    for name in names:
         monkeypatch.setattr(cuda.kernels, name, Recorded(getattr(cuda.kernels, name)))
-    layer = sn.SwitchNorm2d(
-        6,
-        momentum=np.float32(0.1),
-        eps=np.float32(1e-5),
-        statistics=ALL,
-        num_groups=np.int64(2),
-        virtual_gpus=np.int64(2),
-    )
+    options = {"momentum": np.float32(0.1), "eps": np.float32(1e-5)}
+    if kind == "synchronised":
+        monkeypatch.setattr(sync.SyncSwitchNormBase, "_group", lambda layer: layer.training or None)
+        monkeypatch.setattr(sync.dist, "all_reduce", lambda sums, group: sums)
+        layer = sn.convert_sync_switchnorm(sn.SwitchNorm2d(6, **options))
+    else:
+        groups = {"num_groups": np.int64(2), "virtual_gpus": np.int64(2)}
+        layer = sn.SwitchNorm2d(6, statistics=ALL, **groups, **options)
+    layer.to(DEVICE)
+    network = torch.compile(layer, backend="aot_eager") if kind == "compiled" else layer
     with sn.backend("triton"):
-        layer.to(DEVICE)(torch.randn(4, 6, 3, 5, device=DEVICE))
+        network(torch.randn(4, 6, 3, 5, device=DEVICE, requires_grad=True)).sum().backward()
     kinds = {type(value) for value in given if not isinstance(value, torch.Tensor)}
-    assert given and kinds <= {int, float, bool}, kinds
+    assert len(names) == 6 and given and kinds <= {int, float, bool}, kinds
 
 
 @runs

@@ -324,3 +324,23 @@ def test_sparse_layers_do_not_choose():
 def test_the_number_of_batches_is_whole(count):
     with pytest.raises(ValueError, match=f"num_batches={count}"):
         sn.batch_average(nn.BatchNorm2d(3), [torch.randn(2, 3, 4, 4)], count)
+
+
+def test_without_a_count_of_batches():
+    """torch's layers train without one, old or hand-made; so does what we make of them."""
+    x = torch.randn(8, 4, 3, 3)
+    model = nn.Sequential(nn.BatchNorm2d(4), sn.GhostBatchNorm2d(4))
+    for layer in model:
+        layer.num_batches_tracked = None
+    model(x)
+    sn.set_virtual_gpus(model[1:], 2)
+    for momentum, share in ((0.1, 0.1), (None, 0.0)):  # as torch's own
+        model[1].momentum, before = momentum, model[1].running_mean.clone()
+        model[1](x)
+        expected = before.lerp(x.mean((0, 2, 3)), share)
+        torch.testing.assert_close(model[1].running_mean, expected)
+    sn.batch_average(model[:1], [x], 1)
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 2, 3)))
+    converted = sn.convert(model[:1], "sn", keep_outputs=True)
+    torch.testing.assert_close(converted[0].running_mean, model[0].running_mean)
+    assert converted[0].num_batches_tracked == 1

@@ -465,6 +465,8 @@ def test_what_layers_note_beside_their_tensors_is_kept(path):
     other = torch.nn.Sequential(sn.SwitchNorm2d(2, statistics=("in", "bn")))
     with pytest.raises(RuntimeError, match=r"of the statistics \('in', 'ln'\)"):
         other.load_state_dict(found)
+    torch.save({"model": found}, path)  # as it came
+    assert metadata(load_network(path)) == own
     torch.save(NETWORK, path)  # a plain dict has none
     assert metadata(load_network(path)) == {}
 

@@ -86,8 +86,9 @@ def gate_gradients(
 
     First order takes the weights as they are. Second order takes them after the step of `optimizer`
     (its lr, momentum and decay) that `train_loss` asks for, with the Hessian's product by central
-    differences of 0.01 / |v|. The losses are called on `model` as it is; afterwards its weights and
-    buffers are what they were and no `.grad` is touched. All processes of a group get their mean.
+    differences of 0.01 / |v|, all with the same dropout. The losses are called on `model` as it is;
+    afterwards its weights and buffers are what they were and no `.grad` is touched. All processes
+    of a group get their mean.
 
     Differs: DARTS' code keeps the running statistics of the probing passes, and updates its own
     parameters with Adam; in train_imagenet.py the gates have the SGD that the weights have.
@@ -95,6 +96,7 @@ def gate_gradients(
     with _kept(model):
         if order == 1:
             return _mean_over_processes(_gradients(val_loss(), gates))
+        train_loss = _repeated(train_loss, weights)
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         start = [weight.detach().clone() for weight in weights]
         with _restored(weights, start):
@@ -123,6 +125,29 @@ def gate_gradients(
                         weight.copy_(value + sign * width * v)
                 sides.append(_mean_over_processes(_gradients(train_loss(), gates)))
     return [d - (plus - minus) / (2 * width) for d, plus, minus in zip(direct, *sides)]
+
+
+def _repeated(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """`loss`, which draws the same random numbers in every call; what follows has the next ones.
+
+    Otherwise a difference of two losses would be that of their dropout.
+    """
+    devices = sorted({weight.device.index for weight in weights if weight.is_cuda})
+    states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    called = False
+
+    def repeated() -> Tensor:
+        nonlocal called
+        if not called:
+            called = True
+            return loss()
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(states[0])
+            for device, state in zip(devices, states[1]):
+                torch.cuda.set_rng_state(state, device)
+            return loss()
+
+    return repeated
 
 
 def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:

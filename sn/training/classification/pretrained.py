@@ -1,6 +1,7 @@
 """Pretrained classifiers: where their weights come from, and how they get another norm."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import sn
 from sn.modules import SwitchNormBase
 
-from ..run.checkpoint import State, find_network, load_weights, metadata
-from ..run.config import short
+from ..run.checkpoint import find_network, load_weights, metadata, with_metadata
+from ..run.config import as_yaml, short
 from .data import IMAGENET_MEAN, IMAGENET_STD
 from .models import batch_norm_model, build_model, fuse_activations
 
@@ -23,7 +24,7 @@ PUBLISHED = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers in torchvisio
 INITS = ("scratch", "checkpoint", "torchvision", "timm")
 
 
-class Weights(State):
+class Weights(OrderedDict):
     """A network's tensors by name, and what else it computes with.
 
     facts: "classes", how many; "eps" and "groups", those of its layers by name; "unbiased", whether
@@ -33,24 +34,30 @@ class Weights(State):
 
     facts: dict[str, Any]
 
-    def __init__(self, tensors: Mapping[str, Tensor], facts: dict[str, Any] | None = None):
-        super().__init__(tensors, metadata(tensors))
+    def __init__(self, tensors: Mapping[str, Tensor] = {}, facts: dict[str, Any] | None = None):
+        super().__init__(tensors)
+        self._metadata = metadata(tensors)
         self.facts = facts or {}
 
 
 def network_facts(model: nn.Module, classes: int) -> dict[str, Any]:
     """What a checkpoint says of a network beyond its tensors: the `facts` of `Weights`."""
     layers = dict(model.named_modules())
-    eps = {name: getattr(layer, "eps", None) for name, layer in layers.items()}
     groups = {name: groups_of(layer) for name, layer in layers.items()}
     unbiased = [layer.unbiased for layer in layers.values() if isinstance(layer, SwitchNormBase)]
     return {
         "classes": classes,
-        "eps": {name: value for name, value in eps.items() if isinstance(value, float)},
+        "eps": eps_of(model),
         "groups": {name: count for name, count in groups.items() if count is not None},
         "unbiased": any(unbiased),
         "transform_input": getattr(model, "transform_input", False) is True,
     }
+
+
+def eps_of(model: nn.Module) -> dict[str, float]:
+    """The eps of its layers, by name."""
+    found = {name: getattr(layer, "eps", None) for name, layer in model.named_modules()}
+    return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
 def groups_of(layer: nn.Module) -> int | None:
@@ -149,7 +156,9 @@ def weights_in(
     """
     tensors = find_network(content, path, key, told)
     facts = find_facts(content, path)
-    if any(name.startswith(PUBLISHED) for name in tensors):  # the only files that have them
+    alone = any(isinstance(value, Tensor) for value in content.values())
+    if alone and any(name.startswith(PUBLISHED) for name in tensors):
+        # as torchvision publishes them; its own training script saves under "model", unshifted
         facts["transform_input"] = True
     return Weights(without_second_heads(tensors), facts)
 
@@ -168,13 +177,13 @@ def torchvision_weights(model: str) -> list[str]:
 
 def _of_torchvision(model: str, weights: str) -> Weights:
     network = torchvision.models.get_model(model, weights=weights)
-    facts = {"transform_input": getattr(network, "transform_input", False)}
+    facts = {"transform_input": getattr(network, "transform_input", False), "eps": eps_of(network)}
     return Weights(without_second_heads(network.state_dict()), facts)
 
 
-def without_second_heads(tensors: Mapping[str, Tensor]) -> State:
+def without_second_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     own = {name: value for name, value in tensors.items() if not name.startswith(PUBLISHED)}
-    return State(own, metadata(tensors))
+    return with_metadata(own, metadata(tensors))
 
 
 def _of_timm(model: str) -> Weights:
@@ -182,7 +191,8 @@ def _of_timm(model: str) -> Weights:
 
     network = timm.create_model(model, pretrained=True)
     known = getattr(network, "pretrained_cfg", None) or {}
-    return Weights(network.state_dict(), {k: known[k] for k in ("mean", "std") if k in known})
+    facts = {key: known[key] for key in ("mean", "std") if key in known}
+    return Weights(network.state_dict(), facts | {"eps": eps_of(network)})
 
 
 def sha256(weights: Mapping[str, Tensor]) -> str:
@@ -253,24 +263,24 @@ def pretrained_model(
         restore_facts(plain, facts, {})
         model, how = _converted(plain, norm, gate_start)
     else:
-        model, wrong_too = plain, wrong
+        failed = []  # why not with `norm`
         for build in (with_norm, as_converted):
             try:
-                candidate = build(num_classes)
-            except ValueError:  # it takes no norm, or has no batch norm
+                model = build(num_classes)
+            except ValueError as error:  # it takes no norm, or not this one, or has no batch norm
+                failed.append(str(error))
                 continue
-            head, lists = _load(candidate, weights, head_keys(build, num_classes))
-            if not lists or model is plain:
-                model, wrong_too = candidate, lists
+            head, lists = _load(model, weights, head_keys(build, num_classes))
             if not lists:
                 restore_facts(model, facts, norm)
                 break
-        if wrong_too:
-            nearest, lists = ("batch norm", wrong) if _of_batch_norm(weights) else (
-                f"norm={norm['name']}", wrong_too)  # fmt: skip
+            failed.append("; ".join(lists))
+        else:
+            nearest, why = ("batch norm", "; ".join(wrong)) if _of_batch_norm(weights) else (
+                f"norm={norm['name']}", failed[0])  # fmt: skip
             raise ValueError(
                 f"the pretrained weights do not fit {options['name']} with batch norm, nor with "
-                f"norm={norm['name']}; with {nearest}: {'; '.join(lists)}"
+                f"norm={norm['name']}; with {nearest}: {why}"
             )
         how = f"{norm['name']} layers as they were"
         if gate_start:
@@ -335,7 +345,7 @@ def restore_facts(model: nn.Module, facts: Mapping[str, Any], norm: Mapping[str,
         if norm.get(option) not in (None, theirs):
             raise ValueError(
                 f"norm.{option}={norm[option]}: the pretrained network has {theirs} in {name}; "
-                f"~norm.{option} on the command line keeps that"
+                f"norm.{option}={as_yaml(theirs)} keeps that"
             )
         setattr(layer, option, theirs)
     if hasattr(model, "transform_input") and "transform_input" in facts:
@@ -361,10 +371,14 @@ def differences(
 def load_state(model: nn.Module, state: Mapping[str, Tensor], noted: Mapping[str, Any]) -> None:
     """Load `state` with what `noted`, metadata of weights, says of the layers.
 
-    Raises ValueError if it does not fit, such as control parameters of other statistics.
+    Counts of batches may be missing: older files and frozen layers have none. Raises ValueError if
+    it does not fit, such as control parameters of other statistics.
     """
+    own = model.state_dict()
+    counts = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
+    notes = metadata(own) | dict(noted)  # some layers want their version
     try:
-        model.load_state_dict(State(state, metadata(model.state_dict()) | dict(noted)))
+        model.load_state_dict(with_metadata(counts | dict(state), notes))
     except (RuntimeError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         first, *more = lines[1:] or lines  # under torch's "Error(s) in loading"

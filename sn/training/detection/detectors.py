@@ -484,12 +484,13 @@ def optimizer_groups(
     The defaults are the official detection code's for SN and GN: no decay but on weights, biases at
     twice the lr. It decays BN's gains as it does weights.
     """
-    gate_ids = {id(gate) for gate in gates(model)}
+    gate_ids, seen = {id(gate) for gate in gates(model)}, set()
     members = {"weights": [], "norms": [], "biases": [], "gates": []}
     for layer in model.modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or id(parameter) in seen:
                 continue
+            seen.add(id(parameter))
             if id(parameter) in gate_ids:
                 kind = "gates"
             elif "bias" in name:

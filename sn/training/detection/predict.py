@@ -69,7 +69,7 @@ def trained_model(config: DetectionConfig, precision: Precision) -> tuple[nn.Mod
     model = build_detector(num_classes=len(state["classes"]), **config.detector())
     try:
         model.load_state_dict(plain_names(state["model"]))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not of this model and these parts ({config.run_name}): "
             f"{' '.join(str(error).split())[:300]}"

@@ -256,15 +256,14 @@ def _tensors(value: Any) -> dict[str, Tensor]:
     if not isinstance(value, Mapping):
         return {}
     found = {name: tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
-    return State(found, metadata(value))
+    return with_metadata(found, metadata(value))
 
 
-class State(OrderedDict):
-    """A state dict with what layers have noted beside their tensors, as torch's own: `metadata`."""
-
-    def __init__(self, tensors: Mapping[str, Any], notes: dict[str, Any]):
-        super().__init__(tensors)
-        self._metadata = notes
+def with_metadata(tensors: Mapping[str, Any], notes: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with what layers have noted beside their tensors, as torch's own; `metadata`."""
+    state = OrderedDict(tensors)
+    state._metadata = notes  # type: ignore[attr-defined]
+    return state
 
 
 def metadata(state: Any) -> dict[str, Any]:
@@ -275,7 +274,7 @@ def metadata(state: Any) -> dict[str, Any]:
     return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Mapping)}
 
 
-def renamed(state: Mapping[str, Any], plain: Callable[[list[str]], list[str]]) -> State:
+def renamed(state: Mapping[str, Any], plain: Callable[[list[str]], list[str]]) -> dict[str, Any]:
     """A state dict, and its metadata, with `plain` of each path in place of the path.
 
     Raises ValueError for two keys of one name.
@@ -289,7 +288,7 @@ def renamed(state: Mapping[str, Any], plain: Callable[[list[str]], list[str]]) -
     notes = {}  # of a wrapper and what it wraps the latter's, which come later
     for path, noted in metadata(state).items():
         notes[".".join(plain(path.split(".")))] = noted
-    return State(named, notes)
+    return with_metadata(named, notes)
 
 
 def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,7 +318,7 @@ def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
         return path[-1:] == ["n_averaged"] and tuple(path[:-1]) in wrapped
 
     own = {key: value for key, value in state.items() if not is_counter(key)}
-    return renamed(State(own, metadata(state)), plain)
+    return renamed(with_metadata(own, metadata(state)), plain)
 
 
 def sync_folder(folder: Path) -> None:
