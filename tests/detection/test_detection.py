@@ -23,7 +23,8 @@ from workers import composed, config, run_in_group
 import sn
 import train_detection
 from sn.training.classification.models import build_model
-from sn.training.detection import predict
+from sn.training.classification.pretrained import network_facts
+from sn.training.detection import detectors, predict
 from sn.training.detection.detectors import build_detector
 from sn.training.detection.digits import write_digits_coco
 from sn.training.run import session
@@ -405,6 +406,22 @@ def _train_and_fail(rank, overrides):
 
     train_detection.train_step = dying_step
     _train(rank, overrides)
+
+
+def test_a_run_from_before_its_weights_were_refused_goes_on(digits, tmp_path, monkeypatch):
+    """Its own weights are loaded over those of another eps; only a new run is refused."""
+    model = build_model("resnet10", "thin", 10, sn.make_norm("bn", eps=0.01), width=16)
+    content = {"model": model.state_dict(), "network": network_facts(model, 10)}
+    torch.save(content, tmp_path / "c.pt")
+    options = ["parts=bn", "init=checkpoint", f"init.path={tmp_path}/c.pt", *RESUMED]
+    with pytest.raises(ValueError, match="eps=0.01 in bn1"):
+        train(digits, tmp_path / "new", *options)
+    event = ("after save_checkpoint", 1)
+    with monkeypatch.context() as patch, crash_at(event), pytest.raises(Crash):
+        patch.setattr(detectors, "differences", lambda *_: [])
+        train(digits, tmp_path / "old", *options)
+    assert (tmp_path / "old" / "checkpoint.pt").exists()
+    assert train(digits, tmp_path / "old", *options)["status"] == "finished"
 
 
 def interrupted(folder, out):
