@@ -118,5 +118,7 @@ def read_architecture(path: str | Path) -> Architecture:
         if isinstance(values, dict):
             values = values.get("architecture", values)
         return from_json(values)
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is no JSON; expected a search's summary.json") from None
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None

@@ -43,10 +43,12 @@ from sn.training.classification.pretrained import (
     converted_network,
     head_keys,
     load_state,
+    misfits,
     network_of,
     restore_facts,
     sketched,
     weights_in,
+    without_counts,
 )
 from sn.training.run import distributed, entry
 from sn.training.run.checkpoint import load_weights, metadata
@@ -146,7 +148,12 @@ def _loaded(kind: Callable[..., nn.Module], build: dict, norm: dict, state: Weig
     # takes no memory, whatever the file asks for
     sketch = sketched(lambda: kind(**build))
     like = {key: value.to("meta") for key, value in state.items()}
-    load_state(sketch.to("meta"), like, metadata(state))
+    try:
+        load_state(sketch.to("meta"), like, metadata(state))
+    except ValueError:
+        if wrong := misfits(without_counts(sketch.state_dict()), without_counts(like)):
+            raise ValueError("; ".join(wrong)) from None
+        raise
     model = kind(**build)
     load_state(model, state, metadata(state))
     restore_facts(model, state.facts, norm)

@@ -6,10 +6,11 @@
 # On several machines run the same line on each, with
 #   NNODES=2 NODE_RANK=0|1 MASTER_ADDR=first-host MASTER_PORT=29500
 # MAX_RESTARTS=3 lets torchrun restart all processes after one dies; they resume by themselves.
+# The exit code is 0 or 1; the line of rank 0 above torchrun's traceback says what happened.
 set -euo pipefail
 
 if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     echo "usage: scripts/launch.sh PROCESSES_PER_MACHINE SCRIPT [OVERRIDE ...]" >&2
     exit 2
 fi

@@ -42,6 +42,7 @@ from matplotlib.ticker import MaxNLocator
 
 WEIGHTS = figures.PARTS | {"both": "average of mean and variance weights"}
 HATCH = "////"
+ONLY = "IN and LN only, BN left out of the layer by construction"
 ABSENT = "absent: left out of the layer by construction (IN and LN only), not learned."
 BLOCKS = "Each block: the average over its SN layers."
 BARS = "Bars begin where training did, the paper's at 1/K; each panel has a scale of its own."
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         if not settings:
             figures.warn(f"no runs of {', '.join(args.settings)} in {name}: blocks not drawn")
             continue
-        shown = captions([run for setting in settings for run in cells[setting]]) + lines
+        shown = captions([run for s in settings for run in cells[s]], marked=False) + lines
         shown += left_out([run for run in gone if run.setting in settings])
         path = out / f"importance_by_block_{end}.{args.format}"
         draw_by_block(cells, settings, paper["fig_3"], path, shown)
@@ -401,7 +402,7 @@ def draw_bars(
     low, high = max(low, 0), min(high, 1)
     panel.set_ylim(low, high)
     room = max(0, 3 - len(groups)) / 2
-    if room:
+    if room or missing:  # whose places have no bar
         panel.set_xlim(-0.5 - room, len(groups) - 0.5 + room)
     figures.mark_start(panel, alike)
     for at, s in missing:
@@ -508,10 +509,16 @@ def title(cells: dict[str, list[Run]]) -> str:
     return f"{model} on {data}, {scale}, {epochs} epochs"
 
 
-def captions(runs: list[Run]) -> list[str]:
-    """What a reader has to know about our bars."""
-    layers = [layer for run in runs for layer in run.importance[-1]["layers"].values()]
-    lines = [] if all("bn" in layer["mean"] for layer in layers) else [ABSENT]
+def captions(runs: list[Run], marked: bool = True) -> list[str]:
+    """What a reader has to know about our bars; marked: a statistic that is absent has its word."""
+    without = [
+        run.setting
+        for run in runs
+        if any("bn" not in layer["mean"] for layer in run.importance[-1]["layers"].values())
+    ]
+    lines = [ABSENT] if without else []
+    if without and not marked:
+        lines = [f"{', '.join(map(setting_label, sort_settings(set(without))))}: {ONLY}."]
     seeds = defaultdict(set)
     for run in runs:
         seeds[Path(run.name).parent].add(run.seed)

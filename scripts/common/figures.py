@@ -34,6 +34,7 @@ from common.records import (
     recipes,
     repeated_seeds,
     without_searches,
+    writing,
 )
 from matplotlib.lines import Line2D
 
@@ -272,13 +273,14 @@ def save(
     """
     caption = "\n".join(fill(line, width) for line in lines)
     figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nothing = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with plt.rc_context({"svg.hashsalt": "sn", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=130, bbox_inches="tight", metadata=nothing)
-    plt.close(figure)
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nothing = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        with plt.rc_context({"svg.hashsalt": "sn", "svg.fonttype": "none"}):
+            figure.savefig(path, dpi=130, bbox_inches="tight", metadata=nothing)
+        plt.close(figure)
+        with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
     print(path)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from common.records import Run, Spread
+from common.records import Run, Spread, writing
 
 NOTES = ("<!-- notes -->", "<!-- /notes -->")
 ORIGIN = ("minutes", "device", "torch", "commit", "date")  # the header of `origin`
@@ -40,10 +40,11 @@ def begin(script: str, title: str, notes: str) -> list[str]:
 
 def write(path: Path, parts: list[str]) -> None:
     """Write a page of `parts`; at every moment the file is a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        os.replace(part, path)
 
 
 def md_table(table: list[list[Any]]) -> str:

@@ -10,7 +10,8 @@ import logging
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -88,6 +89,15 @@ def fail(message: str) -> NoReturn:
     """End a script with one line on stderr and exit code 2, as argparse does."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """End a script with one line, as `fail`, if what is written inside cannot be."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror or error}; choose another place with --out")
 
 
 def load_paper() -> dict[str, Any]:

@@ -164,6 +164,12 @@ def test_checkpoint_of_another_network_is_one_message(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_architecture_file_of_another_kind(tmp_path):
+    (tmp_path / "x.md").write_text("# no JSON")
+    with pytest.raises(ValueError, match="x.md is no JSON; expected a search's summary.json"):
+        read_architecture(tmp_path / "x.md")
+
+
 def test_architecture_file_that_never_ends(tmp_path):
     path = tmp_path / "deep.json"
     path.write_text("[" * 200_000)

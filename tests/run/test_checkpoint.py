@@ -471,6 +471,13 @@ def test_what_layers_note_beside_their_tensors_is_kept(path):
     assert metadata(load_network(path)) == {}
 
 
+@pytest.mark.parametrize("text", ["a: 1\n", "norm:\n  name: sn\n", "x", ""])
+def test_a_text_is_no_file_of_weights(text, path):
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected plain tensors"):
+        load_network(path)
+
+
 def test_options_of_training_scripts_are_read_over(path):
     """torchvision's references and timm save argparse's beside the weights; no other object."""
     content = {

@@ -135,6 +135,12 @@ def test_formats_of_no_photographs_are_refused(kind, tmp_path):
             read_image(path, use)
 
 
+def test_none_allowed_says_what_would_allow_some(tmp_path):
+    bad = BadImages(tmp_path / "bad_images.txt", limit=0)
+    with pytest.raises(ValueError, match="cannot read x.jpg; data.max_bad_images=N lets a run ski"):
+        bad.add(ValueError("cannot read x.jpg"))
+
+
 def test_the_limit_is_named_and_a_setting(tmp_path, monkeypatch):
     """Twice MAX_IMAGE_PIXELS, as Pillow has it; the setting counts for that one image."""
     path = tmp_path / "huge.png"

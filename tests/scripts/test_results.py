@@ -640,6 +640,9 @@ def test_demo_and_smoke_runs_lie_where_no_plot_reads():
         (("make_tables", "--runs", "{root}/empty", "--print"), "no runs below"),
         (("make_tables", "--runs", "{root}/bn", "--out", "{root}/absent/x.md"), "no folder"),
         (("make_tables", "--runs", "{root}/bn", "--print", "--out", "-"), "--print writes no file"),
+        (("plot_accuracy", "--runs", "{root}/bn", "--out", "{root}/file/x"), "cannot write"),
+        (("plot_importance", "--runs", "{root}/sn", "--out", "{root}/file"), "cannot write"),
+        (("make_tables", "--runs", "{root}/bn", "--out", "{root}/empty"), "cannot write"),
         (("keep_records", "{root}/absent"), "no folder"),
         (("keep_records", "{root}/empty", "--to", "{root}/kept"), "no runs below"),
         (("keep_records", "{root}/bn", "--to", "{root}/bn"), "where the records would go"),
@@ -647,6 +650,7 @@ def test_demo_and_smoke_runs_lie_where_no_plot_reads():
 )
 def test_bad_input_ends_with_one_line(script, tmp_path, capsys, args, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("in the way")
     write_run(tmp_path / "bn", "bn", "8x2")
     write_run(tmp_path / "sn", "sn", "8x2")
     with pytest.raises(SystemExit) as error:

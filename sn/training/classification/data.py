@@ -353,8 +353,7 @@ def build_data(name: str, **options) -> ImageData:
     train_images = options.get("train_images")
     if train_images is not None and train_images < 1:
         raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
-    loaders = {"digits": load_digits, "cifar10": load_cifar10, "digit_crops": load_digit_crops}
-    loader = functools.partial(load_image_folder, name) if is_image_folder(name) else loaders[name]
+    loader = LOADERS.get(name, functools.partial(load_image_folder, name))
     known = inspect.signature(loader).parameters
     for key in options:
         if key not in known:
@@ -369,7 +368,7 @@ def build_data(name: str, **options) -> ImageData:
 
 def is_image_folder(name: str) -> bool:
     """Whether a data set of this name is a folder of image files."""
-    return name not in ("digits", "cifar10", "digit_crops")
+    return name not in LOADERS
 
 
 def load_digits(train_images: int | None = None) -> ImageData:
@@ -539,6 +538,10 @@ def _in_memory(
         Augmentation(ArrayTransform(mean, std)),
         sha256.hexdigest(),
     )
+
+
+# name -> what loads it, with its options in configs/data; other names are folders of image files
+LOADERS = {"digits": load_digits, "cifar10": load_cifar10, "digit_crops": load_digit_crops}
 
 
 def load_image_folder(

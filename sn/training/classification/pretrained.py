@@ -204,6 +204,11 @@ def sha256(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def without_counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what counts batches: older files and frozen layers do not."""
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
 def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
     """What keeps `theirs` from taking the place of `ours`: a list of keys by what is wrong."""
     shapes = [
@@ -403,12 +408,7 @@ def _load(
     word = "heads" if " and " in head else "head"
 
     def compared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without what counts batches: frozen layers do not."""
-        return {
-            key: value
-            for key, value in state.items()
-            if key not in own and not key.endswith("num_batches_tracked")
-        }
+        return {key: value for key, value in without_counts(state).items() if key not in own}
 
     wrong = misfits(compared(ours), compared(weights))
     if not wrong:

@@ -31,7 +31,13 @@ import sn
 from sn import NoNorm, connect_bkn, gates
 
 from ..classification.models import build_model
-from ..classification.pretrained import Weights, differences, load_state, misfits
+from ..classification.pretrained import (
+    Weights,
+    differences,
+    load_state,
+    misfits,
+    without_counts,
+)
 from ..run.checkpoint import metadata
 from ..run.config import as_yaml
 
@@ -339,13 +345,7 @@ def load_backbone(resnet: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
 
     def compared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without the head, and what counts batches: older files and frozen layers do not."""
-        left_out = ("fc.", "num_batches_tracked")
-        return {
-            key: value
-            for key, value in state.items()
-            if not (key.startswith(left_out[0]) or key.endswith(left_out[1]))
-        }
+        return {k: v for k, v in without_counts(state).items() if not k.startswith("fc.")}
 
     ours = resnet.state_dict()
     if wrong := misfits(compared(ours), compared(weights)):

@@ -332,7 +332,8 @@ def sync_folder(folder: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError):  # whose text advises to run what is in the file
+    if isinstance(error, pickle.UnpicklingError | IndexError | EOFError):
+        # the first one's text advises to run what is in the file, the others' says nothing
         found = re.search(r"GLOBAL (\S+)", text)
         what = f"it holds {found.group(1)}" if found else "it is damaged, or holds other objects"
         return f"{what}; expected plain tensors"

@@ -196,8 +196,10 @@ class BadImages:
 
     def add(self, error: ValueError) -> None:
         """Note a bad image, described by `error`; raise ValueError if that is one too many."""
-        if not self.limit or self.path is None:
+        if self.path is None:
             raise error
+        if not self.limit:
+            raise ValueError(f"{error}; {self.key}=N lets a run skip N such images") from None
         line = printable(str(error)).replace("\n", " ")
         noted, known = self._from_root(line), self.lines()
         if noted not in known:
