@@ -227,12 +227,12 @@ class DartsConfig(RunConfig):
     def check(self) -> None:
         check_norm(self.norm)
         _check_lrs(self.optimizer)
-        name, why = self.norm["name"], {
+        refused = {
             "bkn": "it cannot follow the sums of operations",
             "frozen_bn": "it would stay the identity",
-        }  # fmt: skip
-        if name in why:
-            raise ValueError(f"norm={name}: {why[name]}; choose another norm")
+        }
+        if why := refused.get(self.norm["name"]):
+            raise ValueError(f"norm={self.norm['name']}: {why}; choose another norm")
         if "affine" in self.norm:
             raise ValueError("norm.affine: norms of the supernet have no gain and shift (affine)")
         for key in ("operations", "gates"):

@@ -300,9 +300,13 @@ def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
     keys of one name.
     """
     _check_names(state)
+
+    def unwrapped(path: list[str]) -> list[str]:
+        return [part for part in path if part not in WRAPPERS]
+
     inside = defaultdict(set)  # the names beside one another
     for key in state:
-        path = [part for part in key.split(".") if part not in WRAPPERS]
+        path = unwrapped(key.split("."))
         for depth, part in enumerate(path):
             leaf = depth == len(path) - 1
             if not (leaf and part == "n_averaged"):
@@ -310,11 +314,11 @@ def plain_names(state: Mapping[str, Any]) -> dict[str, Any]:
     wrapped = {place for place, names in inside.items() if names == {("module", False)}}
 
     def plain(path: list[str]) -> list[str]:
-        path = [part for part in path if part not in WRAPPERS]
+        path = unwrapped(path)
         return [part for depth, part in enumerate(path) if tuple(path[:depth]) not in wrapped]
 
     def is_counter(key: str) -> bool:
-        path = [part for part in key.split(".") if part not in WRAPPERS]
+        path = unwrapped(key.split("."))
         return path[-1:] == ["n_averaged"] and tuple(path[:-1]) in wrapped
 
     own = {key: value for key, value in state.items() if not is_counter(key)}
