@@ -32,6 +32,7 @@ from sn.training.classification.data import (
     TransformedImages,
     batch_average_batches,
     build_data,
+    data_options,
     evaluation_batches,
     is_image_folder,
     make_loader,
@@ -201,7 +202,7 @@ def main() -> None:
         model, options = load(args, partial(say, error=True) if processes.is_main else None)
         if args.root is not None:
             options["root"] = args.root
-        elif "root" not in options and options["name"] != "digits":
+        elif "root" in data_options(options["name"]).keys() - options.keys():
             raise ValueError(f"--root is not set; expected the folder of {options['name']}")
         options = {k: v for k, v in options.items() if k not in ("workers", "max_bad_images")}
         with tempfile.TemporaryDirectory() as folder:  # each process reads a share of its own

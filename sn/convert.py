@@ -101,6 +101,8 @@ def convert(
         raise ValueError(
             f"gate_start={gate_start} is for keep_outputs=True; add that, or leave gate_start out"
         )
+    if isinstance(norm, str):
+        make_norm(norm, dim=dim, **options)  # a wrong name ends here, batch norm or none
     new = {}
     for name, layer in model.named_modules():
         if _is_batch_norm(layer):

@@ -20,7 +20,7 @@ from torch import nn
 from workers import run_in_group
 
 import sn
-from sn.training.classification.data import build_data
+from sn.training.classification.data import LOADERS, build_data
 from sn.training.classification.models import batch_norm_model, build_model
 from sn.training.classification.official import convert_official, unfilled_statistics
 from sn.training.classification.pretrained import network_facts
@@ -475,6 +475,12 @@ def test_the_folder_of_a_runs_data_is_asked_for(tmp_path, call, capsys):
     with pytest.raises(SystemExit) as error:
         call("evaluate_checkpoint", tmp_path / "c.pt", "--data", "birds", "--device", "cpu")
     assert error.value.code == 2 and "--root is not set" in capsys.readouterr().err
+
+
+def test_data_that_need_no_folder_are_not_asked_for_one(tmp_path, call, monkeypatch):
+    torch.save(a_checkpoint()[0], tmp_path / "c.pt")
+    monkeypatch.setitem(LOADERS, "memory", lambda train_images=None: build_data("digits"))
+    call("evaluate_checkpoint", tmp_path / "c.pt", "--data", "memory", "--device", "cpu")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.module."])

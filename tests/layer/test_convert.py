@@ -52,6 +52,10 @@ def test_nothing_to_convert_is_said():
     model = nn.Sequential(nn.Linear(3, 4), sn.SwitchNorm1d(4))
     with pytest.warns(UserWarning, match="Sequential has no batch norm, nothing was converted"):
         assert sn.convert(model) is model
+    with pytest.raises(ValueError, match="unknown norm 'snn'"):
+        sn.convert(model, "snn")
+    with pytest.raises(TypeError, match="has no option 'groups'"):
+        sn.convert(model, "gn", groups=4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sn.convert(nn.BatchNorm1d(4))

@@ -1,9 +1,11 @@
 """A trained network on images of any size: strips against the whole, odd sizes, ONNX."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
+import workers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -199,6 +201,33 @@ def test_export_without_the_packages_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"pip install '.\[onnx\]'"):
         export_onnx(nn.Identity(), tmp_path / "style.onnx")
+
+
+def test_networks_write_beside_their_checkpoints():
+    given = ["mode=stylize", "stylize.checkpoint=a/checkpoint.pt", "stylize.images=x"]
+    given.append("export.checkpoint=b/checkpoint.pt")
+    config = workers.config(*given, root="style_transfer")
+    assert config.stylize.folder() == Path("a/stylized")
+    assert config.export.path() == Path("b/style.onnx")
+    given = [*given, "stylize.output=c", "export.output=d.onnx"]
+    config = workers.config(*given, root="style_transfer")
+    assert (config.stylize.folder(), config.export.path()) == (Path("c"), Path("d.onnx"))
+
+
+def test_a_graph_that_differs_leaves_the_older_file(tmp_path, monkeypatch):
+    output = tmp_path / "style.onnx"
+    output.write_text("older")
+    monkeypatch.setattr(stylize_module, "load_style_net", lambda _: None)
+    monkeypatch.setattr(stylize_module, "export_onnx", lambda _, path: path.write_text("newer"))
+    monkeypatch.setattr(stylize_module, "onnx_difference", lambda *_: 0.5)
+    given = ["mode=export", "export.checkpoint=x", f"export.output={output}"]
+    config = workers.config(*given, root="style_transfer")
+    with pytest.raises(ValueError, match=r"differs from torch by up to 0\.5"):
+        stylize_module.export(config)
+    assert output.read_text() == "older" and list(tmp_path.iterdir()) == [output]
+    monkeypatch.setattr(stylize_module, "onnx_difference", lambda *_: 1e-6)
+    stylize_module.export(config)
+    assert output.read_text() == "newer" and list(tmp_path.iterdir()) == [output]
 
 
 def style_net(model):

@@ -6,7 +6,7 @@ import inspect
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -353,8 +353,7 @@ def build_data(name: str, **options) -> ImageData:
     train_images = options.get("train_images")
     if train_images is not None and train_images < 1:
         raise ValueError(f"data.train_images={train_images}; expected 1 or more, or null for all")
-    loader = LOADERS.get(name, functools.partial(load_image_folder, name))
-    known = inspect.signature(loader).parameters
+    known = data_options(name)
     for key in options:
         if key not in known:
             raise ValueError(
@@ -363,7 +362,16 @@ def build_data(name: str, **options) -> ImageData:
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
             raise ValueError(f"data.{key} is not set; add data.{key}=... to the command")
-    return loader(**options)
+    return _loader(name)(**options)
+
+
+def data_options(name: str) -> Mapping[str, inspect.Parameter]:
+    """The options of the data set `name`, as parameters of a function."""
+    return inspect.signature(_loader(name)).parameters
+
+
+def _loader(name: str) -> Callable[..., ImageData]:
+    return LOADERS.get(name, functools.partial(load_image_folder, name))
 
 
 def is_image_folder(name: str) -> bool:

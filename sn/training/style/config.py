@@ -1,6 +1,7 @@
 """The config of style_transfer.py: configs/style_transfer.yaml and its groups."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ..run.config import (
@@ -89,7 +90,7 @@ class Evaluation:
 class Stylize:
     checkpoint: str | None = option()
     images: Any = option(expected="a file, a folder, or a list of them, or null")
-    output: str = option()
+    output: str | None = option()
     size: int | None = whole(1, SIZE)
     strip_pixels: float = number(1, 1e12)
     max_megapixels: float = number(0.001, 1e6)
@@ -106,11 +107,17 @@ class Stylize:
                 )
         return [str(path) for path in given]
 
+    def folder(self) -> Path:
+        return Path(self.output or Path(self.checkpoint).with_name("stylized"))
+
 
 @dataclass
 class Export:
     checkpoint: str | None = option()
-    output: str = option()
+    output: str | None = option()
+
+    def path(self) -> Path:
+        return Path(self.output or Path(self.checkpoint).with_name("style.onnx"))
 
 
 @dataclass

@@ -167,7 +167,7 @@ def stylize_images(config: StyleConfig) -> list[Path]:
     return stylize_files(
         load_style_net(options.checkpoint).to(device),
         options.paths(),
-        Path(options.output),
+        options.folder(),
         options.size,
         options.strip_pixels,
         options.max_megapixels,
@@ -233,14 +233,19 @@ def output_files(given: list[str], output: Path) -> dict[Path, Path]:
 
 def export(config: StyleConfig) -> float | None:
     """Write a trained network as ONNX and hold it to torch in onnxruntime, at two sizes."""
-    output = config.export.output
+    output = config.export.path()
     model = load_style_net(config.export.checkpoint)
-    export_onnx(model, output)
-    difference = onnx_difference(model, output, [(64, 96), (120, 72)])
+    new = output.with_name(f".{output.name}.tmp")  # until it is checked, an older file stays
+    try:
+        export_onnx(model, new)
+        difference = onnx_difference(model, new, [(64, 96), (120, 72)])
+        if difference is not None and difference > 1e-3:
+            raise ValueError(f"the ONNX graph differs from torch by up to {difference:.2g}")
+        new.replace(output)
+    finally:
+        new.unlink(missing_ok=True)
     if difference is None:
         say(f"{output} written, not checked: onnxruntime is not installed")
-    elif difference > 1e-3:
-        raise ValueError(f"{output} differs from torch by up to {difference:.2g}")
     else:
         say(f"{output}: at two sizes within {difference:.2g} of torch (pixels 0 to 1)")
     return difference
