@@ -171,6 +171,16 @@ def test_a_plugin_of_hydra_that_is_not_there():
     )
 
 
+def test_a_setting_that_the_paper_has_not():
+    with pytest.raises(MissingConfigException) as error:
+        composed("imagenet", "setting=3x2")
+    text = entry.explain(error.value, "imagenet")
+    assert text.startswith("setting=3x2: no such option; choose one of 1x16, ")
+    keys = text.rpartition(" or ")[2].split()
+    setting = composed("imagenet", *keys).setting
+    assert (setting.gpus, setting.images_per_gpu) == (3, 2)
+
+
 def test_deterministic_is_applied():
     try:
         entry.prepare(True)

@@ -263,7 +263,9 @@ def no_such_option(wanted: str, root: str) -> str:
         ", ".join(sorted(groups(root).get(group, ())))
         or f"none, {COMMANDS[root]} has no such group"
     )
-    return f"{group}={choice}: no such option; choose one of {fitting}"
+    other = re.fullmatch(r"(\d+)x(\d+)", choice) if group == "setting" else None
+    keys = " or setting.gpus={} setting.images_per_gpu={}".format(*other.groups()) if other else ""
+    return f"{group}={choice}: no such option; choose one of {fitting}{keys}"
 
 
 def no_such_plugin(wanted: str, options: Sequence[str]) -> str:
