@@ -309,6 +309,11 @@ class Report:
             names = list(dict.fromkeys(t.figure for o in verdict.outcomes for t in o.test.terms))
             names = [n for n in names if n != "val_loss_at_equal_train_loss"] or ["top1"]
             lines += [self.run_table(verdict, design, figure_name) for figure_name in names]
+            if others := self.uncounted(verdict, design):
+                lines.append(
+                    f"<p>{plural(others, 'run')} of other seeds, made for other claims or for when "
+                    "this one is judged again, do not count here: results/README.md has them.</p>"
+                )
         title = "Command, cost, hardware, runs"
         return f'<div id="{verdict.claim.id}-runs">{details_html(title, lines)}</div>'
 
@@ -324,7 +329,8 @@ class Report:
             found = self.evidence.cell(design, arm, None)
             row = [arm]
             for name in names:
-                values = [value for runs in found.values() if (value := figure(runs[0], name))]
+                read = (figure(runs[0], name) for runs in found.values())
+                values = [value for value in read if value is not None]
                 row.append(
                     f"{mean_and_sd(values)[0]:.3f} {span(t_interval(values))}"
                     if len(values) > 1
@@ -335,9 +341,26 @@ class Report:
         title = "Command, cost, hardware, runs"
         return f'<div id="{verdict.claim.id}-runs">{details_html(title, lines)}</div>'
 
+    def uncounted(self, verdict: Verdict, design: Design) -> int:
+        """How many runs there are of a claim's arms and settings that do not count for it."""
+        every = (self.evidence.cell(design, *cell) for cell in verdict.claim.cells)
+        return sum(
+            len(runs)
+            for found in every
+            for seed, runs in found.items()
+            if not verdict.claim.counts(seed, design.seeds)
+        )
+
     def run_table(self, verdict: Verdict, design: Design, name: str) -> str:
-        """A figure of every run of a claim: arms and settings by seeds, linked."""
-        cells = {cell: self.evidence.cell(design, *cell) for cell in verdict.claim.cells}
+        """A figure of every run that counts for a claim: arms and settings by seeds, linked."""
+        cells = {
+            cell: {
+                seed: runs
+                for seed, runs in self.evidence.cell(design, *cell).items()
+                if verdict.claim.counts(seed, design.seeds)
+            }
+            for cell in verdict.claim.cells
+        }
         seeds = sorted({seed for found in cells.values() for seed in found})
         what = f"{name}, not divided" if name == "style_loss" else name
         rows = [[escape(what), *(f"seed {seed}" for seed in seeds)]]
@@ -656,7 +679,8 @@ class Report:
             for seed in seeds:
                 run = runs.get(seed)
                 value = figure(run, "style_loss") if run else None
-                row.append(link(f"{value / 1e5:.3f}", self.record(run)) if value else "")
+                known = value is not None
+                row.append(link(f"{value / 1e5:.3f}", self.record(run)) if known else "")
             rows.append(row)
         return details("Every run's figure", table(rows))
 
@@ -822,6 +846,7 @@ class Report:
                 ours += f" {span(outcome.interval)}" if outcome.interval else ""
                 paper = "" if test.paper is None else f"{signed(test.paper)} {unit}"
                 seeds = str(len(outcome.values) or "")
+                seeds += f" ({outcome.says_left_out})" if outcome.left_out else ""
                 effect = f"{says}`{test.effect}`"
                 corrected = span(outcome.corrected) if outcome.corrected else ""
                 row = [claim.id, effect, test.wants, ours, corrected, seeds, paper, test.where]

@@ -278,10 +278,10 @@ class Campaign:
         )
 
     def to_decide(self, verdict: Verdict) -> float:
-        """Minutes of the further seeds that would decide a claim, by one that was not begun."""
-        further = (verdict.needed or 0) - min(len(o.values) for o in verdict.outcomes)
-        seed = self.evidence.wanted(verdict.claim, [10**6])
-        return max(0, further) * sum(map(self.evidence.minutes, seed))
+        """Minutes of what is missing of the seeds that would decide a claim."""
+        seeds = range(1, (verdict.needed or 0) + 1)
+        wanted = self.evidence.wanted(verdict.claim, seeds) if seeds else []
+        return sum(map(self.evidence.minutes, wanted))
 
     # --- making it
 

@@ -94,7 +94,7 @@ class Claim:
 
     def counts(self, seed: int, first: Sequence[int]) -> bool:
         """Whether a seed counts: those of the last look do, without looks the design's `first`."""
-        return seed <= self.looks[-1] if self.looks else seed in first
+        return seed in self.looked_at if self.looks else seed in first
 
     @property
     def factor(self) -> int:
@@ -1077,12 +1077,11 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
         if verdict.claim.is_spent:
             verdict.reason += f", and it was judged {MOST_LOOKS} times, the most"
             continue
-        open_ones = [o.needed for o in verdict.outcomes if o.decided == UNDECIDED]
         if not verdict.toward:  # one test that is decided decides
             against = [o.needed for o in verdict.outcomes if not o.inside]
             verdict.needed = min((n for n in against if n), default=None)
-        elif None not in open_ones:
-            verdict.needed = max((n for n in open_ones if n), default=None)
+        elif None not in (all_of_them := [o.needed for o in verdict.outcomes]):
+            verdict.needed = max((n for n in all_of_them if n), default=None)
     return verdicts
 
 
@@ -1182,8 +1181,7 @@ def _correct(outcome: Outcome, level: float, next_level: float) -> None:
     outcome.corrected = t_interval(values, level)
     if outcome.p <= level:
         outcome.decided = HELD if outcome.inside else NOT_HELD
-    else:
-        outcome.needed = seeds_needed(values, outcome.test.wanted, next_level)
+    outcome.needed = seeds_needed(values, outcome.test.wanted, next_level)
 
 
 def _unlike(claim: Claim, design: Design, cells: Mapping[tuple, Mapping[int, list[Run]]]) -> str:

@@ -331,6 +331,29 @@ def test_seeds_count_from_the_next_look_on(tmp_path):
         assert found.p == pytest.approx(min(1, max(1, len(looks)) * p))
 
 
+def test_seeds_below_the_first_count_for_no_look(tmp_path):
+    write_pairs(tmp_path, [9.0, 4.0, 5.0, 4.5, 5.5], start=0)
+    claim = dataclasses.replace(small(the_test()).claims[0], looks=(3, 4))
+    [found] = claims.judge(small(the_test(), claims=(claim,)), load_runs(tmp_path))
+    assert sorted(found.outcomes[0].values) == [1, 2, 3, 4]
+
+
+def test_what_decides_is_what_every_test_needs_at_the_next_look(tmp_path):
+    """The first test is decided by five seeds at this look, but needs more of them at the next."""
+    first, second = [0.4, 1.6, 0.3, 1.0, 1.2], [0.5, -0.2, 0.4, 0.6, 0.1]
+    for seed, (a, b) in enumerate(zip(first, second), 1):
+        write(tmp_path, "bn", "8x32", seed, top1=60.0 + a)
+        write(tmp_path, "bn", "8x8", seed, top1=60.0 + b)
+        write(tmp_path, "bn", "8x2", seed, top1=60.0)
+    tests = (the_test(), the_test("bn 8x8 - bn 8x2"))
+    ledger = small(*tests)
+    claim = dataclasses.replace(ledger.claims[0], tests=tests)
+    [found] = claims.judge(dataclasses.replace(ledger, claims=(claim,)), load_runs(tmp_path))
+    assert [o.decided for o in found.outcomes] == ["held", "undecided"]
+    each = [claims.seeds_needed(v, (0, math.inf), 0.05 / 2) for v in (first, second)]
+    assert found.needed == max(each) and [o.needed for o in found.outcomes] == each
+
+
 def test_seeds_of_the_last_look_that_lack_a_run_are_named(tmp_path):
     write_pairs(tmp_path, [4.0, 5.0, 4.5, 5.5, 5.0, 4.8, 5.2])
     for seed in (6, 7):

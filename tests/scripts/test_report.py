@@ -131,6 +131,26 @@ def test_an_undecided_claim_says_which_way_it_leans(effects, tmp_path):
     assert said in report.markdown() and report.claim(verdict).count(said) == 1
 
 
+def test_runs_that_do_not_count_are_not_among_a_claims(tmp_path):
+    """Seeds 6 and 7 of SN and IN, made for another claim: said how many, not what they are."""
+    ledger = without_search("cifar10_16px")
+    ledger = dataclasses.replace(ledger, claims=[c for c in ledger.claims if c.id == "C6"])
+    design = ledger.designs["cifar10_16px"]
+    last = {"sn": 7, "in": 7, "ln": 5}
+    runs = [made_up(design, arm, seed, "8x32", top1=50.0 + seed + 9 * (arm == "sn"))
+            for arm in last for seed in range(1, last[arm] + 1)]  # fmt: skip
+    [verdict] = claims.judge(ledger, runs)
+    text = Report(ledger, runs, load_paper(), tmp_path).claim(verdict)
+    assert "4 runs of other seeds" in text and "seed 5" in text and "seed 6" not in text
+    looked = dataclasses.replace(verdict.claim, looks=(5, 7))
+    ledger = dataclasses.replace(ledger, claims=[looked])
+    [verdict] = claims.judge(ledger, runs)
+    report = Report(ledger, runs, load_paper(), tmp_path)
+    text = report.claim(verdict)
+    assert "of other seeds" not in text and "seed 7" in text
+    assert "| 5 (seeds 6 to 7: no run of ln 8x32) |" in report.markdown()
+
+
 def test_commands_name_what_they_need(tree):
     commands = {words(code) for code in find(tree, "code")}
     assert "python scripts/run_claims.py C1 -- data.root=..." in commands
