@@ -41,7 +41,7 @@ from sn.training.style.networks import (
     total_variation,
 )
 from sn.training.style.stylize import export, stylize_images
-from sn.training.style.task import Task
+from sn.training.style.task import Task, facts_now
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="style_transfer")
@@ -57,7 +57,7 @@ def train(config: StyleConfig) -> dict:
     """Run the config to its end, from its checkpoint if there is one; return the summary."""
     with Session(config, unit="step", one_process="the paper's batch is 4 images") as run:
         if run.summary is not None and run.summary.get("steps", 0) >= config.schedule.steps:
-            return run.has_ended("loss", "loss")
+            return run.has_ended("loss", "loss", facts_now(config))
         task = build(config, run)
         need = run.warn_of(lambda: needs(task, run))
         run.begin(

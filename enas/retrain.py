@@ -13,6 +13,8 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # imports leave no garbage; entry.start collects again
 
+from contextlib import suppress
+
 import hydra
 import torch
 from omegaconf import DictConfig
@@ -43,7 +45,10 @@ def retrain(config: RetrainConfig) -> dict:
     """Run the config to its end, from its checkpoint if there is one; return the summary."""
     with Session(config, one_process="it trains one small network") as run:
         if run.summary is not None:
-            return run.has_ended("val top-1", "retrained_val_top1")
+            now = {}
+            with suppress(OSError, ValueError):  # a search's folder may be gone
+                now["architecture"] = to_json(choose_architecture(config))
+            return run.has_ended("val top-1", "retrained_val_top1", now)
         task = build(config, run)
         architecture = to_json(task.architecture)
         run.begin(

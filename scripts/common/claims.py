@@ -590,6 +590,8 @@ def _free(design: Design, arms: Iterable[Arm], runs: Iterable[Run]) -> set[str]:
     free = {key for arm in arms for key in arm.set}
     if "data.train_images" in free:
         free.add("data.sha256")
+    if "style.name" in free:
+        free.add("style.sha256")
     if design.search:
         free.add(design.search.key)
     if any(run.diverged for run in runs):

@@ -562,6 +562,13 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
     summary, data = run.summary, run.summary.get("data") or {}
     recipe = {key: summary.get(key) for key in ("epochs", "steps", "precision", "model", "scale")}
     recipe |= {f"data.{key}": data.get(key) for key in ("train_images", "val_images", "sha256")}
+    if summary["task"] == "style_transfer":  # keys of the machine say which file, not what is in it
+        style, vgg = (summary.get(key) or {} for key in ("style", "vgg"))
+        recipe["style.sha256"] = style.get("sha256")
+        recipe["vgg.sha256"] = vgg.get("sha256") or vgg.get("weights")  # random ones have none
+        recipe["vgg.input"] = vgg.get("input")
+        weights = summary.get("loss_weights") or {}
+        recipe |= {f"loss_weights.{part}": weight for part, weight in weights.items()}
     if one_cell:
         recipe |= {key: summary.get(key) for key in ("norm", "statistics", "lr")}
     if one_cell or summary["task"] == "imagenet":  # elsewhere a cell's name says it

@@ -65,6 +65,11 @@ def test_records_and_names(tmp_path):
     assert best["best"] == max(line["val/top1"] for line in metrics)
     assert summary["best_retrained_val_top1"] == best["best"]
     assert run(tmp_path / "out", f"arch={path}") == summary  # a second call is a no-op
+    other = architecture_file(tmp_path, seed=1).replace(path)  # of another search
+    with pytest.raises(ValueError, match="has ended already, with other architecture: .* there"):
+        run(tmp_path / "out", f"arch={other}")
+    other.unlink()
+    assert run(tmp_path / "out", f"arch={other}") == summary
 
 
 def test_learns_the_digits(tmp_path):

@@ -852,6 +852,45 @@ def test_processes_with_different_commands_all_say_so(values, wanted, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def with_own_images(rank, folder, crash, **changed):
+    """Forward passes over images of the process's own; `crash`: where it ends without a word."""
+    with Session(config(folder, **changed)) as run:
+        model = nn.Sequential(sn.SwitchNorm1d(200), nn.BatchNorm1d(200))
+        run.begin({"model": model}, {"data": ""}, {}, (), epochs=2, steps=7)
+        for epoch in run.epochs():
+            for _, step in run.steps(range(run.progress.step, 7), 7):
+                if (epoch, step) == crash:
+                    return
+                generator = torch.Generator().manual_seed(100 * epoch + 10 * step + rank)
+                model(torch.randn(4, 200, generator=generator) + rank)
+                run.step_done()
+            run.end_epoch({})
+        run.finish({})
+
+
+def test_of_two_processes_each_goes_on_with_its_own_running_statistics(tmp_path):
+    """Averaged at every checkpoint, they would be rounded where one is due or a signal comes."""
+    run_in_group(2, with_own_images, tmp_path / "whole", None)
+    often = functools.partial(with_own_images, checkpoint_steps=3)
+    for crash in ((0, 5), (1, 4), None):
+        run_in_group(2, often, tmp_path / "b", crash)
+    whole, resumed = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "b")
+    )
+    assert "running_statistics" not in whole
+    for key, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][key]), key
+    expected = torch.zeros(200, dtype=torch.double)
+    for rank in range(2):
+        mean = torch.zeros(200, dtype=torch.double)
+        for number in (*range(7), *range(10, 17)):
+            generator = torch.Generator().manual_seed(10 * number + rank)
+            x = torch.randn(4, 200, generator=generator) + rank
+            mean = 0.9 * mean + 0.1 * x.double().mean(0)
+        expected += mean / 2
+    torch.testing.assert_close(whole["model"]["0.running_mean"].double(), expected)
+
+
 def apart(rank, folder, what):
     """Start the run as a rank of a group whose second machine sees other files."""
     if rank == 1 and what != "other data":

@@ -75,6 +75,27 @@ def test_time_scaled_control_parameters_are_a_line_of_the_same_figure(load_scrip
     assert "Control parameters at 10 " in " ".join(text.split()) and said in text
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"style": {"name": "wave", "sha256": "another painting"}},
+        {"vgg": {"weights": "random"}},
+        {"vgg": {"weights": "vgg16.pth", "sha256": "others of that name"}},
+        {"loss_weights": {"content": 1.0, "style": 10.0, "tv": 0.0}},
+    ],
+)
+def test_other_paintings_and_losses_are_drawn_apart(changed, load_script, tmp_path, capsys):
+    """Where they are found belongs to the machine, so that config.yaml does not say it."""
+    for norm in ("in", "sn"):
+        folder = write_run(tmp_path, norm, 0, [8.0] * 8)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | changed))
+    load_script("plot_style").main(["--runs", str(tmp_path), "--window", "4"])
+    [key] = changed
+    assert "drawn apart" in (said := capsys.readouterr().err) and f"{key}" in said
+    assert len(list((tmp_path / "figures").glob("style_loss_*.png"))) == 2
+
+
 def test_runs_shorter_than_the_window_are_drawn(load_script, tmp_path):
     write_run(tmp_path, "in", 0, [8.0, 6.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0])
     load_script("plot_style").main(["--runs", str(tmp_path)])  # 25 steps by default

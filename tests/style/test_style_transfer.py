@@ -204,7 +204,9 @@ def test_second_call_is_a_no_op(train, whole, capsys):
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert train(whole) == summary
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
-    assert "has ended already: loss" in capsys.readouterr().out
+    loss, photos = f"{summary['loss']:.4g}", summary["data"]
+    told = f"{loss}; data {photos['name']} ({photos['train_images']} training images), style drawn"
+    assert f"has ended already: loss {told}" in capsys.readouterr().out
 
 
 def test_control_parameters_at_a_multiple_of_the_lr(tmp_path, train):
@@ -357,7 +359,12 @@ def test_other_style_or_weights_are_refused(tmp_path, train, whole):
             ValueError, match="was trained with other .*vgg.input torchvision there"
         ):
             train(tmp_path / "run", more)
+    with pytest.raises(ValueError, match="has ended already, with other style: sha256 .* there, "):
+        train(tmp_path / "run", f"style.image={tmp_path / 'red.png'}")
+    with pytest.raises(ValueError, match="has ended already, with other vgg: weights random there"):
+        train(tmp_path / "run", "vgg.weights=IMAGENET1K_V1")
     assert (tmp_path / "run" / "summary.json").exists(), "a refusal changes nothing"
+    train(tmp_path / "run", f"style.image={tmp_path / 'gone.png'}")  # it cannot be told
 
 
 def test_another_config_in_the_same_folder(train, whole):

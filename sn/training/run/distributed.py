@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ... import kernels
@@ -193,19 +193,46 @@ def average_running_statistics(model: nn.Module, used_in_training: bool = False)
     """
     if not in_group():
         return
-    buffers = [
+    buffers = _running_statistics(model, used_in_training)
+    if not buffers:
+        return
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    sum_over_processes(flat)
+    _put(buffers, flat / dist.get_world_size())
+
+
+@torch.no_grad()
+def running_statistics_of_all(model: nn.Module, processes: Processes) -> Tensor:
+    """(processes, n): what running means and variances each has, on the CPU."""
+    own = [buffer.flatten().double() for buffer in _running_statistics(model)]
+    flat = torch.cat(own) if own else torch.zeros(0, device=processes.device)
+    every = torch.zeros(processes.world_size, len(flat), dtype=torch.double, device=flat.device)
+    every[processes.rank] = flat
+    return sum_over_processes(every).cpu()
+
+
+@torch.no_grad()
+def put_own_running_statistics(model: nn.Module, every: Tensor, processes: Processes) -> None:
+    """Give this process its row of `running_statistics_of_all`; ValueError if it does not fit."""
+    buffers = _running_statistics(model)
+    expected = (processes.world_size, sum(buffer.numel() for buffer in buffers))
+    if every.shape != expected:
+        raise ValueError(f"running statistics of shape {tuple(every.shape)}, not {expected}")
+    _put(buffers, every[processes.rank])
+
+
+def _running_statistics(model: nn.Module, used_in_training: bool = False) -> list[Tensor]:
+    return [
         buffer
         for layer in batch_statistics_layers(model).values()
         if not used_in_training or getattr(layer, "trains_on_running", False)
         for buffer in (layer.running_mean, layer.running_var)
     ]
-    if not buffers:
-        return
-    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
-    sum_over_processes(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-        buffer.copy_(mean.view_as(buffer))
+
+
+def _put(buffers: list[Tensor], flat: Tensor) -> None:
+    for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+        buffer.copy_(values.view_as(buffer))
 
 
 def prepare_setting(

@@ -191,11 +191,29 @@ class Session:
                 say(f"warning: {text}", error=True)
         return estimated
 
-    def has_ended(self, what: str, key: str) -> dict:
-        """Say that the run has ended before, with the figure `key` of its summary; return that."""
+    def has_ended(self, what: str, key: str, now: dict[str, Any] | None = None) -> dict:
+        """Say that the run has ended before, with the figure `key` of its summary; return that.
+
+        now: what of the summary's facts can be told without the run being built, as the command has
+            it; another is a ValueError.
+        """
         summary = self.summary or {}
+        for name, value in (now or {}).items():
+            there = summary.get(name)
+            if isinstance(there, dict) and isinstance(value, dict):
+                there = {key: there.get(key) for key in value}
+            if name in summary and there != value:
+                raise ValueError(
+                    f"{self.config.output_dir} has ended already, with other {name}: "
+                    f"{differences(there, value)}; choose another output_dir="
+                )
         value = "unknown" if summary.get(key) is None else f"{summary[key]:.4g}"
-        self.say(f"{self.config.output_dir} has ended already: {what} {value}")
+        made_of = [f"{name} {of['name']}" for name in ("data", "style")
+                   if isinstance(of := summary.get(name), dict) and "name" in of]  # fmt: skip
+        if "train_images" in (summary.get("data") or {}):
+            made_of[0] += f" ({counted(summary['data']['train_images'], 'training image')})"
+        of_these = f"; {', '.join(made_of)}" if made_of else ""
+        self.say(f"{self.config.output_dir} has ended already: {what} {value}{of_these}")
         return summary
 
     def begin(
@@ -269,6 +287,12 @@ class Session:
                 f"{differences(state[key], self._identity[key])}; choose another output_dir="
             )
         self.progress = restore(file, state, self._parts, progress, self._epochs, self._steps)
+        models = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        own = state.get("running_statistics", [])  # where the checkpoint has the mean alone, that
+        with fitting(file):
+            for part, every in zip(models, own):
+                if len(every) == self.processes.world_size > 1:
+                    distributed.put_own_running_statistics(part, every, self.processes)
         lines = state.get("lines")  # older checkpoints do not say
         if self._parts and isinstance(lines, dict):  # without parts the run begins anew
             self._lines = {name: count for name, count in lines.items() if type(count) is int}
@@ -376,8 +400,10 @@ class Session:
         ends = self.unit == "step" and (evaluates or last)  # an epoch has a line of its own
         if ends or _due(count, self.config.log_steps):
             self._log_steps(lr)
-        if _due(count, self.config.checkpoint_steps) or evaluates or self.stopping or last:
+        if evaluates or last:
             self.save()
+        elif _due(count, self.config.checkpoint_steps) or self.stopping:
+            self.save(anywhere=True)
         if self.stopping:
             raise Preempted(
                 f"stopped by a signal and saved after {self.where}; the same command goes on"
@@ -429,13 +455,21 @@ class Session:
         if self._importance is not None:
             self.recorder.importance(count, self._importance, figure, self._blocks)
 
-    def save(self, best: bool = False, **contents: Any) -> None:
-        """Write the checkpoint; all processes take part, the main one writes."""
+    def save(self, best: bool = False, anywhere: bool = False, **contents: Any) -> None:
+        """Write the checkpoint; all processes take part, the main one writes.
+
+        Running statistics are their mean over processes from then on. With `anywhere`, where the
+        result must not depend on it, each process goes on with its own; the file has both.
+        """
         self.settle()
         self.progress.skipped_steps = self.guard.skipped
-        for part in self._parts.values():
-            if isinstance(part, nn.Module):
-                distributed.average_running_statistics(part)
+        models = [part for part in self._parts.values() if isinstance(part, nn.Module)]
+        own = []
+        if anywhere and self.processes.world_size > 1:
+            own = [distributed.running_statistics_of_all(part, self.processes) for part in models]
+            contents["running_statistics"] = own
+        for part in models:
+            distributed.average_running_statistics(part)
         self.progress.wall_s = self.wall_s
         progress = vars(self.progress).copy()
         progress["sums"] = self.progress.totals()
@@ -451,6 +485,8 @@ class Session:
             save_checkpoint(self.path, state, self.config.keep_checkpoints, best)
 
         distributed.in_main(write, self.processes)
+        for part, every in zip(models, own):
+            distributed.put_own_running_statistics(part, every, self.processes)
 
     def scored(self, score: float | None) -> None:
         """Keep the checkpoint just saved as the best one, if `score` is the best so far."""

@@ -1,5 +1,6 @@
 """What a style-transfer run trains, and what it says and records of it."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,25 @@ from sn.training.run.images import BadImages
 from sn.training.run.session import Session
 
 from .config import StyleConfig
-from .networks import LossNetwork, StyleNet
-from .photos import Crops, Photos
+from .networks import TORCHVISION_WEIGHTS, LossNetwork, StyleNet, load_loss_network
+from .photos import Crops, Photos, load_style
 
 PAPER_STEPS = 40_000  # Fig 5(a)
+
+
+def facts_now(config: StyleConfig) -> dict[str, dict]:
+    """What a summary would say of the style image and the loss network, of files that are there."""
+    facts: dict[str, dict] = {}
+    with suppress(OSError, ValueError):
+        facts["style"] = {"sha256": load_style(config.style.image, config.style.size)[1]}
+    weights = config.vgg.weights
+    if weights in TORCHVISION_WEIGHTS:  # they may have to be fetched
+        facts["vgg"] = {"weights": weights}
+    else:
+        with suppress(OSError, ValueError):
+            vgg = load_loss_network(weights, config.vgg.input)
+            facts["vgg"] = {"input": vgg.input, "sha256": vgg.sha256}
+    return facts
 
 
 @dataclass
