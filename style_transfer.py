@@ -15,6 +15,7 @@ if __name__ == "__main__":
     gc.disable()  # imports leave no garbage; entry.start collects again
 
 import dataclasses
+import functools
 
 import hydra
 import torch
@@ -217,10 +218,11 @@ def evaluate(task: Task, run: Session) -> dict[str, float | None]:
     for place in run.evaluating(range(count)):
         photo = task.crops.photo(place * photos // count)
         image = style_data.crop(photo, options.image_size, options.resize, 0.5, 0.5)
-        for part, loss in losses_of(task, run, run.to_device(image[None])).items():
+        again = functools.partial(losses_of, task, run, run.to_device(image[None]))
+        for part, loss in again().items():
             sums[part] += loss.item() / count
+        check_finite(torch.tensor(sum(sums.values())), task.model, "the evaluation", again)
     task.model.train()
-    check_finite(torch.tensor(sum(sums.values())), task.model, "the evaluation")
     if count == 0:
         return {"loss": None, **dict.fromkeys((f"{part}_loss" for part in PARTS), None)}
     parts = {f"{part}_loss": value for part, value in sums.items()}

@@ -84,7 +84,8 @@ def train(config: ImagenetConfig) -> dict:
             metrics = train_one_epoch(task, run, epoch)
             validation = validate(task, run)
             loss = torch.tensor(validation["loss"])
-            check_finite(loss, task.model, f"the end of epoch {epoch + 1}")
+            where = f"the end of epoch {epoch + 1}"
+            check_finite(loss, task.model, where, lambda: validate(task, run))
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             run.end_epoch(metrics, score=validation["top1"])
             run.say_epoch(line_of(metrics))

@@ -69,7 +69,8 @@ def retrain(config: RetrainConfig) -> dict:
             metrics = train_one_epoch(task, run, epoch)
             validation = evaluated(task, run, task.val)
             loss = torch.tensor(validation["loss"])
-            check_finite(loss, task.model, f"the end of epoch {epoch + 1}")
+            where = f"the end of epoch {epoch + 1}"
+            check_finite(loss, task.model, where, lambda: evaluated(task, run, task.val))
             metrics |= {"val/loss": validation["loss"], "val/top1": validation["top1"]}
             run.end_epoch(metrics, score=validation["top1"])
             run.say_epoch(line_of(metrics))

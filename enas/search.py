@@ -266,12 +266,17 @@ def validate(task: SearchTask, run: Session, epoch: int) -> dict[str, float]:
     task.child.eval()
     loss = correct = 0.0
     batches = zip(task.held_out.batches(options.batch_size, total), decisions)
-    for (images, labels), chosen in run.evaluating(batches, "validation"):
+
+    def forward(images: Tensor, chosen: Tensor) -> Tensor:
         with run.autocast():
-            logits = task.child(run.to_device(images), Architecture.from_decisions(chosen))
+            return task.child(run.to_device(images), Architecture.from_decisions(chosen))
+
+    for (images, labels), chosen in run.evaluating(batches, "validation"):
+        logits = forward(images, chosen)
         loss += F.cross_entropy(logits.double(), labels, reduction="sum").item()
+        again = functools.partial(forward, images, chosen)
+        check_finite(torch.tensor(loss), task.child, f"the end of epoch {epoch + 1}", again)
         correct += (logits.argmax(1) == labels).sum().item()
-    check_finite(torch.tensor(loss), task.child, f"the end of epoch {epoch + 1}")
     return {"val/shared_loss": loss / total, "val/shared_top1": 100 * correct / total}
 
 

@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.window < 1:
         fail(f"--window {args.window}: expected 1 or more")
+    if args.size < 1:
+        fail(f"--size {args.size}: expected 1 or more")
     if args.checkpoints and not args.photos:
         fail("--checkpoints needs --photos, the pictures to stylize")
 
@@ -64,7 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         print(page)
     if args.checkpoints:
         path = out / "style_grid.jpg"
-        draw_grid([cells for cells, _ in groups.values()], args, path)
+        try:
+            draw_grid([cells for cells, _ in groups.values()], args, path)
+        except (OSError, ValueError) as error:
+            fail(str(error))
         print(path)
 
 

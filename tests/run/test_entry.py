@@ -161,6 +161,16 @@ def test_none_in_a_sweep_is_left_to_hydra(monkeypatch):
     entry.numbers_as_options()
 
 
+def test_a_sweep_may_be_asked_for_between_its_keys(monkeypatch):
+    """argparse takes no keys on both sides of an option: it printed its whole usage."""
+    found = []
+    given = ["train_imagenet.py", "norm=bn", "-m", "seed=1,2", "--info"]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setattr(entry, "_started", False)
+    entry.start(lambda: found.extend(sys.argv), "imagenet")
+    assert found == ["train_imagenet.py", "-m", "norm=bn", "seed=1,2", "--info"]
+
+
 def test_a_plugin_of_hydra_that_is_not_there():
     """docs/runs.md needs one."""
     with pytest.raises(MissingConfigException) as error:

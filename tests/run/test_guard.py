@@ -52,7 +52,7 @@ def test_bad_gradient_is_named():
     model[1].mean_weight.grad[1] = INF
     values = torch.stack([torch.tensor(1.0).double(), gradient_norm(model)])
     with pytest.raises(FloatingPointError, match="the gradient of 1.mean_weight"):
-        check_finite(values, model, "here")
+        FiniteGuard().allows(values, model, "here")
 
 
 def test_the_layer_is_found_by_running_again():
@@ -65,6 +65,15 @@ def test_the_layer_is_found_by_running_again():
     with pytest.raises(FloatingPointError, match="first bad: the output of 2$"):
         check_finite(torch.tensor(INF), model, "here", lambda: model(x))
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_gradients_of_an_earlier_step_are_not_named():
+    """An evaluation has none of its own."""
+    model = network()
+    model(torch.randn(2, 3, 6, 6)).sum().backward()
+    model[0].weight.grad[0] = NAN
+    with pytest.raises(FloatingPointError, match="loss is not finite at here, though all weights"):
+        check_finite(torch.tensor(NAN), model, "here")
 
 
 def test_gradient_norm_is_that_of_all_gradients():

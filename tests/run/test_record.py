@@ -270,6 +270,20 @@ def test_full_disk_names_the_file(tmp_path):
         recorder.metrics(1, {"loss": 1.0})
 
 
+def test_a_full_disk_names_tensorboards_folder(tmp_path, monkeypatch):
+    recorder = Recorder(str(tmp_path), {}, True, "epoch")
+    recorder.open(-1, 0, 1)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recorder.writer, "flush", full)
+    with pytest.raises(OSError, match=r"cannot write \S+/tensorboard: .*No space.* is whole"):
+        recorder.metrics(1, {"loss": 1.0})
+    with pytest.raises(OSError, match=r"cannot write \S+/tensorboard: "):
+        recorder.step(1, {"loss": 1.0})
+
+
 def test_whole_files_on_a_full_disk_are_named(tmp_path):
     """The system's error does not say which; what was there stays, and no rest of the new one."""
     (tmp_path / "summary.json").write_text("{}")

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def evaluate(model: nn.Module, batches: Iterable, to_device: Callable) -> dict[s
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
-def training_metrics(run: Session, steps: int, lr: float) -> dict[str, float]:
+def training_metrics(run: Session, steps: int, lr: float) -> dict[str, Any]:
     """What the epoch of `steps` steps that ends here came to, from the sums of its progress.
 
     Raises FloatingPointError if every step was skipped.
@@ -76,12 +77,13 @@ def training_metrics(run: Session, steps: int, lr: float) -> dict[str, float]:
     }
 
 
-def line_of(metrics: dict[str, float]) -> str:
+def line_of(metrics: dict[str, Any]) -> str:
     """An epoch's metrics, as printed."""
+    speed = metrics["images_per_s"]  # None: the run went on after the epoch's last step
     return (
         f"loss {metrics['train/loss']:.4f}  top-1 {metrics['train/top1']:.2f}  "
-        f"val loss {metrics['val/loss']:.4f}  val top-1 {metrics['val/top1']:.2f}  "
-        f"{metrics['images_per_s']:.0f} images/s"
+        f"val loss {metrics['val/loss']:.4f}  val top-1 {metrics['val/top1']:.2f}"
+        + (f"  {speed:.0f} images/s" if speed is not None else "")
     )
 
 

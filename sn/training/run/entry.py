@@ -123,6 +123,8 @@ def start(main: Callable[[], None], root: str) -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         say(help_text(root))
         return
+    flags = [word for word in sys.argv[1:] if word in ("-m", "--multirun")]
+    sys.argv[1:] = flags + [word for word in sys.argv[1:] if word not in flags]  # for argparse
     keys_with_dashes(root)
     numbers_as_options()
     options_of_others(root)

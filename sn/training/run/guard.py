@@ -143,8 +143,12 @@ def gradient_norm(model: nn.Module) -> Tensor:
 def check_finite(
     values: Tensor, model: nn.Module, where: str, again: Callable | None = None
 ) -> None:
-    """Raise FloatingPointError, naming the first layer gone bad, unless `values` are finite."""
-    FiniteGuard().allows(values, model, where, again)
+    """Raise FloatingPointError, naming the first layer gone bad, unless `values` are finite.
+
+    For what has no gradients: those that there are would be an earlier step's.
+    """
+    if not torch.isfinite(values).all():
+        raise FloatingPointError(describe(values, model, where, again, gradients=False))
 
 
 def describe(
@@ -153,6 +157,7 @@ def describe(
     where: str,
     again: Callable | None = None,
     norms: Tensor | None = None,
+    gradients: bool = True,
 ) -> str:
     """What is not finite, and the first place that can be found.
 
@@ -165,7 +170,7 @@ def describe(
     if bad is None and again is not None:
         layer = first_bad_layer(model, again)
         bad = layer and f"the output of {layer}"
-    if bad is None:
+    if bad is None and gradients:
         names = [n for n, p in model.named_parameters() if p.grad is not None]
         norms = gradient_norms(model) if norms is None else norms
         bad = _first_bad_tensor(zip(names, norms))

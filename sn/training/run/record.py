@@ -6,8 +6,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,8 @@ class Recorder:
         purge = min(self.scale * step // per_epoch, self.scale * (count + 1) - 1) + 1
         if self.unit == "step" or count < 0:
             purge = max(0, count * self.scale + 1)
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
+        with self._events():
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         path = self.folder / "steps.jsonl"
         if path.exists():
             lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int)]
@@ -182,10 +183,19 @@ class Recorder:
         if not self.is_main:
             return
         self._append("metrics.jsonl", {self.unit: count, **values})
-        for key, value in values.items():
-            if value is not None and key != "step":  # the axis says it
-                self.writer.add_scalar(tag(key), value, count * self.scale)
-        self.writer.flush()
+        with self._events():
+            for key, value in values.items():
+                if value is not None and key != "step":  # the axis says it
+                    self.writer.add_scalar(tag(key), value, count * self.scale)
+            self.writer.flush()
+
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Name TensorBoard's folder in the error of a file that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(CANNOT_WRITE.format(self.folder / "tensorboard", error)) from None
 
     def step(self, step: int, values: dict) -> None:
         """Record what is known after `step` steps of the whole run, inside an epoch."""
@@ -193,12 +203,14 @@ class Recorder:
             line = {"step": step, **values}
             self._append("steps.jsonl", line)
             self._add_step(line)
-            self.writer.flush()
+            with self._events():
+                self.writer.flush()
 
     def _add_step(self, line: dict) -> None:
-        for key, value in line.items():
-            if key not in ("step", "epoch"):
-                self.writer.add_scalar(tag(f"steps/{key}"), value, self._place(line["step"]))
+        with self._events():
+            for key, value in line.items():
+                if key not in ("step", "epoch"):
+                    self.writer.add_scalar(tag(f"steps/{key}"), value, self._place(line["step"]))
 
     def _place(self, step: int) -> int:
         """Where a step lies on TensorBoard's x-axis, never before where it would be dropped."""
@@ -218,6 +230,10 @@ class Recorder:
         layers = {name: {"block": blocks[name], **weight} for name, weight in weights.items()}
         self._append("importance.jsonl", {self.unit: count, "layers": layers})
         averages = block_averages(layers)
+        with self._events():
+            self._add_importance(count, averages, layers, figure)
+
+    def _add_importance(self, count: int, averages: dict, layers: dict, figure: bool) -> None:
         if not self.has_layout:
             self.has_layout = True
             self.writer.add_custom_scalars(layout(averages))

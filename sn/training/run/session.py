@@ -670,10 +670,11 @@ class Session:
         """Seconds of the run so far, those before a resumption included."""
         return time.perf_counter() - self._started
 
-    def images_per_s(self) -> float:
-        """Speed of training since the epoch began, or the run went on."""
-        began, images = self._epoch_began
-        return (self.progress.images_seen - images) / (time.perf_counter() - began)
+    def images_per_s(self) -> float | None:
+        """Speed of training since the epoch began, or the run went on; None without a step."""
+        began, before = self._epoch_began
+        images = self.progress.images_seen - before
+        return images / (time.perf_counter() - began) if images else None
 
     def _done(self) -> int:
         return self.progress.epoch * self._steps + self.progress.done

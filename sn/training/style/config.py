@@ -139,6 +139,11 @@ class StyleConfig(RunConfig):
 
     def check(self) -> None:
         check_norm(self.norm)
+        if self.norm["name"] == "frozen_bn":
+            raise ValueError(
+                "norm=frozen_bn would stay the identity: a style network starts from random "
+                "weights; choose another norm"
+            )
         if not self.loss.style_layers:
             raise ValueError(f"loss.style_layers=[]; expected at least one of {', '.join(RELUS)}")
         if len(set(self.loss.style_layers)) < len(self.loss.style_layers):
