@@ -118,12 +118,33 @@ def convert(
         for name, child in parent._modules.items():
             if child in new:
                 parent._modules[name] = new[child]
+        _replace_in_lists(parent, new)
     model = new.get(model, model)
     if any(isinstance(layer, NoNorm) for layer in model.modules()):
         for layer in model.modules():  # without a norm before it, it would overwrite its input's
             if getattr(layer, "inplace", False) is True:
                 layer.inplace = False
     return connect(model)
+
+
+def _replace_in_lists(parent: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Replace what `parent` holds a second time, in lists, tuples and dictionaries of its own."""
+
+    def of(item: object) -> object:
+        return new.get(item, item) if isinstance(item, nn.Module) else item
+
+    for key, value in vars(parent).items():
+        if key in ("_modules", "_parameters", "_buffers"):
+            continue
+        items = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, list | tuple | dict) or all(of(item) is item for item in items):
+            continue
+        if isinstance(value, dict):
+            value.update({name: of(item) for name, item in value.items()})
+        elif isinstance(value, list):
+            value[:] = map(of, value)
+        else:
+            setattr(parent, key, tuple(map(of, value)))
 
 
 def _is_batch_norm(layer: nn.Module) -> bool:

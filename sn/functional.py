@@ -243,7 +243,7 @@ def _pool(
 
 
 def _update(running: Tensor, new: Tensor, momentum: float) -> None:
-    running.lerp_(new.to(running.dtype), momentum)
+    running.lerp_(new.detach().to(running.dtype), momentum)  # no forward derivatives either
 
 
 def _check_shapes(x, mean_weight, var_weight, weight, bias, statistics) -> None:

@@ -22,7 +22,8 @@ from .kernels import Options, switch_norm_act
 from .running import CountsBatches, count_batch, warn_of_update_bn
 from .tracing import Proxy, Traceable
 
-_FUSES = re.compile(r"(^|_)fuse(_|$)|^reparam")  # functions' names
+# functions' names
+_FUSES = re.compile(r"(^|_)fuse(_|$)|^reparam|(^|_)merge_(\w+_)?(bn|norm)(_|$)")
 
 
 class SwitchNormBase(Traceable, CountsBatches):

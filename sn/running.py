@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import check_virtual_gpus
+from .kernels import seen_through
 from .tracing import Traceable
 
 _SWA = "torch.optim.swa_utils"
@@ -128,7 +129,10 @@ class RunningNorm(Traceable, CountsBatches):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Batch norm with the running statistics, whatever the dtypes of its tensors."""
-        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        running = (self.running_mean, self.running_var)
+        if torch.is_grad_enabled() and not seen_through():
+            running = tuple(t.clone() for t in running)  # it may train before the backward pass
+        tensors = (*running, self.weight, self.bias)
         dtypes = {t.dtype for t in tensors if t is not None}
         if dtypes <= {x.dtype} or dtypes == {torch.float32} and x.dtype.itemsize < 4:
             return F.batch_norm(x, *tensors, False, 0.0, self.eps)
@@ -141,8 +145,8 @@ class RunningNorm(Traceable, CountsBatches):
             warn_of_update_bn(self)
         with torch.no_grad():
             momentum = count_batch(self)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-            self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+            for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                running.lerp_(new.detach().to(running.dtype), momentum)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in self.input_dims or x.shape[1] != self.num_features:

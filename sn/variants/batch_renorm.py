@@ -145,7 +145,8 @@ class BatchRenormBase(RunningNorm):
         """The batch's mean and biased variance, (G, C) each."""
         dtype = torch.promote_types(merged.dtype, self.running_mean.dtype)
         dims = (0, *range(2, merged.dim()))
-        var, mean = torch.var_mean(merged.to(dtype), dims, correction=0)
+        merged = merged.detach().to(dtype)  # of forward derivatives too, which no_grad lets pass
+        var, mean = torch.var_mean(merged, dims, correction=0)
         return mean.view(-1, self.num_features), var.view(-1, self.num_features)
 
     @torch.no_grad()

@@ -256,7 +256,12 @@ class SparseSwitchNormBase(SwitchNormBase):
 
     @staticmethod
     def _logits_of(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return tuple(torch.where(w > 0, torch.where(w > 0, w, 1.0).log(), -torch.inf) for w in pair)
+        """A weight of 0 counts as the smallest number above, not as -inf.
+
+        With torch.where in its place inductor (torch 2.15) writes over what the backward
+        pass of a layer behind still needs: gradients are wrong by far, without a word.
+        """
+        return tuple(w.clamp(min=torch.finfo(w.dtype).tiny).log() for w in pair)
 
     def _logits_by_numbers(
         self, control: tuple[Tensor, Tensor], choices: tuple[Tensor, Tensor], radius: float

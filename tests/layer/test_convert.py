@@ -61,6 +61,28 @@ def test_nothing_to_convert_is_said():
         sn.convert(nn.BatchNorm1d(4))
 
 
+class HoldsTwice(nn.Module):
+    """Its layers are registered, and run from lists of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(3))
+        self.listed, self.named = [self.norms[0], None], {"second": self.norms[1], 3: [4]}
+        self.pair = (self.norms[2], "third")
+
+    def forward(self, x):
+        return self.pair[0](self.named["second"](self.listed[0](x)))
+
+
+def test_layers_held_in_plain_lists_are_replaced_there_too():
+    model = sn.convert(HoldsTwice())
+    assert model.listed == [model.norms[0], None] and model.pair == (model.norms[2], "third")
+    assert model.named == {"second": model.norms[1], 3: [4]}
+    model(torch.randn(5, 4))
+    assert all(type(norm) is sn.SwitchNorm1d for norm in model.norms)
+    assert [norm.num_batches_tracked.item() for norm in model.norms] == [1, 1, 1]
+
+
 # --- one layer ------------------------------------------------------------------------------------
 
 

@@ -437,6 +437,16 @@ def test_fusion_of_torch_refuses_what_is_not_batch_norm():
     layer.eps = 0.5
     assert layer(torch.zeros(2, 4, 3, 3)).isfinite().all() and "eps=0.5" in repr(layer)
 
+    def merge_pre_bn(layer):  # timm's Next-ViT's
+        return layer.eps
+
+    def merge_adapters(layer):
+        return layer.eps
+
+    with pytest.raises(ValueError, match="merge_pre_bn of .* takes SwitchNorm2d for batch norm"):
+        merge_pre_bn(layer)
+    assert merge_adapters(layer) == 0.5
+
     def refused(layer):  # no function that fuses
         return layer.eps
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 
 import oracle
 import pytest
@@ -293,3 +294,70 @@ def test_another_default_device(name):
             y.square().sum().backward()
         found.append((y, x.grad, *(p.grad for p in own.parameters()), *own.buffers()))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("virtual_gpus", [1, 2])
+@pytest.mark.parametrize("name", ["bn", "brn", "bkn", "sn", "ssn"])
+def test_training_between_an_evaluation_and_its_backward_pass(name, virtual_gpus):
+    """As of a teacher that is the network itself: what the backward pass needs must stay."""
+    layer = sn.make_norm(name)(3).double()
+    layer.virtual_gpus = virtual_gpus
+    randomise(layer).eval()
+    if name == "bkn":
+        sn.connect_bkn(layer, shaped((4, 3, 5, 2)))
+    twin = copy.deepcopy(layer)
+    x, z = shaped((4, 3, 5, 2)), shaped((4, 3, 5, 2))
+    y = layer(x)
+    layer.train()
+    layer(x.detach() + 1)
+    y.square().sum().backward()
+    twin(z).square().sum().backward()
+    torch.testing.assert_close(x.grad, z.grad)
+
+
+@pytest.mark.parametrize("virtual_gpus", [1, 2])
+@pytest.mark.parametrize("name", ["bn", "brn", "sn", "ssn"])
+def test_forward_derivatives_are_those_of_the_backward_pass(name, virtual_gpus):
+    options = {"momentum": 0.0} | (FULL if name == "brn" else {})
+    layer = randomise(sn.make_norm(name, **options)(3).double())
+    layer.virtual_gpus = virtual_gpus
+    if name == "brn":
+        layer.images_seen.fill_(0)
+    x, tangent, v = shaped((4, 3, 5, 2)), shaped((4, 3, 5, 2), 1), shaped((4, 3, 5, 2), 2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.detach(), tangent.detach())
+        forward = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+        for buffer in layer.buffers():
+            assert torch.autograd.forward_ad.unpack_dual(buffer).tangent is None
+    (gradient,) = torch.autograd.grad(layer(x), x, v.detach())
+    torch.testing.assert_close((gradient * tangent).sum(), (v * forward).sum())
+
+
+# --- torch.compile as it is by default ------------------------------------------------------------
+
+SLOW = [pytest.param(norm, marks=pytest.mark.slow) for norm in ("sn", "brn", "bkn", "bn", "gn")]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("norm", ["ssn", *SLOW])
+def test_the_default_compiler_gives_the_gradients_of_several_layers(norm):
+    """Those of the first layers were wrong, 100 times their size, where two of ssn's came."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    build = sn.make_norm(norm)
+    relu = nn.ReLU(inplace=True)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), build(32), relu, nn.Conv2d(32, 32, 3), build(32))
+    twin = copy.deepcopy(model).double()
+    if norm == "bkn":
+        sn.connect_bkn(model, torch.randn(4, 3, 8, 8))
+        sn.connect_bkn(twin, torch.randn(4, 3, 8, 8).double())
+    compiled = torch.compile(model)
+    x, weight = oracle.values((4, 3, 8, 8), 1), oracle.values((4, 32, 4, 4), 2)
+    ours, theirs = (
+        x.to(dtype, copy=True).requires_grad_() for dtype in (torch.float, torch.double)
+    )
+    (compiled(ours) * weight.float()).sum().backward()
+    (twin(theirs) * weight).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-3)
+    for (name, own), wanted in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3, msg=name)
