@@ -15,6 +15,7 @@ from .functional import (
     check_virtual_gpus,
 )
 from .kernels import batch_norm, seen_through
+from .kernels.common import is_transformed
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
 from .running import count_batch, like_in_memory
 from .tracing import Proxy, Traceable
@@ -59,12 +60,19 @@ class _VirtualGPUs(Traceable):
             return found[0]
         # (G n, C, ...) -> (n, G C, ...): to torch's batch norm a group's channels are channels
         merged = x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-        mean = torch.zeros(merged.shape[1], device=x.device, dtype=self._statistics_dtype(x))
-        var = torch.ones_like(mean)
+        dtype = self._statistics_dtype(x)
+        if is_transformed():  # under vmap torch's batch norm takes no fresh statistics
+            dims = (0, *range(2, merged.dim()))
+            var, mean = torch.var_mean(merged.detach().to(dtype), dims)
+            running = (None, None)
+        else:
+            mean = torch.zeros(merged.shape[1], device=x.device, dtype=dtype)
+            var = torch.ones_like(mean)
+            running = (mean, var)
         weight, bias = self.weight, self.bias
         weight = None if weight is None else weight.repeat(groups)
         bias = None if bias is None else bias.repeat(groups)
-        y = F.batch_norm(merged, mean, var, weight, bias, True, 1.0, self.eps)
+        y = F.batch_norm(merged, *running, weight, bias, True, 1.0, self.eps)
         if self.track_running_stats:
             self._update_running_stats(mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0))
         y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .functional import check_virtual_gpus
 from .kernels import seen_through
+from .kernels.common import is_transformed
 from .tracing import Traceable
 
 _SWA = "torch.optim.swa_utils"
@@ -73,6 +74,8 @@ def in_backward() -> bool:
 def like_in_memory(y: Tensor, x: Tensor) -> Tensor:
     """`y` with channels last in memory where `x` has them so."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if is_transformed():  # vmap cannot tell
+        return y
     if layout is not None and x.is_contiguous(memory_format=layout):
         return y.contiguous(memory_format=layout)
     return y

@@ -316,6 +316,35 @@ def test_training_between_an_evaluation_and_its_backward_pass(name, virtual_gpus
 
 
 @pytest.mark.parametrize("virtual_gpus", [1, 2])
+@pytest.mark.parametrize("name", ["bn", "brn", "sn", "gn"])
+def test_models_stacked_by_vmap_train_as_each_alone(name, virtual_gpus):
+    models = [randomise(sn.make_norm(name)(4).double(), seed) for seed in range(3)]
+    for model in models:
+        if hasattr(model, "virtual_gpus"):
+            model.virtual_gpus = virtual_gpus
+        if name == "brn":
+            model.images_seen.fill_(0)
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = shaped((4, 4, 5, 2)).detach()
+
+    def loss(parameters, buffers):
+        y = torch.func.functional_call(models[0], (parameters, buffers), (x,))
+        return y.square().sum(), (y, buffers)
+
+    gradients, (y, changed) = torch.func.vmap(torch.func.grad(loss, has_aux=True))(
+        parameters, buffers
+    )
+    for place, model in enumerate(models):
+        alone = model(x)
+        alone.square().sum().backward()
+        torch.testing.assert_close(y[place], alone)
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[key][place], parameter.grad)
+        for key, buffer in model.named_buffers():
+            torch.testing.assert_close(changed[key][place], buffer)
+
+
+@pytest.mark.parametrize("virtual_gpus", [1, 2])
 @pytest.mark.parametrize("name", ["bn", "brn", "sn", "ssn"])
 def test_forward_derivatives_are_those_of_the_backward_pass(name, virtual_gpus):
     options = {"momentum": 0.0} | (FULL if name == "brn" else {})
