@@ -253,7 +253,7 @@ def evaluate(task: Task, run: Session) -> dict[str, float | None]:
         write_predictions(Path(config.output_dir), results)
         sheet = draw_validation(config, task.model, val, run.precision)
         if sheet is not None:
-            run.recorder.writer.add_image("predictions", sheet, run.progress.step)
+            run.recorder.picture("predictions", sheet, run.progress.step)
     run.scored(ap["box_ap"])
     return ap
 

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .hooks import connect
 from .modules import SwitchNormBase
 from .norms import NORMS, FrozenBatchNorm, NoNorm, _options, make_norm
 from .running import RunningNorm
+from .variants.sparse import SparseSwitchNormBase
 
 _DIMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 # ours; torchvision's, Detectron2's; timm's
@@ -76,7 +78,8 @@ def convert(
             stay as they were. False starts as the paper: equal control parameters, fresh
             statistics.
         gate_start: 5, 8, 13 leave the others a share of 1.3e-2, 6.7e-4 and 4.5e-6; their control
-            parameters' gradients shrink alike, so that from 13 they hardly move. Through
+            parameters' gradients shrink alike, so that from 13 they hardly move. Sparse layers
+            start at the same shares, and from 14.6 on are bn alone, which training keeps. Through
             ResNet-50's 53 layers (random weights) that is 17 %, 1.2 % and 8e-5 of the logits'
             deviation.
         dim: spatial dimensions of layers that do not tell theirs (SyncBatchNorm).
@@ -130,21 +133,35 @@ def convert(
 def _replace_in_lists(parent: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Replace what `parent` holds a second time, in lists, tuples and dictionaries of its own."""
 
-    def of(item: object) -> object:
-        return new.get(item, item) if isinstance(item, nn.Module) else item
+    known: dict[int, tuple[Any, Any]] = {}  # by id: what is held, and what comes in its place
+
+    def of(item: Any) -> Any:
+        if isinstance(item, nn.Module):
+            return new.get(item, item)
+        if not isinstance(item, list | tuple | dict):
+            return item
+        if id(item) not in known:
+            known[id(item)] = (item, item)  # for what holds itself
+            known[id(item)] = (item, replaced(item))
+        return known[id(item)][1]
+
+    def replaced(item: Any) -> Any:
+        inside = list(item.values() if isinstance(item, dict) else item)
+        found = list(map(of, inside))
+        if all(one is other for one, other in zip(found, inside)):
+            return item
+        if isinstance(item, dict):
+            item.update(zip(item, found))
+        elif isinstance(item, list):
+            item[:] = found
+        else:
+            return item._make(found) if hasattr(item, "_make") else tuple(found)
+        return item
 
     for key, value in vars(parent).items():
-        if key in ("_modules", "_parameters", "_buffers"):
-            continue
-        items = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, list | tuple | dict) or all(of(item) is item for item in items):
-            continue
-        if isinstance(value, dict):
-            value.update({name: of(item) for name, item in value.items()})
-        elif isinstance(value, list):
-            value[:] = map(of, value)
-        else:
-            setattr(parent, key, tuple(map(of, value)))
+        if key not in ("_modules", "_parameters", "_buffers") and not isinstance(value, nn.Module):
+            if (own := of(value)) is not value:
+                setattr(parent, key, own)
 
 
 def _is_batch_norm(layer: nn.Module) -> bool:
@@ -281,9 +298,12 @@ def _take_statistics(layer: nn.Module, twin: nn.Module, gate_start: float) -> No
             count = getattr(layer, "num_batches_tracked", None)
             twin.num_batches_tracked.copy_(torch.ones(()) if count is None else count)
     if isinstance(twin, SwitchNormBase):
-        for control in (twin.mean_weight, twin.var_weight):
-            control.zero_()
-            control[twin.statistics.index("bn")] = gate_start
+        start = torch.zeros(len(twin.statistics), dtype=torch.double)
+        start[twin.statistics.index("bn")] = gate_start
+        if isinstance(twin, SparseSwitchNormBase):  # sparsestmax of a point of the simplex is it
+            start = start.softmax(0)
+        twin.mean_weight.copy_(start)
+        twin.var_weight.copy_(start)
 
 
 def _keep_what_users_set(layer: nn.Module, twin: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """sn.convert: other people's networks on our norms, with their outputs kept or not."""
 
+import collections
 import copy
 import warnings
 
@@ -61,6 +62,9 @@ def test_nothing_to_convert_is_said():
         sn.convert(nn.BatchNorm1d(4))
 
 
+Pair = collections.namedtuple("Pair", "norm name")
+
+
 class HoldsTwice(nn.Module):
     """Its layers are registered, and run from lists of its own."""
 
@@ -68,15 +72,20 @@ class HoldsTwice(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(3))
         self.listed, self.named = [self.norms[0], None], {"second": self.norms[1], 3: [4]}
-        self.pair = (self.norms[2], "third")
+        self.pair = Pair(self.norms[2], "third")
+        self.nested = [{"a": (self.norms[0], [self.norms[1]])}]
+        self.nested.append(self.nested)
+        self.again = self.pair
 
     def forward(self, x):
-        return self.pair[0](self.named["second"](self.listed[0](x)))
+        return self.pair.norm(self.named["second"](self.listed[0](x)))
 
 
 def test_layers_held_in_plain_lists_are_replaced_there_too():
     model = sn.convert(HoldsTwice())
     assert model.listed == [model.norms[0], None] and model.pair == (model.norms[2], "third")
+    assert model.again == model.pair
+    assert model.nested[0] == {"a": (model.norms[0], [model.norms[1]])}
     assert model.named == {"second": model.norms[1], 3: [4]}
     model(torch.randn(5, 4))
     assert all(type(norm) is sn.SwitchNorm1d for norm in model.norms)

@@ -303,8 +303,29 @@ def test_conversion_to_sparse_keeps_outputs_exactly():
     theirs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).double()
     theirs(oracle.values((4, 3, 3, 3)))
     x = oracle.values((2, 3, 3, 3), 1)
-    ours = sn.convert(copy.deepcopy(theirs), "ssn", keep_outputs=True).eval()
+    ours = sn.convert(copy.deepcopy(theirs), "ssn", keep_outputs=True, gate_start=15).eval()
     torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("gate_start", [0.0, 2.0, 8.0])
+def test_converted_layers_start_at_the_shares_of_softmax_and_learn(gate_start):
+    """As control parameters, (0, 0, 2) would be bn alone, settled by the first step."""
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).double()
+    x = oracle.values((4, 3, 3, 3))
+    theirs(x)
+    options = {"keep_outputs": True, "gate_start": gate_start}
+    ours, plain = (sn.convert(copy.deepcopy(theirs), norm, **options) for norm in ("ssn", "sn"))
+    shares = plain[1].importance()[0]
+    for own in ours[1].importance():
+        torch.testing.assert_close(own, shares, check_dtype=False, rtol=1e-5, atol=1e-7)
+    weights = oracle.values((4, 4, 3, 3), 1)
+    y = ours(x)
+    torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-6)
+    (y * weights).sum().backward()
+    assert choices(ours)["1"] == {"mean": None, "var": None}
+    for control in (ours[1].mean_weight, ours[1].var_weight):
+        assert control.grad.abs().max() > 1e-6
 
 
 def test_a_gate_of_minus_infinity_leaves_its_statistic_out():

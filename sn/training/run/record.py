@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ...functional import STATISTICS
@@ -245,6 +245,11 @@ class Recorder:
                         self.writer.add_scalar(key, value, count * self.scale)
         if figure:
             self.writer.add_figure("importance", importance_figure(averages), count * self.scale)
+
+    def picture(self, name: str, picture: Tensor, count: int) -> None:
+        """Show a picture, (3, H, W), in TensorBoard, in the main process."""
+        with self._events():
+            self.writer.add_image(name, picture, count)
 
     def sync(self) -> None:
         """Have the disk keep all lines: a checkpoint that counts them must not be there first."""

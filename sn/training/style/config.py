@@ -108,7 +108,7 @@ class Stylize:
         return [str(path) for path in given]
 
     def folder(self) -> Path:
-        return Path(self.output or Path(self.checkpoint).with_name("stylized"))
+        return Path(self.output or Path(self.checkpoint).parent / "stylized")
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Export:
     output: str | None = option()
 
     def path(self) -> Path:
-        return Path(self.output or Path(self.checkpoint).with_name("style.onnx"))
+        return Path(self.output or Path(self.checkpoint).parent / "style.onnx")
 
 
 @dataclass
