@@ -308,7 +308,7 @@ class Report:
         if verdict.runs:
             names = list(dict.fromkeys(t.figure for o in verdict.outcomes for t in o.test.terms))
             names = [n for n in names if n != "val_loss_at_equal_train_loss"] or ["top1"]
-            lines += [self.run_table(verdict, design, figure_name) for figure_name in names]
+            lines += [self.run_table(verdict, figure_name) for figure_name in names]
             if others := self.uncounted(verdict, design):
                 lines.append(
                     f"<p>{plural(others, 'run')} of other seeds, made for other claims or for when "
@@ -344,23 +344,11 @@ class Report:
     def uncounted(self, verdict: Verdict, design: Design) -> int:
         """How many runs there are of a claim's arms and settings that do not count for it."""
         every = (self.evidence.cell(design, *cell) for cell in verdict.claim.cells)
-        return sum(
-            len(runs)
-            for found in every
-            for seed, runs in found.items()
-            if not verdict.claim.counts(seed, design.seeds)
-        )
+        return sum(len(runs) for found in every for runs in found.values()) - len(verdict.runs)
 
-    def run_table(self, verdict: Verdict, design: Design, name: str) -> str:
+    def run_table(self, verdict: Verdict, name: str) -> str:
         """A figure of every run that counts for a claim: arms and settings by seeds, linked."""
-        cells = {
-            cell: {
-                seed: runs
-                for seed, runs in self.evidence.cell(design, *cell).items()
-                if verdict.claim.counts(seed, design.seeds)
-            }
-            for cell in verdict.claim.cells
-        }
+        cells = self.evidence.counted(verdict.claim)
         seeds = sorted({seed for found in cells.values() for seed in found})
         what = f"{name}, not divided" if name == "style_loss" else name
         rows = [[escape(what), *(f"seed {seed}" for seed in seeds)]]

@@ -719,6 +719,18 @@ class Evidence:
             seeds.setdefault(run.seed, []).append(run)
         return dict(sorted(seeds.items()))
 
+    def counted(self, claim: Claim) -> dict[tuple[str, str | None], dict[int, list[Run]]]:
+        """Of each of a claim's arms and settings the runs that count, by seed."""
+        design = self.ledger.design_of(claim)
+        return {
+            cell: {
+                seed: runs
+                for seed, runs in self.cell(design, *cell).items()
+                if claim.counts(seed, design.seeds)
+            }
+            for cell in claim.cells
+        }
+
     def wanted(self, claim: Claim, seeds: Sequence[int] | None = None) -> list[Wanted]:
         """What a claim still needs: searches first, then its runs, seed by seed."""
         design = self.ledger.design_of(claim)
@@ -1082,8 +1094,8 @@ def judge(ledger: Ledger, runs: Sequence[Run]) -> list[Verdict]:
         if not verdict.toward:  # one test that is decided decides
             against = [o.needed for o in verdict.outcomes if not o.inside]
             verdict.needed = min((n for n in against if n), default=None)
-        elif None not in (all_of_them := [o.needed for o in verdict.outcomes]):
-            verdict.needed = max((n for n in all_of_them if n), default=None)
+        elif all(outcome.needed for outcome in verdict.outcomes):
+            verdict.needed = max(outcome.needed or 0 for outcome in verdict.outcomes)
     return verdicts
 
 
@@ -1093,14 +1105,7 @@ def _weigh(claim: Claim, evidence: Evidence) -> Verdict:
     if not design.made:
         outcomes = [Outcome(test, {}) for test in claim.tests]
         return Verdict(claim, UNDECIDED, "no design yet", outcomes, [], [])
-    cells = {
-        cell: {
-            seed: found
-            for seed, found in evidence.cell(design, *cell).items()
-            if claim.counts(seed, design.seeds)
-        }
-        for cell in claim.cells
-    }
+    cells = evidence.counted(claim)
     runs = [run for seeds in cells.values() for found in seeds.values() for run in found]
     missing = evidence.wanted(claim)
     outcomes = [_outcome(test, cells, claim.looked_at) for test in claim.tests]

@@ -565,7 +565,7 @@ def _recipe(run: Run, one_cell: bool) -> dict[str, Any]:
     if summary["task"] == "style_transfer":  # keys of the machine say which file, not what is in it
         style, vgg = (summary.get(key) or {} for key in ("style", "vgg"))
         recipe["style.sha256"] = style.get("sha256")
-        recipe["vgg.sha256"] = vgg.get("sha256") or vgg.get("weights")  # random ones have none
+        recipe["vgg.sha256"] = vgg.get("sha256") or vgg.get("weights")
         recipe["vgg.input"] = vgg.get("input")
         weights = summary.get("loss_weights") or {}
         recipe |= {f"loss_weights.{part}": weight for part, weight in weights.items()}

@@ -287,10 +287,9 @@ class Session:
                 f"{differences(state[key], self._identity[key])}; choose another output_dir="
             )
         self.progress = restore(file, state, self._parts, progress, self._epochs, self._steps)
-        models = [part for part in self._parts.values() if isinstance(part, nn.Module)]
         own = state.get("running_statistics", [])  # where the checkpoint has the mean alone, that
         with fitting(file):
-            for part, every in zip(models, own):
+            for part, every in zip(self._models(), own):
                 if len(every) == self.processes.world_size > 1:
                     distributed.put_own_running_statistics(part, every, self.processes)
         lines = state.get("lines")  # older checkpoints do not say
@@ -463,8 +462,7 @@ class Session:
         """
         self.settle()
         self.progress.skipped_steps = self.guard.skipped
-        models = [part for part in self._parts.values() if isinstance(part, nn.Module)]
-        own = []
+        models, own = self._models(), list[Tensor]()
         if anywhere and self.processes.world_size > 1:
             own = [distributed.running_statistics_of_all(part, self.processes) for part in models]
             contents["running_statistics"] = own
@@ -487,6 +485,9 @@ class Session:
         distributed.in_main(write, self.processes)
         for part, every in zip(models, own):
             distributed.put_own_running_statistics(part, every, self.processes)
+
+    def _models(self) -> list[nn.Module]:
+        return [part for part in self._parts.values() if isinstance(part, nn.Module)]
 
     def scored(self, score: float | None) -> None:
         """Keep the checkpoint just saved as the best one, if `score` is the best so far."""
