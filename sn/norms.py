@@ -14,10 +14,10 @@ from .functional import (
     check_num_groups,
     check_virtual_gpus,
 )
-from .kernels import batch_norm, seen_through
+from .kernels import batch_norm
 from .kernels.common import is_transformed
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from .running import count_batch, like_in_memory
+from .running import count_batch, evaluated_with, like_in_memory
 from .tracing import Proxy, Traceable
 from .variants.batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -43,11 +43,12 @@ class _VirtualGPUs(Traceable):
         if isinstance(x, Proxy):
             return self.as_node(x)
         groups = self.virtual_gpus
-        evaluates = not self.training and self.running_mean is not None
-        if evaluates and torch.is_grad_enabled() and not seen_through():
-            self._check_input_dim(x)  # it may train before the backward pass, which needs these:
-            running = (self.running_mean.clone(), self.running_var.clone())
-            return F.batch_norm(x, *running, self.weight, self.bias, False, 0.0, self.eps)
+        if not self.training and self.running_mean is not None:
+            self._check_input_dim(x)
+            running = evaluated_with(self.running_mean, self.running_var)
+            return F.batch_norm(
+                x, *running, self.weight, self.bias, False, self.momentum or 0.0, self.eps
+            )
         if groups == 1 or not self.training:
             return super().forward(x)
         self._check_input_dim(x)

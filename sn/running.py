@@ -71,6 +71,16 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def evaluated_with(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics for an evaluation: where it may get a backward pass, copies of them.
+
+    The layer may train before that pass, which needs those of now.
+    """
+    if torch.is_grad_enabled() and not seen_through():
+        return mean.clone(), var.clone()
+    return mean, var
+
+
 def like_in_memory(y: Tensor, x: Tensor) -> Tensor:
     """`y` with channels last in memory where `x` has them so."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
@@ -132,9 +142,7 @@ class RunningNorm(Traceable, CountsBatches):
 
     def _evaluate(self, x: Tensor) -> Tensor:
         """Batch norm with the running statistics, whatever the dtypes of its tensors."""
-        running = (self.running_mean, self.running_var)
-        if torch.is_grad_enabled() and not seen_through():
-            running = tuple(t.clone() for t in running)  # it may train before the backward pass
+        running = evaluated_with(self.running_mean, self.running_var)
         tensors = (*running, self.weight, self.bias)
         dtypes = {t.dtype for t in tensors if t is not None}
         if dtypes <= {x.dtype} or dtypes == {torch.float32} and x.dtype.itemsize < 4:

@@ -208,10 +208,13 @@ class Session:
                     f"{differences(there, value)}; choose another output_dir="
                 )
         value = "unknown" if summary.get(key) is None else f"{summary[key]:.4g}"
-        made_of = [f"{name} {of['name']}" for name in ("data", "style")
-                   if isinstance(of := summary.get(name), dict) and "name" in of]  # fmt: skip
-        if "train_images" in (summary.get("data") or {}):
-            made_of[0] += f" ({counted(summary['data']['train_images'], 'training image')})"
+        made_of = []
+        for part in ("data", "style"):
+            facts = summary.get(part)
+            if isinstance(facts, dict) and "name" in facts:
+                images = facts.get("train_images")
+                these = "" if images is None else f" ({counted(images, 'training image')})"
+                made_of.append(f"{part} {facts['name']}{these}")
         of_these = f"; {', '.join(made_of)}" if made_of else ""
         self.say(f"{self.config.output_dir} has ended already: {what} {value}{of_these}")
         return summary
