@@ -17,8 +17,9 @@
 # Needs torch with CUDA (and Triton), torchvision, numpy, pytest, scipy, tqdm, tensorboard and
 # scikit-learn; more than one process for the tests with pytest-xdist. gpu_files/ brings Hydra,
 # pycocotools and CIFAR-10 at 16 px, and is to be copied along, for git ignores it: without them the
-# steps that need them fail by name. A line of scripts/gpu_pending.txt is one more step (its head
-# says what GPU_DATA must hold).
+# steps that need them fail by name. Of results/ it reads claims.yaml alone: where not everything can
+# be copied, the rest of that folder, nearly all of the clone's size, may stay behind. A line of
+# scripts/gpu_pending.txt is one more step (its head says what GPU_DATA must hold).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-results/gpu}

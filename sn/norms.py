@@ -147,6 +147,8 @@ class AutoGroupNorm(nn.GroupNorm):
                     f"AutoGroupNorm of {self.num_channels} channels expects input of shape "
                     f"(N, {self.num_channels}, *spatial), got {tuple(x.shape)}"
                 )
+            if is_transformed():  # under vmap torch 2.11's takes no view of a batch of one
+                x = x.clone(memory_format=torch.contiguous_format)
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 

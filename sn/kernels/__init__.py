@@ -259,7 +259,8 @@ def choose_backend(
     if _backend == "reference" or x.numel() == 0 or x.dim() < 2:
         return "reference"
     if torch.compiler.is_compiling():
-        forced = _backend == "triton" and not torch.compiler.is_exporting()
+        # is_exporting() is true in torch.compile, too, with torch 2.11
+        forced = _backend == "triton" and not torch.compiler._is_exporting_flag
         can = (x.is_cuda or _INTERPRET) and x.dtype in _FLOATS[1:]
         return "triton" if forced and can else "reference"
     if x.dtype not in _FLOATS or seen_through():

@@ -584,11 +584,11 @@ _operator.register_autograd(_backward_of_operator, setup_context=_setup_context)
 
 def _compiled(*arguments):
     *inputs, options, relu = arguments
-    running_mean, running_var = inputs[5:7]
-    if options.training:
-        inputs[5:7] = None, None  # their step follows
+    running_mean, running_var = running = inputs[5:7]
     y, _, _, _, batch = torch.ops.sn.switch_norm(
-        *inputs,
+        *inputs[:5],
+        *((None, None) if options.training else running),  # in training their step follows
+        inputs[7],
         " ".join(options.statistics),
         int(options.num_groups or 1),
         options.training,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreter import needs_interpreter
 from workers import processes, run_in_group
 
 import sn
@@ -105,6 +106,7 @@ def test_memory_that_others_hold_is_no_verdict(stage, monkeypatch):
 
 
 @outside
+@needs_interpreter
 def test_a_crash_in_a_kernel_ends_the_child_alone(tmp_path, monkeypatch):
     """The whole way from the command to the verdict, in a copy of the package."""
     package = Path(sn.__file__).parent

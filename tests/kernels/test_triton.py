@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreter import needs_interpreter
 from test_kernels import ALL, LAYOUTS, MODES, SUBSETS, compare, lay_out, values
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import sn
 from sn import functional, kernels
@@ -28,11 +30,9 @@ runs = pytest.mark.skipif(not CUDA and not INTERPRET, reason="in test_under_the_
 on_cuda = pytest.mark.skipif(not CUDA or INTERPRET, reason="needs a GPU")
 
 
+@needs_interpreter
 @pytest.mark.skipif(CUDA or INTERPRET, reason="the tests run here")
 def test_under_the_interpreter():
-    version = sys.modules["triton"].__version__
-    if version < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
     files = [__file__, str(Path(__file__).with_name("test_check.py"))]
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
@@ -251,11 +251,18 @@ def test_fused_activation_and_residual(with_residual, layout):
 def test_compiles_without_a_graph_break_to_the_operators(training):
     layer, *arguments = act_case()
     layer.train(training)
+    calls = []
+
+    def recorded(module, inputs):
+        calls.extend(node.target for node in module.graph.nodes if node.op == "call_function")
+        return aot_eager(module, inputs)
+
     with sn.backend("triton"):
         eager = results(layer, *arguments)
         torch.compiler.reset()
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(layer, fullgraph=True, backend=recorded)
         got = results(layer, *arguments, call=compiled)
+    assert torch.ops.sn.switch_norm in calls
     for ours, wanted in zip(got, eager):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
 

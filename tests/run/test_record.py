@@ -590,5 +590,6 @@ def test_config_that_is_none(content, tmp_path):
 def test_summary_that_is_a_pipe(tmp_path):
     recorder = write(tmp_path)
     os.mkfifo(tmp_path / "summary.json")
+    recorder.close()
     with pytest.raises(ValueError, match="summary.json is damaged"):
         recorder.summary()
