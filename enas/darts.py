@@ -69,8 +69,8 @@ def search(config: DartsConfig) -> dict:
         for epoch in run.epochs():
             metrics = train_one_epoch(task, run, epoch)
             validation = validate(task, run)
-            loss = torch.tensor(validation["loss"])
-            check_finite(loss, task.model, f"the end of epoch {epoch + 1}")
+            loss, where = torch.tensor(validation["loss"]), f"the end of epoch {epoch + 1}"
+            check_finite(loss, task.model, where, lambda: validate(task, run))
             metrics |= {
                 "val/loss": validation["loss"],
                 "val/top1": validation["top1"],

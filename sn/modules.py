@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from . import functional
 from .functional import (
     canonical_statistics,
     check_channels,
@@ -18,7 +17,7 @@ from .functional import (
     check_virtual_gpus,
     groups_of_vector,
 )
-from .kernels import Options, switch_norm_act
+from .kernels import Options, formula, switch_norm_act
 from .running import CountsBatches, count_batch, warn_of_update_bn
 from .tracing import Proxy, Traceable
 
@@ -187,7 +186,7 @@ class SwitchNormBase(Traceable, CountsBatches):
         )
         if not self.unbiased:
             return switch_norm_act(tensors, options, residual, relu, counter)
-        y = functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
+        y = formula(tensors, options, unbiased=True)
         y = y if residual is None else y + residual
         return y.relu_() if relu else y
 

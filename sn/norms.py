@@ -14,10 +14,10 @@ from .functional import (
     check_num_groups,
     check_virtual_gpus,
 )
-from .kernels import batch_norm
+from .kernels import batch_norm, evaluated_with
 from .kernels.common import is_transformed
 from .modules import SwitchNorm1d, SwitchNorm2d, SwitchNorm3d
-from .running import count_batch, evaluated_with, like_in_memory
+from .running import count_batch, like_in_memory
 from .tracing import Proxy, Traceable
 from .variants.batch_kalman import BatchKalmanNorm1d, BatchKalmanNorm2d, BatchKalmanNorm3d
 from .variants.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
@@ -73,7 +73,7 @@ class _VirtualGPUs(Traceable):
         weight, bias = self.weight, self.bias
         weight = None if weight is None else weight.repeat(groups)
         bias = None if bias is None else bias.repeat(groups)
-        y = F.batch_norm(merged, *running, weight, bias, True, 1.0, self.eps)
+        y = F.batch_norm(merged, *running, weight, bias, True, 1.0, self.eps).to(x.dtype)
         if self.track_running_stats:
             self._update_running_stats(mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0))
         y = y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .functional import check_virtual_gpus
-from .kernels import seen_through
+from .kernels import evaluated_with
 from .kernels.common import is_transformed
 from .tracing import Traceable
 
@@ -69,16 +69,6 @@ def count_batch(layer: nn.Module) -> float:
 def in_backward() -> bool:
     """Whether autograd is under way: a forward pass is then one that checkpointing repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def evaluated_with(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Running statistics for an evaluation: where it may get a backward pass, copies of them.
-
-    The layer may train before that pass, which needs those of now.
-    """
-    if torch.is_grad_enabled() and not seen_through():
-        return mean.clone(), var.clone()
-    return mean, var
 
 
 def like_in_memory(y: Tensor, x: Tensor) -> Tensor:

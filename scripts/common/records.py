@@ -55,8 +55,9 @@ OF_TASK = {
     "detection": CELL | {"parts": dict, "init": {"name": str}} | AP,
     "style_transfer": {
         **{"norm": NAME, "scale": str, "image_size": COUNT, "batch_size": COUNT, "steps": int},
-        **{"data": DATA | {"train_images": int}, "style": {"name": NAME}, "loss?": float},
-        **{"vgg": {"weights": str}, "statistics?": [str]},
+        **{"data": DATA | {"train_images": int}, "style": {"name": NAME, "sha256?": str}},
+        **{"vgg": {"weights": str, "sha256?": str, "input?": str}, "statistics?": [str]},
+        **{"loss_weights?": dict, "loss?": float},
     },
     "enas": {
         **{"sampler": str, "norm?": str, "data": DATA, "model": NAME, "scale": NAME},

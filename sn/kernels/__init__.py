@@ -111,7 +111,7 @@ def switch_norm(
     options = Options(statistics, num_groups, training, momentum, eps, virtual_gpus)
     tensors = (x, mean_weight, var_weight, weight, bias, running_mean, running_var)
     if unbiased:  # for the official code's checkpoints; no kernel has it
-        return functional.switch_norm(*tensors, **options._asdict(), unbiased=True)
+        return formula(tensors, options, unbiased=True)
     functional.check_running(x, running_mean, running_var, momentum, training)
     return switch_norm_act(tensors, options)
 
@@ -138,7 +138,7 @@ def switch_norm_act(
     if counter is not None and chosen != "native":
         counter.add_(1)
     if chosen == "reference":
-        y = functional.switch_norm(*tensors, **options._asdict())
+        y = formula(tensors, options)
     else:
         x, channels = tensors[0], tensors[0].shape[1]
         functional._check_shapes(x, *tensors[1:5], options.statistics)
@@ -309,6 +309,24 @@ def seen_through() -> bool:
         or is_transformed()
         or torch._C._len_torch_dispatch_stack() > 0  # such as fake tensors, counters of operations
     )
+
+
+def evaluated_with(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Running statistics for an evaluation: where it may get a backward pass, copies of them.
+
+    The layer may train before that pass, which needs those of now.
+    """
+    if torch.is_grad_enabled() and not seen_through():
+        return mean.clone(), var.clone()
+    return mean, var
+
+
+def formula(tensors: tuple[Tensor | None, ...], options: Options, unbiased: bool = False) -> Tensor:
+    """`sn.functional.switch_norm` of a layer's seven tensors."""
+    mean, var = tensors[5:]
+    if mean is not None and var is not None and not options.training:
+        tensors = *tensors[:5], *evaluated_with(mean, var)
+    return functional.switch_norm(*tensors, **options._asdict(), unbiased=unbiased)
 
 
 def _is_autograd_compiled() -> bool:

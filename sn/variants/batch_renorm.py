@@ -113,7 +113,7 @@ class BatchRenormBase(RunningNorm):
             if gain.dtype != x.dtype and (gain.dtype != torch.float32 or x.dtype.itemsize > 4):
                 gain, shift = gain.to(x.dtype), shift.to(x.dtype)
             gain, shift = gain.flatten(), shift.flatten()
-            y = F.batch_norm(merged, None, None, gain, shift, True, 0.0, self.eps)
+            y = F.batch_norm(merged, None, None, gain, shift, True, 0.0, self.eps).to(x.dtype)
             if groups > 1:
                 y = like_in_memory(y.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1), x)
         if not again:

@@ -65,6 +65,10 @@ def test_nothing_to_convert_is_said():
 Pair = collections.namedtuple("Pair", "norm name")
 
 
+class Own(tuple):
+    word = ""
+
+
 class HoldsTwice(nn.Module):
     """Its layers are registered, and run from lists of its own."""
 
@@ -76,6 +80,14 @@ class HoldsTwice(nn.Module):
         self.nested = [{"a": (self.norms[0], [self.norms[1]])}]
         self.nested.append(self.nested)
         self.again = self.pair
+        self.own = Own([self.norms[0]])
+        self.own.word = "kept"
+        object.__setattr__(self, "tail", self.norms[2])  # as a module that is not to be registered
+        vars(self)["read_only"] = [(self.norms[1],)]
+        vars(self)["read_only_pair"] = (self.norms[1],)
+
+    read_only = property(lambda self: vars(self)["read_only"])
+    read_only_pair = property(lambda self: vars(self)["read_only_pair"])
 
     def forward(self, x):
         return self.pair.norm(self.named["second"](self.listed[0](x)))
@@ -87,6 +99,9 @@ def test_layers_held_in_plain_lists_are_replaced_there_too():
     assert model.again == model.pair
     assert model.nested[0] == {"a": (model.norms[0], [model.norms[1]])}
     assert model.named == {"second": model.norms[1], 3: [4]}
+    assert type(model.own) is Own and model.own == (model.norms[0],) and model.own.word == "kept"
+    assert model.tail is model.norms[2]
+    assert model.read_only == [(model.norms[1],)] and model.read_only_pair == (model.norms[1],)
     model(torch.randn(5, 4))
     assert all(type(norm) is sn.SwitchNorm1d for norm in model.norms)
     assert [norm.num_batches_tracked.item() for norm in model.norms] == [1, 1, 1]

@@ -296,22 +296,25 @@ def test_another_default_device(name):
     torch.testing.assert_close(found[1], found[0])
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("virtual_gpus", [1, 2])
-@pytest.mark.parametrize("name", ["bn", "brn", "bkn", "sn", "ssn"])
-def test_training_between_an_evaluation_and_its_backward_pass(name, virtual_gpus):
+@pytest.mark.parametrize("name", ["bn", "brn", "bkn", "sn", "unbiased", "ssn", "sync_sn"])
+def test_training_between_an_evaluation_and_its_backward_pass(name, virtual_gpus, backend):
     """As of a teacher that is the network itself: what the backward pass needs must stay."""
-    layer = sn.make_norm(name)(3).double()
+    unbiased = name == "unbiased"
+    layer = (sn.make_norm("sn", unbiased=True) if unbiased else sn.make_norm(name))(3).double()
     layer.virtual_gpus = virtual_gpus
     randomise(layer).eval()
     if name == "bkn":
         sn.connect_bkn(layer, shaped((4, 3, 5, 2)))
     twin = copy.deepcopy(layer)
     x, z = shaped((4, 3, 5, 2)), shaped((4, 3, 5, 2))
-    y = layer(x)
-    layer.train()
-    layer(x.detach() + 1)
-    y.square().sum().backward()
-    twin(z).square().sum().backward()
+    with sn.backend(backend):
+        y = layer(x)
+        layer.train()
+        layer(x.detach() + 1)
+        y.square().sum().backward()
+        twin(z).square().sum().backward()
     torch.testing.assert_close(x.grad, z.grad)
 
 
@@ -342,6 +345,18 @@ def test_models_stacked_by_vmap_train_as_each_alone(name, virtual_gpus):
             torch.testing.assert_close(gradients[key][place], parameter.grad)
         for key, buffer in model.named_buffers():
             torch.testing.assert_close(changed[key][place], buffer)
+
+
+@pytest.mark.parametrize("name", ["bn", "brn", "sn"])
+def test_half_precision_stays_under_vmap(name):
+    layer = sn.make_norm(name)(4)
+    layer.virtual_gpus = 2
+    models = torch.func.stack_module_state([layer])
+    x = torch.randn(4, 4, 5, 2).bfloat16()
+    call = torch.func.vmap(lambda *state: torch.func.functional_call(layer, state, (x,)))
+    stacked = call(*models)[0]
+    assert stacked.dtype is torch.bfloat16
+    torch.testing.assert_close(stacked, layer(x), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("virtual_gpus", [1, 2])

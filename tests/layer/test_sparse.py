@@ -328,6 +328,25 @@ def test_converted_layers_start_at_the_shares_of_softmax_and_learn(gate_start):
         assert control.grad.abs().max() > 1e-6
 
 
+def test_converted_layers_still_choose_after_twenty_steps_near_bn():
+    """At gate_start=2, which the documentation recommends; from 8 some have chosen bn by then."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    theirs = nn.Sequential(*layers, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = oracle.values((32, 1, 8, 8)).float()
+    theirs(images)
+    ours = sn.convert(theirs, "ssn", keep_outputs=True, gate_start=2)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.02, momentum=0.9)
+    labels = torch.arange(32) % 8
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(ours(images), labels).backward()
+        nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        optimizer.step()
+    for layer in ("1", "4"):
+        assert choices(ours)[layer] == {"mean": None, "var": None}
+
+
 def test_a_gate_of_minus_infinity_leaves_its_statistic_out():
     """As softmax does in the switchable layer."""
     layer, x = sn.SparseSwitchNorm2d(3), torch.randn(4, 3, 4, 4)

@@ -62,6 +62,9 @@ def test_the_layer_is_found_by_running_again():
     model[2].weight.data.fill_(3e38)
     x = torch.ones(1, 2)
     assert first_bad_layer(model, lambda: model(x)) == "2"
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    assert first_bad_layer(model, lambda: compiled(x)) == "2"
     with pytest.raises(FloatingPointError, match="first bad: the output of 2$"):
         check_finite(torch.tensor(INF), model, "here", lambda: model(x))
     assert not any(m._forward_hooks for m in model.modules())

@@ -21,7 +21,8 @@ SUMMARIES = {
     "detection": CELL
     | {"parts": {"backbone": "sn", "box_head": "sn"}, "init": {"name": "scratch"}, "box_ap": 9.0},
     "style_transfer": {
-        "norm": "sn", "style": {"name": "wave"}, "vgg": {"weights": "x"}, "image_size": 96,
+        "norm": "sn", "style": {"name": "wave", "sha256": "a"}, "image_size": 96,
+        "vgg": {"weights": "x", "sha256": "b", "input": "caffe"}, "loss_weights": {"content": 1.0},
         "batch_size": 2, "steps": 2, "loss": 1.0, "statistics": ["in", "ln"],
     },
     "enas": {
@@ -168,3 +169,5 @@ def test_changed_summaries_are_left_out_or_harmless(tmp_path, caplog, task):
         make_tables.console(classifiers, paper)
     make_tables.detection_console(detectors)
     assert all(run.without_bn in (True, False) for run in kept)
+    groups = records.recipes(kept, lambda run: None)
+    assert sorted(run.path for group in groups for run in group) == sorted(run.path for run in kept)
