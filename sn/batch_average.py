@@ -151,6 +151,15 @@ def _buffers_kept(layers: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def not_compiled() -> Iterator[None]:
+    """Run compiled code as it was written: compiled, it does not know of hooks added since."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # whose import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
 def _each_batch_alone(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
     """Let `layers` normalise by the batch and keep its statistics, and all else evaluate."""
     meanwhile = {"momentum": 1.0, "virtual_gpus": 1}
@@ -167,9 +176,8 @@ def _each_batch_alone(model: nn.Module, layers: list[nn.Module]) -> Iterator[Non
                     old.fill_(value)
             if hasattr(layer, "batch_alone"):
                 stack.enter_context(layer.batch_alone())
-        if "torch._dynamo" in sys.modules:  # whose import takes seconds
-            # compiled, the network would be compiled anew for every batch: the hooks count
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # compiled, the network would be compiled anew for every batch: the hooks count
+        stack.enter_context(not_compiled())
         yield
 
 

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 triton = pytest.importorskip("triton")
-NEW_NUMPY = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
+
+
+def minor(module):
+    return tuple(map(int, module.__version__.split(".")[:2]))
+
+
 needs_interpreter = pytest.mark.skipif(
-    triton.__version__ < "3.7" and NEW_NUMPY,
+    minor(triton) < (3, 7) and minor(np) >= (2, 4),
     reason="the interpreter of Triton 3.6 needs NumPy before 2.4",
 )

@@ -5,14 +5,13 @@ waiting: a fused optimizer leaves everything as it is where its `found_inf` is 1
 """
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...batch_average import batch_statistics_layers
+from ...batch_average import batch_statistics_layers, not_compiled
 
 
 class FiniteGuard:
@@ -196,10 +195,7 @@ def first_bad_layer(model: nn.Module, again: Callable) -> str | None:
     leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
     handles = [layer.register_forward_hook(look(name)) for name, layer in leaves]
     try:
-        if "torch._dynamo" in sys.modules:  # compiled code does not know of the hooks
-            with torch.compiler.set_stance("force_eager"):
-                again()
-        else:
+        with not_compiled():  # which does not know of the hooks
             again()
     finally:
         for handle in handles:
